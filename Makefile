@@ -1,0 +1,57 @@
+# The two commands of the README, `make demo` and `make test`, do all their own set-up from nothing but
+# python3 (3.10 to 3.13), make and a network with PyPI. A second call installs nothing.
+
+PYTHON  ?= python3
+WORKERS ?= 2
+
+# The oldest stack on which everything is tested, beside the newest one that pip finds.
+PINNED := torch==2.11.0 torchvision==0.26.0 triton==3.6.0
+
+# One thread per test worker: two workers with two threads each would fight over two cores.
+PYTEST := -m pytest -n $(WORKERS)
+
+.PHONY: help demo test test-pinned lint format clean
+
+help:
+	@echo "make demo         train a small DeGMix on synthetic rooms; results in runs/demo/"
+	@echo "make test         run every test this machine can run"
+	@echo "make test-pinned  run the op tests on $(PINNED)"
+	@echo "make lint         ruff check and ruff format --check"
+	@echo "make format       rewrite the sources as ruff format wants them"
+	@echo "make clean        remove the virtual environments and everything the commands above made"
+
+demo: .venv/demo.installed
+	.venv/bin/python -m degmix demo
+
+test: .venv/test.installed
+	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST)
+
+test-pinned: .venv-pinned/test.installed
+	OMP_NUM_THREADS=1 .venv-pinned/bin/python $(PYTEST) tests/kernels tests/test_contract.py
+
+lint: .venv/test.installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: .venv/test.installed
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:
+	rm -rf .venv .venv-pinned runs build dist .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+.venv/bin/python .venv-pinned/bin/python:
+	$(PYTHON) -m venv $(@D)/..
+
+# A stamp is touched last, so an interrupted installation is done again.
+.venv/demo.installed: pyproject.toml | .venv/bin/python
+	.venv/bin/python -m pip install --quiet -e ".[train]"
+	touch $@
+
+.venv/test.installed: pyproject.toml | .venv/bin/python
+	.venv/bin/python -m pip install --quiet -e ".[test]"
+	touch $@
+
+.venv-pinned/test.installed: pyproject.toml Makefile | .venv-pinned/bin/python
+	.venv-pinned/bin/python -m pip install --quiet $(PINNED) -e ".[test]"
+	touch $@
