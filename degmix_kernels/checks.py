@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def expect(condition: bool, argument: str, expected: str, got: object) -> None:
-    """Raise ``ValueError`` naming the argument, what was expected and what came, unless the condition holds."""
+    """Raise ``ValueError`` naming the argument, what was expected and what came, unless true."""
     if not condition:
         raise ValueError(f"{argument}: expected {expected}, got {got}")
 

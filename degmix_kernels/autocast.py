@@ -1,0 +1,31 @@
+"""Autocast, one rule for every op: what is cast, and that nothing is cast again inside."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def cast_inputs(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast half and single precision tensors to the autocast dtype if autocast is on for the device.
+
+    Doubles, integers and None pass through, as does everything outside an autocast region.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(
+        tensor.to(dtype)
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
+        for tensor in tensors
+    )
+
+
+def disabled(device: torch.device) -> AbstractContextManager[object]:
+    """A region in which autocast leaves the op's own arithmetic alone; references run inside it."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

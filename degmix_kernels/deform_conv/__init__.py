@@ -1,0 +1,7 @@
+"""Deformable convolution: ``deform_conv2d`` (torchvision's, v1 and v2) and DeGMix's ``deform_mix``."""
+
+from degmix_kernels.deform_conv.entry import OPS
+from degmix_kernels.deform_conv.module import DeformConv2d, DeformMix
+from degmix_kernels.deform_conv.op import deform_conv2d, deform_mix
+
+__all__ = ["OPS", "DeformConv2d", "DeformMix", "deform_conv2d", "deform_mix"]

@@ -1,0 +1,185 @@
+"""Deformable convolution, the public functions: checks, autocast, choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from degmix_kernels import autocast, backend, checks
+from degmix_kernels.activation import ACTIVATIONS, activate
+from degmix_kernels.deform_conv import reference
+from degmix_kernels.deform_conv.reference import as_pair
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Deformable convolution, a drop-in for ``torchvision.ops.deform_conv2d`` (v2 with ``mask``, else v1).
+
+    Groups and offset groups follow from the shapes. With one offset group per input channel and a 1×1 kernel
+    (DeGMix's operator) Triton kernels run; every other shape runs the reference so far.
+
+    A sample is 0 where it has no pixel within a distance of 1; an offset's gradient at an integer coordinate
+    is the right-hand derivative; a NaN offset gives NaN, an infinite one a sample outside the map.
+
+    Under autocast ``input``, ``weight``, ``bias`` and ``mask`` are cast to the autocast dtype and the result
+    has it; offsets keep their dtype (keep them fp32: they address pixels); doubles are left alone.
+
+    Args:
+        input: (N, C, H, W), floating point. channels_last in, channels_last out.
+        offset: (N, 2·offset_groups·kh·kw, Ho, Wo) in pixels, fp32 or the dtype of ``input``; channel
+            ``2·(g·kh·kw + k)`` is dy of group g at tap k (row-major), the next one its dx.
+        weight: (Cout, C/groups, kh, kw).
+        bias: (Cout,).
+        stride: distance between output pixels, one integer or (vertical, horizontal).
+        padding: zeros around the input.
+        dilation: distance between kernel taps.
+        mask: (N, offset_groups·kh·kw, Ho, Wo), multiplied onto the samples.
+
+    Returns:
+        (N, Cout, Ho, Wo), in the dtype of ``input``.
+
+    Raises:
+        TypeError: for a wrong dtype or device.
+        ValueError: for a wrong shape or value.
+        RuntimeError: if the Triton backend is forced and cannot run.
+
+    Follows Dai et al., arXiv 1703.06211, equation 2; Zhu et al., arXiv 1811.11168, equation 1, with the mask.
+    """
+    for name, value in {"input": input, "offset": offset, "weight": weight}.items():
+        checks.expect_tensor(name, value, dims=4)
+    input, weight, bias, mask = autocast.cast_inputs(input.device, input, weight, bias, mask)
+    stride, padding, dilation = (
+        checked_pair("stride", stride, 1),
+        checked_pair("padding", padding, 0),
+        checked_pair("dilation", dilation, 1),
+    )
+    check_arguments(input, offset, weight, bias, stride, padding, dilation, mask)
+    backend.runs_triton("deform_conv2d", input.device, input.dtype, missing="every shape")
+    output = reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+    if is_channels_last(input):
+        output = output.contiguous(memory_format=torch.channels_last)
+    return output
+
+
+def deform_mix(
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "gelu"
+) -> Tensor:
+    """DeGMix's spatial mixing, ``activation(W · sample(x, offset) + b)``, one offset per channel and pixel.
+
+    Autocast, layout and special values are those of :func:`deform_conv2d`.
+
+    Args:
+        x: (N, C, H, W), floating point.
+        offset: (N, 2·C, H, W) in pixels; channel 2i is dy of channel i, 2i + 1 its dx.
+        weight: (Cout, C, 1, 1).
+        bias: (Cout,).
+        activation: ``"gelu"`` (exact), ``"relu"``, ``"silu"`` or ``"identity"``.
+
+    Returns:
+        (N, Cout, H, W), in the dtype of ``x``.
+
+    Raises:
+        TypeError: for a wrong dtype or device.
+        ValueError: for a wrong shape or value.
+        RuntimeError: if the Triton backend is forced and cannot run.
+
+    Follows DeGMix, arXiv 2308.05721, the spatial-aware deformable operator.
+    """
+    checks.expect_choice("activation", activation, tuple(ACTIVATIONS))
+    for name, value in {"x": x, "offset": offset, "weight": weight}.items():
+        checks.expect_tensor(name, value, dims=4)
+    batch, channels, height, width = x.shape
+    checks.expect_shape("offset", offset, (batch, 2 * channels, height, width))
+    checks.expect_shape("weight", weight, (weight.shape[0], channels, 1, 1))
+    return activate(deform_conv2d(x, offset, weight, bias), activation)
+
+
+def checked_pair(argument: str, value: object, minimum: int) -> tuple[int, int]:
+    """The pair behind an integer or a pair of integers, each at least ``minimum``."""
+    integers = (value,) if isinstance(value, int) else value
+    if (
+        not isinstance(integers, tuple | list)
+        or not all(isinstance(each, int) and not isinstance(each, bool) for each in integers)
+        or (len(integers) != 2 and value is not integers[0])
+    ):
+        raise TypeError(f"{argument}: expected an integer or a pair of integers, got {value!r}")
+    checks.expect(min(integers) >= minimum, argument, f"at least {minimum}", value)
+    return as_pair(value)
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a 4-D tensor is channels_last and not at the same time contiguous."""
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def check_arguments(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    mask: Tensor | None,
+) -> int:
+    """Raise on any inconsistency between the arguments; return the number of offset groups."""
+    batch, channels = input.shape[:2]
+    out_channels, group_channels, *kernel = weight.shape
+    taps = kernel[0] * kernel[1]
+    checks.expect_like("weight", weight, "input", input)
+    if offset.dtype != torch.float32:
+        checks.expect_like("offset", offset, "input", input)
+    checks.expect(
+        offset.device == input.device, "offset", f"device {input.device} as input", f"{offset.device}"
+    )
+    checks.expect(min(weight.shape) > 0, "weight", "no empty dimension", f"shape {tuple(weight.shape)}")
+    checks.expect(channels > 0, "input", "at least one channel", f"shape {tuple(input.shape)}")
+    checks.expect(
+        channels % group_channels == 0,
+        "weight",
+        f"a second dimension that divides the {channels} channels of input",
+        f"shape {tuple(weight.shape)}",
+    )
+    groups = channels // group_channels
+    checks.expect(
+        out_channels % groups == 0,
+        "weight",
+        f"a first dimension divisible by {groups} groups ({channels} input channels / {group_channels})",
+        f"shape {tuple(weight.shape)}",
+    )
+    out_size = tuple(
+        (input.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis]
+        + 1
+        for axis in (0, 1)
+    )
+    checks.expect(
+        min(out_size) > 0,
+        "input",
+        "a map (with padding) no smaller than the kernel",
+        f"output size {out_size}",
+    )
+    offset_groups = offset.shape[1] // (2 * taps)
+    checks.expect(
+        offset_groups > 0 and offset.shape[1] % (2 * taps) == 0 and channels % offset_groups == 0,
+        "offset",
+        f"2 · offset groups · {taps} channels, with offset groups that divide {channels} input channels",
+        f"shape {tuple(offset.shape)}",
+    )
+    checks.expect_shape("offset", offset, (batch, 2 * offset_groups * taps, *out_size))
+    if mask is not None:
+        checks.expect_tensor("mask", mask, dims=4)
+        checks.expect_like("mask", mask, "input", input)
+        checks.expect_shape("mask", mask, (batch, offset_groups * taps, *out_size))
+    if bias is not None:
+        checks.expect_tensor("bias", bias, dims=1)
+        checks.expect_like("bias", bias, "input", input)
+        checks.expect_shape("bias", bias, (out_channels,))
+    return offset_groups

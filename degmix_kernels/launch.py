@@ -1,0 +1,73 @@
+"""The one place that launches Triton kernels: device guard, 64-bit rule, grid rule.
+
+An op *plans* a launch from its tensors (kernel, grid, arguments, block sizes, warps), and ``run`` executes
+the plan. Planning touches no memory, so the same planner run on meta tensors tells the compile check which
+specialisations the runtime uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One planned kernel launch.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        programs: number of programs, all along grid axis x: axes y and z stop at 65 535.
+        arguments: run-time arguments by name: tensors, None, integers, floats.
+        constants: ``tl.constexpr`` arguments by name.
+        num_warps: warps per program.
+        num_stages: software pipeline depth.
+    """
+
+    kernel: Any
+    programs: int
+    arguments: Mapping[str, Any]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+def needs_64_bit(*tensors: Tensor | None) -> bool:
+    """Whether an element of any tensor lies 2³¹ elements or more from its start."""
+    return any(
+        sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        > INT32_MAX
+        for tensor in tensors
+        if tensor is not None and tensor.numel() > 0
+    )
+
+
+def run(launch: Launch, device: torch.device) -> None:
+    """Execute a plan on the device its tensors live on; a plan without programs does nothing.
+
+    Raises:
+        ValueError: if the call needs more programs than a grid can hold.
+    """
+    if launch.programs == 0:
+        return
+    if launch.programs > INT32_MAX:
+        raise ValueError(
+            f"grid: expected at most {INT32_MAX} programs, got {launch.programs}; split the batch"
+        )
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _launch(launch)
+    else:
+        _launch(launch)
+
+
+def _launch(launch: Launch) -> None:
+    launch.kernel[(launch.programs,)](
+        **launch.arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
+    )

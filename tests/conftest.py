@@ -1,0 +1,47 @@
+"""Shared fixtures. Without a GPU, Triton kernels run in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:  # before anything imports triton: the choice is made when a kernel is defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def backend_of_the_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a CPU, run every test but kernel and contract tests on the reference: the interpreter is slow."""
+    from degmix_kernels import use_backend
+
+    path = Path(request.node.path)
+    chooses_itself = "kernels" in path.parts or path.name == "test_contract.py"
+    with use_backend("auto" if HAS_GPU or chooses_itself else "reference"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def torchvision() -> ModuleType:
+    """torchvision with a working ``deform_conv2d``; CPU-only torch builds may not load its operators."""
+    try:
+        import torchvision
+        import torchvision.ops
+
+        torchvision.ops.deform_conv2d(
+            torch.zeros(1, 1, 1, 1), torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, 1)
+        )
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        pytest.skip(f"torchvision's operators do not load here: {error}")
+    return torchvision
