@@ -1,0 +1,6 @@
+"""Synthetic rooms with exact labels for six tasks: ``render`` one, or ``write`` a data set of them."""
+
+from .objects import CLASSES, PARTS
+from .renderer import render
+
+__all__ = ["CLASSES", "PARTS", "render"]

@@ -1,0 +1,196 @@
+"""From a scene to a picture and its exact labels.
+
+Conventions. Depth is measured along the optical axis (as NYU Depth), in metres. Normals are in the camera's frame,
+x right, y up, z toward the viewer: a wall that faces the camera is (0, 0, 1). Everything is evaluated at pixel
+centres, so all labels agree with each other to the pixel; only the picture is antialiased.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .geometry import Box, dot, lit, rotate, trace, unit
+from .objects import VOID, label_of
+from .scene import Scene, build
+
+DEPTH_RANGE = 7.0  # metres; a depth sensor returns nothing beyond
+GRAZING_COSINE = 0.08  # nor where a surface is seen edge-on
+SALIENT_PEOPLE = 0.005  # share of the image from which people are what one looks at
+AMBIENT = 0.42
+
+FIXED = ("wall", "floor", "ceiling", "door", "window", "picture")  # never the salient object
+
+
+def shade(scene: Scene, directions: np.ndarray, depth: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Linear colour (3, N) of the surfaces met by the camera's rays."""
+    camera = scene.camera.position
+    points = camera[:, None] + directions * depth
+    normals, albedo = np.empty_like(points), np.empty_like(points)
+    glow, shine = np.zeros_like(depth), np.zeros_like(depth)
+    for number in np.unique(index):
+        here = np.flatnonzero(index == number)
+        shape, material = scene.primitives[number], scene.materials[number]
+        at = points[:, here]
+        normal = shape.normals(at)
+        normals[:, here] = normal
+        local_normal = rotate(shape.rotation.T, normal) if isinstance(shape, Box) else normal
+        albedo[:, here] = material.albedo(shape.local(at), local_normal)
+        glow[here], shine[here] = material.glow, material.shine
+
+    view = unit(-directions)
+    # corners get less of the light that comes from all around
+    openness = np.ones_like(depth)
+    for axis, extent in enumerate(scene.size):
+        low = 0.0 if axis == 1 else -extent / 2
+        for distance in (points[axis] - low, low + extent - points[axis]):
+            openness *= 1 - 0.35 * np.exp(-np.maximum(distance, 0) / np.float32(0.18))
+    # the six shell planes surround the room and lampshades let light through: neither casts a shadow
+    casters = [
+        shape
+        for shape, material in zip(scene.primitives[6:], scene.materials[6:], strict=True)
+        if not material.glow
+    ]
+    light_sum = np.float32(AMBIENT) * (np.float32(0.8) + np.float32(0.2) * normals[1]) * openness
+    color = albedo * light_sum
+    raised = points + normals * np.float32(2e-3)
+    for light in scene.lights:
+        to_light = light.position[:, None] - points
+        squared = dot(to_light, to_light)
+        direction = to_light / np.sqrt(squared)
+        facing = dot(direction, normals)
+        seen = np.flatnonzero(facing > 0)
+        seen = seen[lit(casters, light.position, raised[:, seen])]
+        strength = facing[seen] / (np.float32(1) + squared[seen] * np.float32(0.35))
+        half = unit(direction[:, seen] + view[:, seen])
+        gloss = shine[seen] * np.maximum(dot(half, normals[:, seen]), 0) ** 24
+        color[:, seen] += light.color[:, None] * (albedo[:, seen] * strength + gloss * strength)
+    return color + albedo * glow * np.float32(1.1)
+
+
+def antialias(
+    scene: Scene, color: np.ndarray, index: np.ndarray, height: int, width: int
+) -> np.ndarray:
+    """Replace the colour where surfaces meet by the mean of four rays. ``color`` (3, H·W)."""
+    meets = changes(index.reshape(height, width))
+    rows, columns = np.nonzero(meets)
+    if rows.size == 0:
+        return color
+    shifts = ((-0.125, -0.375), (0.375, -0.125), (0.125, 0.375), (-0.375, 0.125))
+    sub_rows = np.concatenate([rows + dy for dy, _ in shifts])
+    sub_columns = np.concatenate([columns + dx for _, dx in shifts])
+    directions = scene.camera.directions(sub_rows, sub_columns, height, width)
+    depth, sub_index = trace(scene.primitives, scene.camera.position, directions)
+    samples = shade(scene, directions, depth, sub_index).reshape(3, len(shifts), -1)
+    smooth = color.copy()
+    smooth[:, meets.ravel()] = np.minimum(samples, 1.5).mean(axis=1)
+    return smooth
+
+
+def changes(ids: np.ndarray) -> np.ndarray:
+    """Pixels of an id map (H, W) with another id above, below, left or right of them. Bool (H, W)."""
+    result = np.zeros(ids.shape, dtype=bool)
+    vertical, horizontal = ids[1:] != ids[:-1], ids[:, 1:] != ids[:, :-1]
+    result[1:] |= vertical
+    result[:-1] |= vertical
+    result[:, 1:] |= horizontal
+    result[:, :-1] |= horizontal
+    return result
+
+
+def develop(rng: np.random.Generator, color: np.ndarray) -> np.ndarray:
+    """Linear colour (H, W, 3) to an 8-bit picture: exposure, vignette, gamma, sensor noise."""
+    height, width, _ = color.shape
+    bright = np.percentile(color.max(axis=-1), 92)
+    exposed = color * np.float32(rng.uniform(0.75, 0.95) / max(bright, 1e-3))
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j].astype(np.float32)
+    exposed = exposed * (1 - np.float32(0.12) * (x * x + y * y))[..., None]
+    tint = np.float32(rng.uniform(0.95, 1.05, 3))
+    picture = np.clip(exposed * tint, 0, 1) ** np.float32(1 / 2.2)
+    noise = rng.standard_normal(picture.shape, dtype=np.float32) * np.float32(rng.uniform(0.006, 0.016))
+    return np.round(np.clip(picture + noise, 0, 1) * 255).astype(np.uint8)
+
+
+def blob(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A random ellipse that an annotator or a sensor missed. Bool (H, W)."""
+    center_y, center_x = rng.uniform(0, height), rng.uniform(0, width)
+    radius_y, radius_x = rng.uniform(0.03, 0.1, 2) * height
+    y, x = np.mgrid[:height, :width]
+    return ((y - center_y) / radius_y) ** 2 + ((x - center_x) / radius_x) ** 2 < 1
+
+
+def salient(semseg: np.ndarray, instances: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+    """What one looks at: people if they cover enough of the image, else the most prominent object.
+
+    Prominence is an instance's area weighted by a Gaussian about the image's centre, with a standard deviation of
+    0.3 of the height and width. Returns 0 or 1, uint8 (H, W); all 0 if there is nothing but walls.
+    """
+    people = semseg == label_of("person")
+    if people.mean() >= SALIENT_PEOPLE:
+        return people.astype(np.uint8)
+    height, width = semseg.shape
+    y = (np.arange(height) - (height - 1) / 2) / (0.3 * height)
+    x = (np.arange(width) - (width - 1) / 2) / (0.3 * width)
+    weight = np.exp(-0.5 * (y[:, None] ** 2 + x[None, :] ** 2)) * ~fixed
+    prominence = np.bincount(instances.ravel(), weights=weight.ravel())
+    if prominence.max() <= 0:
+        return np.zeros(semseg.shape, dtype=np.uint8)
+    return (instances == prominence.argmax()).astype(np.uint8)
+
+
+def render(seed: int | Sequence[int], height: int, width: int) -> dict[str, np.ndarray]:
+    """Render one room.
+
+    Args:
+        seed: decides everything but the resolution; any seed of ``numpy.random.default_rng``.
+        height, width: size in pixels.
+
+    Returns:
+        ``image`` uint8 (H, W, 3); ``semseg`` uint8 (H, W), 255 on unlabelled objects and in a missed patch;
+        ``depth`` float32 (H, W) metres along the optical axis, 0 beyond 7 m, at grazing angles, in a border strip
+        and in a missed patch; ``normals`` float32 (H, W, 3), zero where depth is; ``edge`` uint8 (H, W), 1 on both
+        sides of every border between instances; ``human_parts`` uint8 (H, W), 255 all over if nobody is in the
+        image and where semseg's missed patch is; ``sal`` uint8 (H, W), 1 on the salient object;
+        ``instance`` int32 (H, W), complete; ``focal`` float32 (), pixels (the principal point is the centre).
+    """
+    rng = np.random.default_rng(seed)
+    scene = build(rng)
+    rows, columns = np.mgrid[:height, :width].reshape(2, -1)
+    directions = scene.camera.directions(rows, columns, height, width)
+    depth, index = trace(scene.primitives, scene.camera.position, directions)
+    color = antialias(scene, shade(scene, directions, depth, index), index, height, width)
+
+    points = scene.camera.position[:, None] + directions * depth
+    normals = np.empty_like(points)
+    for number in np.unique(index):
+        here = index == number
+        normals[:, here] = scene.primitives[number].normals(points[:, here])
+    cosine = -dot(unit(directions), normals)
+    normals = rotate(scene.camera.rotation.T, normals)
+
+    shape = (height, width)
+    instance, semseg = scene.instances[index].reshape(shape), scene.labels[index].reshape(shape)
+    fixed = np.isin(semseg, [label_of(name) for name in FIXED])
+    sal = salient(semseg, instance, fixed)
+    parts = scene.parts[index].reshape(shape)
+    if not parts.any():
+        parts = np.full_like(parts, VOID)
+
+    missed = blob(rng, height, width) & (rng.random() < 0.5)
+    strip = np.zeros(shape, dtype=bool)
+    strip[:, : round(width * rng.uniform(0, 0.04))] = True  # a depth sensor sees less on one side than the camera
+    no_depth = (depth > DEPTH_RANGE).reshape(shape) | (cosine < GRAZING_COSINE).reshape(shape)
+    no_depth |= strip | (blob(rng, height, width) & (rng.random() < 0.7))
+    valid = ~no_depth
+    return {
+        "image": develop(rng, np.moveaxis(color, 0, -1).reshape(height, width, 3)),
+        "semseg": np.where(missed, np.uint8(VOID), semseg),
+        "depth": np.where(valid, depth.reshape(shape), np.float32(0)),
+        "normals": np.moveaxis(normals, 0, -1).reshape(height, width, 3) * valid[..., None],
+        "edge": changes(instance).astype(np.uint8),
+        "human_parts": np.where(missed, np.uint8(VOID), parts),
+        "sal": sal,
+        "instance": instance,
+        "focal": np.float32(scene.camera.focal(height, width)),
+    }
