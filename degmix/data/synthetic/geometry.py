@@ -7,6 +7,7 @@ runs over contiguous memory. World axes: x right, y up, z toward the reader, in 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -257,27 +258,21 @@ class Cylinder:
         )
 
 
-class Cones:
-    """Bounding spheres of many primitives as seen from one point: which rays can meet which primitive."""
-
-    def __init__(self, primitives: list[Primitive], origin: np.ndarray) -> None:
-        spheres = [primitive.bounding_sphere() for primitive in primitives]
-        radii = np.array([radius for _, radius in spheres], dtype=np.float32)
-        to_center = np.array([center for center, _ in spheres], dtype=np.float32).T - origin[:, None]
-        distance = np.sqrt(dot(to_center, to_center))
-        self.origin = origin
-        self.primitives = primitives
-        self.everywhere = distance <= radii * 1.01  # the origin is inside the sphere, or it has no bound
-        self.axes = to_center / np.maximum(distance, np.float32(1e-6))
-        with np.errstate(invalid="ignore"):
-            sine = np.where(self.everywhere, 0, radii / np.maximum(distance, np.float32(1e-6)))
-        self.cosines = np.sqrt(1 - sine * sine) - np.float32(1e-4)
-
-    def rays(self, index: int, unit_directions: np.ndarray) -> np.ndarray | None:
-        """Indices of the rays that may hit primitive ``index``; None for all of them."""
-        if self.everywhere[index]:
-            return None
-        return np.flatnonzero(dot(self.axes[:, index], unit_directions) > self.cosines[index])
+def candidates(
+    primitives: list[Primitive], origin: np.ndarray, directions: np.ndarray
+) -> Iterator[tuple[int, np.ndarray]]:
+    """For each primitive that some rays may hit, its index and theirs: a test against the cone about its bounding sphere."""
+    spheres = [primitive.bounding_sphere() for primitive in primitives]
+    radii = np.array([radius for _, radius in spheres], dtype=np.float32)
+    to_center = np.array([center for center, _ in spheres], dtype=np.float32).T - origin[:, None]
+    distance = np.maximum(np.sqrt(dot(to_center, to_center)), np.float32(1e-6))
+    everywhere = distance <= radii * 1.01  # the origin is inside the sphere, or it has no bound
+    sine = np.where(everywhere, 0, np.minimum(radii, distance) / distance)
+    # the margin covers any rounding, so the answer never depends on it and BLAS may be used
+    cosine = np.where(everywhere, -2, np.sqrt(1 - sine * sine) - np.float32(1e-4))
+    inside = (to_center / distance).T @ unit(directions) > cosine[:, None]
+    for number in np.flatnonzero(inside.any(axis=1)):
+        yield int(number), np.flatnonzero(inside[number])
 
 
 def trace(
@@ -289,35 +284,23 @@ def trace(
     """
     nearest = np.full(directions.shape[1], MISS)
     index = np.full(directions.shape[1], -1, dtype=np.int32)
-    cones = Cones(primitives, origin)
-    unit_directions = unit(directions)
-    for number, primitive in enumerate(primitives):
-        rays = cones.rays(number, unit_directions)
-        if rays is None:
-            t = primitive.intersect(origin, directions)
-            closer = t < nearest
-            nearest[closer] = t[closer]
-            index[closer] = number
-        elif rays.size:
-            t = primitive.intersect(origin, directions[:, rays])
-            closer = t < nearest[rays]
-            nearest[rays[closer]] = t[closer]
-            index[rays[closer]] = number
+    for number, rays in candidates(primitives, origin, directions):
+        t = primitives[number].intersect(origin, np.take(directions, rays, axis=1))
+        closer = t < nearest[rays]
+        hit = rays[closer]
+        nearest[hit] = t[closer]
+        index[hit] = number
     return nearest, index
 
 
 def lit(primitives: list[Primitive], light: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Which points (3, N) see the light: shadow rays start at the light, so they share one origin. Bool (N,)."""
     directions = points - light[:, None]
-    unit_directions = unit(directions)
-    cones = Cones(primitives, light)
     visible = np.ones(points.shape[1], dtype=bool)
-    for number, primitive in enumerate(primitives):
-        rays = cones.rays(number, unit_directions)
-        if rays is None:
-            rays = np.arange(points.shape[1])
+    for number, rays in candidates(primitives, light, directions):
         rays = rays[visible[rays]]
         if rays.size:
             # the surface itself is at t = 1: stop a little short of it
-            visible[rays] = primitive.intersect(light, directions[:, rays]) > np.float32(0.995)
+            t = primitives[number].intersect(light, np.take(directions, rays, axis=1))
+            visible[rays] = t > np.float32(0.995)
     return visible

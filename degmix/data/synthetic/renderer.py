@@ -8,6 +8,7 @@ centres, so all labels agree with each other to the pixel; only the picture is a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,66 +24,83 @@ AMBIENT = 0.42
 FIXED = ("wall", "floor", "ceiling", "door", "window", "picture")  # never the salient object
 
 
-def shade(scene: Scene, directions: np.ndarray, depth: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Linear colour (3, N) of the surfaces met by the camera's rays."""
-    camera = scene.camera.position
-    points = camera[:, None] + directions * depth
-    normals, albedo = np.empty_like(points), np.empty_like(points)
-    glow, shine = np.zeros_like(depth), np.zeros_like(depth)
+@dataclass(frozen=True)
+class Hits:
+    """The surfaces met by a bundle of rays: arrays (3, N) and (N,) in world coordinates."""
+
+    directions: np.ndarray
+    depth: np.ndarray
+    index: np.ndarray
+    points: np.ndarray
+    normals: np.ndarray
+
+
+def look(scene: Scene, rows: np.ndarray, columns: np.ndarray, size: tuple[int, int]) -> Hits:
+    """Cast the camera's rays through pixel positions."""
+    directions = scene.camera.directions(rows, columns, *size)
+    depth, index = trace(scene.primitives, scene.camera.position, directions)
+    points = scene.camera.position[:, None] + directions * depth
+    normals = np.empty_like(points)
     for number in np.unique(index):
         here = np.flatnonzero(index == number)
+        normals[:, here] = scene.primitives[number].normals(points[:, here])
+    return Hits(directions, depth, index, points, normals)
+
+
+def shade(scene: Scene, hits: Hits) -> np.ndarray:
+    """Linear colour (3, N) of what the rays met: ambient light with dark corners, lamps with shadows and gloss."""
+    points, normals = hits.points, hits.normals
+    albedo = np.empty_like(points)
+    glow, shine = np.zeros_like(hits.depth), np.zeros_like(hits.depth)
+    for number in np.unique(hits.index):
+        here = np.flatnonzero(hits.index == number)
         shape, material = scene.primitives[number], scene.materials[number]
-        at = points[:, here]
-        normal = shape.normals(at)
-        normals[:, here] = normal
+        normal = normals[:, here]
         local_normal = rotate(shape.rotation.T, normal) if isinstance(shape, Box) else normal
-        albedo[:, here] = material.albedo(shape.local(at), local_normal)
+        albedo[:, here] = material.albedo(shape.local(points[:, here]), local_normal)
         glow[here], shine[here] = material.glow, material.shine
 
-    view = unit(-directions)
     # corners get less of the light that comes from all around
-    openness = np.ones_like(depth)
+    openness = np.ones_like(hits.depth)
     for axis, extent in enumerate(scene.size):
         low = 0.0 if axis == 1 else -extent / 2
-        for distance in (points[axis] - low, low + extent - points[axis]):
-            openness *= 1 - 0.35 * np.exp(-np.maximum(distance, 0) / np.float32(0.18))
+        nearest = np.minimum(points[axis] - low, low + extent - points[axis])
+        openness *= 1 - np.float32(0.35) * np.exp(-np.maximum(nearest, 0) / np.float32(0.18))
+    ambient = np.float32(AMBIENT) * (np.float32(0.8) + np.float32(0.2) * normals[1]) * openness
+    color = albedo * (ambient + glow * np.float32(1.1))
+
     # the six shell planes surround the room and lampshades let light through: neither casts a shadow
-    casters = [
-        shape
-        for shape, material in zip(scene.primitives[6:], scene.materials[6:], strict=True)
-        if not material.glow
-    ]
-    light_sum = np.float32(AMBIENT) * (np.float32(0.8) + np.float32(0.2) * normals[1]) * openness
-    color = albedo * light_sum
+    furnishing = zip(scene.primitives[6:], scene.materials[6:], strict=True)
+    casters = [shape for shape, material in furnishing if not material.glow]
     raised = points + normals * np.float32(2e-3)
     for light in scene.lights:
-        to_light = light.position[:, None] - points
+        seen = np.flatnonzero(dot(light.position[:, None] - points, normals) > 0)
+        seen = seen[lit(casters, light.position, raised[:, seen])]
+        normal = normals[:, seen]
+        to_light = light.position[:, None] - points[:, seen]
         squared = dot(to_light, to_light)
         direction = to_light / np.sqrt(squared)
-        facing = dot(direction, normals)
-        seen = np.flatnonzero(facing > 0)
-        seen = seen[lit(casters, light.position, raised[:, seen])]
-        strength = facing[seen] / (np.float32(1) + squared[seen] * np.float32(0.35))
-        half = unit(direction[:, seen] + view[:, seen])
-        gloss = shine[seen] * np.maximum(dot(half, normals[:, seen]), 0) ** 24
-        color[:, seen] += light.color[:, None] * (albedo[:, seen] * strength + gloss * strength)
-    return color + albedo * glow * np.float32(1.1)
+        strength = dot(direction, normal) / (np.float32(1) + squared * np.float32(0.35))
+        half = unit(direction - unit(hits.directions[:, seen]))
+        gloss = shine[seen] * np.maximum(dot(half, normal), 0) ** 24
+        color[:, seen] += light.color[:, None] * ((albedo[:, seen] + gloss) * strength)
+    return color
 
 
 def antialias(
     scene: Scene, color: np.ndarray, index: np.ndarray, height: int, width: int
 ) -> np.ndarray:
-    """Replace the colour where surfaces meet by the mean of four rays. ``color`` (3, H·W)."""
-    meets = changes(index.reshape(height, width))
+    """Replace the colour where instances or materials meet by the mean of four rays. ``color`` (3, H·W)."""
+    looks = {id(material): number for number, material in enumerate(scene.materials)}
+    look_ids = np.array([looks[id(material)] for material in scene.materials]) + 1000 * scene.instances
+    meets = changes(look_ids[index].reshape(height, width))
     rows, columns = np.nonzero(meets)
     if rows.size == 0:
         return color
     shifts = ((-0.125, -0.375), (0.375, -0.125), (0.125, 0.375), (-0.375, 0.125))
     sub_rows = np.concatenate([rows + dy for dy, _ in shifts])
     sub_columns = np.concatenate([columns + dx for _, dx in shifts])
-    directions = scene.camera.directions(sub_rows, sub_columns, height, width)
-    depth, sub_index = trace(scene.primitives, scene.camera.position, directions)
-    samples = shade(scene, directions, depth, sub_index).reshape(3, len(shifts), -1)
+    samples = shade(scene, look(scene, sub_rows, sub_columns, (height, width))).reshape(3, len(shifts), -1)
     smooth = color.copy()
     smooth[:, meets.ravel()] = np.minimum(samples, 1.5).mean(axis=1)
     return smooth
@@ -157,17 +175,11 @@ def render(seed: int | Sequence[int], height: int, width: int) -> dict[str, np.n
     rng = np.random.default_rng(seed)
     scene = build(rng)
     rows, columns = np.mgrid[:height, :width].reshape(2, -1)
-    directions = scene.camera.directions(rows, columns, height, width)
-    depth, index = trace(scene.primitives, scene.camera.position, directions)
-    color = antialias(scene, shade(scene, directions, depth, index), index, height, width)
-
-    points = scene.camera.position[:, None] + directions * depth
-    normals = np.empty_like(points)
-    for number in np.unique(index):
-        here = index == number
-        normals[:, here] = scene.primitives[number].normals(points[:, here])
-    cosine = -dot(unit(directions), normals)
-    normals = rotate(scene.camera.rotation.T, normals)
+    hits = look(scene, rows, columns, (height, width))
+    color = antialias(scene, shade(scene, hits), hits.index, height, width)
+    depth, index = hits.depth, hits.index
+    cosine = -dot(unit(hits.directions), hits.normals)
+    normals = rotate(scene.camera.rotation.T, hits.normals)
 
     shape = (height, width)
     instance, semseg = scene.instances[index].reshape(shape), scene.labels[index].reshape(shape)

@@ -185,8 +185,8 @@ def furnish(rng: Rng, room: Room) -> None:
     for _ in range(rng.integers(1, 4)):
         room.hang(rng, furniture.window(rng), y=rng.uniform(1.5, 1.65))
     supports: list[tuple[Item, float]] = []
-    for build, chance in ((furniture.bed, 0.75), (furniture.sofa, 0.75), (furniture.cabinet, 0.9),
-                          (furniture.cabinet, 0.5), (furniture.sofa, 0.2)):
+    for build, chance in ((furniture.bed, 0.75), (furniture.sofa, 0.75), (furniture.cabinet, 0.95),
+                          (furniture.cabinet, 0.8), (furniture.cabinet, 0.4)):
         if rng.random() < chance:
             thing = build(rng)
             placed = room.stand(rng, thing, wall=int(rng.integers(4)))
@@ -268,9 +268,10 @@ def lamps(rng: Rng, room: Room) -> list[Light]:
     warm = vector(1.0, rng.uniform(0.86, 0.98), rng.uniform(0.7, 0.92)) * np.float32(rng.uniform(2.6, 3.6))
     spread = rng.uniform(0.12, 0.3)
     result = []
-    for angle in (0.3, 2.4, 4.5):
+    turn = rng.uniform(0, np.pi)
+    for angle in (turn, turn + np.pi):
         place = vector(x + spread * np.cos(angle), room.height - 0.08, z + spread * np.sin(angle))
-        result.append(Light(place, warm / 3))
+        result.append(Light(place, warm / 2))
     panes = [thing for thing in room.items if thing.name == "window"]
     if panes:
         pane = panes[0].surfaces[0].shape
