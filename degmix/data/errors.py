@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class DataError(ValueError):
-    """Something is wrong with the data on disk; the message names the file, what was expected and what came."""
+    """The data on disk is not as it must be; the message names the file, what was expected, what came."""

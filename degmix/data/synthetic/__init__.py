@@ -2,5 +2,6 @@
 
 from .objects import CLASSES, PARTS
 from .renderer import render
+from .writer import write
 
-__all__ = ["CLASSES", "PARTS", "render"]
+__all__ = ["CLASSES", "PARTS", "render", "write"]

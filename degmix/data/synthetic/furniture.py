@@ -113,7 +113,9 @@ def cabinet(rng: Rng) -> Item:
     tall = kind == "wardrobe"
     width, height = rng.uniform(0.8, 1.5), rng.uniform(1.7, 2.1) if tall else rng.uniform(0.75, 1.05)
     surfaces = [block(body, width, height, depth)]
-    front = Material(tinted(rng, tuple(1.2 * c for c in body.first), 0.03), body.second, body.pattern, body.scale)
+    front = Material(
+        tinted(rng, tuple(1.2 * c for c in body.first), 0.03), body.second, body.pattern, body.scale
+    )
     columns, rows = (2, 1) if tall else (1 if width < 1.1 else 2, 3)
     panel_width, panel_height = width / columns, (height - 0.08) / rows
     for column_number in range(columns):

@@ -1,13 +1,13 @@
 """Ray casting against five primitives, vectorised over all rays.
 
-A bundle of rays is one ``origin`` (3,) and ``directions`` (3, N) float32 of any length; an intersection is the ray
-parameter t (N,), infinite for a miss. Arrays keep the three components in the leading axis, so every step below
-runs over contiguous memory. World axes: x right, y up, z toward the reader, in metres.
+A bundle of rays is one ``origin`` (3,) and ``directions`` (3, N) float32 of any length; an intersection is
+the ray parameter t (N,), infinite for a miss. Arrays keep the three components in the leading axis, so every
+step below runs over contiguous memory. World axes: x right, y up, z toward the reader, in metres.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -23,7 +23,7 @@ def vector(*values: float) -> np.ndarray:
 
 
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Dot product over the leading axis; written out, as BLAS may round differently from one process to the next."""
+    """Dot product over the leading axis; written out, as BLAS may round differently in another process."""
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
@@ -103,7 +103,9 @@ class Box:
     def upright(cls, low: tuple[float, float, float], high: tuple[float, float, float]) -> Box:
         """The axis-aligned box between two corners."""
         low_corner, high_corner = vector(*low), vector(*high)
-        return cls((low_corner + high_corner) / 2, (high_corner - low_corner) / 2, np.eye(3, dtype=np.float32))
+        return cls(
+            (low_corner + high_corner) / 2, (high_corner - low_corner) / 2, np.eye(3, dtype=np.float32)
+        )
 
     def bounding_sphere(self) -> tuple[np.ndarray, float]:
         return self.center, float(np.sqrt(dot(self.half, self.half)))
@@ -254,29 +256,65 @@ class Cylinder:
         lid = np.where(top < bottom, np.float32(1), np.float32(-1))
         zero = np.float32(0)
         return np.stack(
-            [np.where(on_side, x / safe, zero), np.where(on_side, zero, lid), np.where(on_side, z / safe, zero)]
+            [
+                np.where(on_side, x / safe, zero),
+                np.where(on_side, zero, lid),
+                np.where(on_side, z / safe, zero),
+            ]
         )
 
 
+@dataclass(frozen=True)
+class Group:
+    """The primitives of one object and a sphere about them all."""
+
+    primitives: tuple[Primitive, ...]
+    first: int  # index of its first primitive in the scene
+    center: np.ndarray
+    radius: float
+
+    @classmethod
+    def around(cls, primitives: Sequence[Primitive], first: int) -> Group:
+        """Bound all bounding spheres, about their mean centre."""
+        spheres = [primitive.bounding_sphere() for primitive in primitives]
+        center = np.mean([middle for middle, _ in spheres], axis=0, dtype=np.float32)
+        radius = max(
+            radius + float(np.sqrt(dot(middle - center, middle - center))) for middle, radius in spheres
+        )
+        return cls(tuple(primitives), first, center, radius)
+
+
+def toward(center: np.ndarray, radius: float, origin: np.ndarray, unit_directions: np.ndarray) -> np.ndarray:
+    """Indices of the rays within the cone from the origin about a sphere: the only ones that may meet it."""
+    to_center = center - origin
+    distance = float(np.sqrt(dot(to_center, to_center)))
+    if distance <= 1.01 * radius:
+        return np.arange(unit_directions.shape[1])
+    cosine = np.float32(np.sqrt(1 - (radius / distance) ** 2) - 1e-4)
+    return np.flatnonzero(dot(to_center / np.float32(distance), unit_directions) > cosine)
+
+
 def candidates(
-    primitives: list[Primitive], origin: np.ndarray, directions: np.ndarray
-) -> Iterator[tuple[int, np.ndarray]]:
-    """For each primitive that some rays may hit, its index and theirs: a test against the cone about its bounding sphere."""
-    spheres = [primitive.bounding_sphere() for primitive in primitives]
-    radii = np.array([radius for _, radius in spheres], dtype=np.float32)
-    to_center = np.array([center for center, _ in spheres], dtype=np.float32).T - origin[:, None]
-    distance = np.maximum(np.sqrt(dot(to_center, to_center)), np.float32(1e-6))
-    everywhere = distance <= radii * 1.01  # the origin is inside the sphere, or it has no bound
-    sine = np.where(everywhere, 0, np.minimum(radii, distance) / distance)
-    # the margin covers any rounding, so the answer never depends on it and BLAS may be used
-    cosine = np.where(everywhere, -2, np.sqrt(1 - sine * sine) - np.float32(1e-4))
-    inside = (to_center / distance).T @ unit(directions) > cosine[:, None]
-    for number in np.flatnonzero(inside.any(axis=1)):
-        yield int(number), np.flatnonzero(inside[number])
+    groups: Iterable[Group], origin: np.ndarray, directions: np.ndarray
+) -> Iterator[tuple[int, Primitive, np.ndarray]]:
+    """Every primitive that some rays may hit: its index, itself, and the rays' indices."""
+    unit_directions = unit(directions)
+    for group in groups:
+        near = toward(group.center, group.radius, origin, unit_directions)
+        if near.size == 0:
+            continue
+        if len(group.primitives) == 1:
+            yield group.first, group.primitives[0], near
+            continue
+        near_directions = np.take(unit_directions, near, axis=1)
+        for number, primitive in enumerate(group.primitives, group.first):
+            rays = toward(*primitive.bounding_sphere(), origin, near_directions)
+            if rays.size:
+                yield number, primitive, near[rays]
 
 
 def trace(
-    primitives: list[Primitive], origin: np.ndarray, directions: np.ndarray
+    groups: Iterable[Group], origin: np.ndarray, directions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the first surface along every ray.
 
@@ -284,8 +322,8 @@ def trace(
     """
     nearest = np.full(directions.shape[1], MISS)
     index = np.full(directions.shape[1], -1, dtype=np.int32)
-    for number, rays in candidates(primitives, origin, directions):
-        t = primitives[number].intersect(origin, np.take(directions, rays, axis=1))
+    for number, primitive, rays in candidates(groups, origin, directions):
+        t = primitive.intersect(origin, np.take(directions, rays, axis=1))
         closer = t < nearest[rays]
         hit = rays[closer]
         nearest[hit] = t[closer]
@@ -293,14 +331,14 @@ def trace(
     return nearest, index
 
 
-def lit(primitives: list[Primitive], light: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Which points (3, N) see the light: shadow rays start at the light, so they share one origin. Bool (N,)."""
+def lit(groups: Iterable[Group], light: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Which points (3, N) see the light, bool (N,): shadow rays start at the light to share one origin."""
     directions = points - light[:, None]
     visible = np.ones(points.shape[1], dtype=bool)
-    for number, rays in candidates(primitives, light, directions):
+    for _, primitive, rays in candidates(groups, light, directions):
         rays = rays[visible[rays]]
         if rays.size:
             # the surface itself is at t = 1: stop a little short of it
-            t = primitives[number].intersect(light, np.take(directions, rays, axis=1))
+            t = primitive.intersect(light, np.take(directions, rays, axis=1))
             visible[rays] = t > np.float32(0.995)
     return visible

@@ -97,7 +97,7 @@ def speckle(local: np.ndarray, normals: np.ndarray, scale: float, salt: int) -> 
 
 @dataclass(frozen=True)
 class Material:
-    """Two colours (linear RGB in [0, 1]) mixed by a pattern; ``glow`` is light the surface gives off itself."""
+    """Two colours (linear RGB in [0, 1]) mixed by a pattern; ``glow`` is light it gives off itself."""
 
     first: Color
     second: Color | None = None
@@ -116,7 +116,9 @@ class Material:
 
 def tinted(rng: np.random.Generator, color: Color, spread: float = 0.08) -> Color:
     """The colour, moved a little at random: overall brightness and each channel."""
-    value = np.float64(color) * rng.uniform(1 - 2 * spread, 1 + 2 * spread) + rng.uniform(-spread, spread, 3) / 2
+    value = (
+        np.float64(color) * rng.uniform(1 - 2 * spread, 1 + 2 * spread) + rng.uniform(-spread, spread, 3) / 2
+    )
     red, green, blue = np.clip(value, 0.01, 0.95)
     return float(red), float(green), float(blue)
 

@@ -38,7 +38,9 @@ PARTS: tuple[str, ...] = (
 )
 """Labels of ``human_parts``, as in PASCAL-Person-Part."""
 
-UNLABELLED = "unlabelled"  # clutter that no class covers: void in semseg, yet an instance with depth and edges
+UNLABELLED = (
+    "unlabelled"  # clutter that no class covers: void in semseg, yet an instance with depth and edges
+)
 VOID = 255
 
 

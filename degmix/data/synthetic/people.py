@@ -43,9 +43,7 @@ class Pose:
 
 def limb_direction(swing: float, spread: float, side: int) -> np.ndarray:
     """Unit vector of a limb that hangs down at zero angles."""
-    return vector(
-        side * np.sin(spread), -np.cos(spread) * np.cos(swing), np.cos(spread) * np.sin(swing)
-    )
+    return vector(side * np.sin(spread), -np.cos(spread) * np.cos(swing), np.cos(spread) * np.sin(swing))
 
 
 def pair(rng: np.random.Generator, low: float, high: float) -> tuple[float, float]:
@@ -110,7 +108,9 @@ def person(rng: np.random.Generator, pose: Pose, seat: float | None = None) -> I
     hair = Material(picked(rng, HAIR, 0.03), pattern=speckle, scale=0.03, salt=salt(rng))
     surfaces: list[Surface] = []
 
-    def limb(part: int, start: np.ndarray, end: np.ndarray, radius: float, cover: Material | None = None) -> None:
+    def limb(
+        part: int, start: np.ndarray, end: np.ndarray, radius: float, cover: Material | None = None
+    ) -> None:
         surfaces.append(Surface(Capsule(start, end, radius * build), cover or clothes[part], part))
 
     hips = vector(0, 0, 0)
@@ -147,7 +147,9 @@ def person(rng: np.random.Generator, pose: Pose, seat: float | None = None) -> I
         limb(LOWER_LEG, ankle, ankle + vector(0, -0.01, 0.075) * height, 0.026, shoes)
 
     if seat is None:
-        lowest = min(min(s.shape.start[1], s.shape.end[1]) - s.shape.radius for s in surfaces if s.part == LOWER_LEG)
+        lowest = min(
+            min(s.shape.start[1], s.shape.end[1]) - s.shape.radius for s in surfaces if s.part == LOWER_LEG
+        )
         lift = -float(lowest)
     else:
         lift = seat + 0.068 * build

@@ -1,14 +1,14 @@
 """From a scene to a picture and its exact labels.
 
-Conventions. Depth is measured along the optical axis (as NYU Depth), in metres. Normals are in the camera's frame,
-x right, y up, z toward the viewer: a wall that faces the camera is (0, 0, 1). Everything is evaluated at pixel
-centres, so all labels agree with each other to the pixel; only the picture is antialiased.
+Conventions. Depth is measured along the optical axis (as NYU Depth), in metres. Normals are in the camera's
+frame, x right, y up, z toward the viewer: a wall that faces the camera is (0, 0, 1). Everything is evaluated
+at pixel centres, so all labels agree with each other to the pixel; only the picture is antialiased.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -35,10 +35,16 @@ class Hits:
     normals: np.ndarray
 
 
+def joined(first: Hits, second: Hits) -> Hits:
+    """Two bundles as one, so that shading walks the primitives once."""
+    pairs = ((getattr(first, name.name), getattr(second, name.name)) for name in fields(Hits))
+    return Hits(*(np.concatenate(pair, axis=-1) for pair in pairs))
+
+
 def look(scene: Scene, rows: np.ndarray, columns: np.ndarray, size: tuple[int, int]) -> Hits:
     """Cast the camera's rays through pixel positions."""
     directions = scene.camera.directions(rows, columns, *size)
-    depth, index = trace(scene.primitives, scene.camera.position, directions)
+    depth, index = trace(scene.groups, scene.camera.position, directions)
     points = scene.camera.position[:, None] + directions * depth
     normals = np.empty_like(points)
     for number in np.unique(index):
@@ -48,7 +54,7 @@ def look(scene: Scene, rows: np.ndarray, columns: np.ndarray, size: tuple[int, i
 
 
 def shade(scene: Scene, hits: Hits) -> np.ndarray:
-    """Linear colour (3, N) of what the rays met: ambient light with dark corners, lamps with shadows and gloss."""
+    """Linear colour (3, N) of what the rays met: ambient light, lamps with shadows, gloss."""
     points, normals = hits.points, hits.normals
     albedo = np.empty_like(points)
     glow, shine = np.zeros_like(hits.depth), np.zeros_like(hits.depth)
@@ -69,13 +75,10 @@ def shade(scene: Scene, hits: Hits) -> np.ndarray:
     ambient = np.float32(AMBIENT) * (np.float32(0.8) + np.float32(0.2) * normals[1]) * openness
     color = albedo * (ambient + glow * np.float32(1.1))
 
-    # the six shell planes surround the room and lampshades let light through: neither casts a shadow
-    furnishing = zip(scene.primitives[6:], scene.materials[6:], strict=True)
-    casters = [shape for shape, material in furnishing if not material.glow]
     raised = points + normals * np.float32(2e-3)
     for light in scene.lights:
         seen = np.flatnonzero(dot(light.position[:, None] - points, normals) > 0)
-        seen = seen[lit(casters, light.position, raised[:, seen])]
+        seen = seen[lit(scene.casters, light.position, raised[:, seen])]
         normal = normals[:, seen]
         to_light = light.position[:, None] - points[:, seen]
         squared = dot(to_light, to_light)
@@ -87,23 +90,25 @@ def shade(scene: Scene, hits: Hits) -> np.ndarray:
     return color
 
 
-def antialias(
-    scene: Scene, color: np.ndarray, index: np.ndarray, height: int, width: int
-) -> np.ndarray:
-    """Replace the colour where instances or materials meet by the mean of four rays. ``color`` (3, H·W)."""
-    looks = {id(material): number for number, material in enumerate(scene.materials)}
-    look_ids = np.array([looks[id(material)] for material in scene.materials]) + 1000 * scene.instances
-    meets = changes(look_ids[index].reshape(height, width))
+SUBPIXELS = ((-0.125, -0.375), (0.375, -0.125), (0.125, 0.375), (-0.375, 0.125))  # a rotated grid
+
+
+def photograph(scene: Scene, hits: Hits, height: int, width: int) -> np.ndarray:
+    """Linear colour (3, H·W) of all pixels; where instances or materials meet, the mean of four more rays."""
+    numbers = {material: number for number, material in enumerate(dict.fromkeys(scene.materials))}
+    looks = np.array([numbers[material] for material in scene.materials]) + 1000 * scene.instances
+    meets = changes(looks[hits.index].reshape(height, width))
     rows, columns = np.nonzero(meets)
-    if rows.size == 0:
-        return color
-    shifts = ((-0.125, -0.375), (0.375, -0.125), (0.125, 0.375), (-0.375, 0.125))
-    sub_rows = np.concatenate([rows + dy for dy, _ in shifts])
-    sub_columns = np.concatenate([columns + dx for _, dx in shifts])
-    samples = shade(scene, look(scene, sub_rows, sub_columns, (height, width))).reshape(3, len(shifts), -1)
-    smooth = color.copy()
-    smooth[:, meets.ravel()] = np.minimum(samples, 1.5).mean(axis=1)
-    return smooth
+    finer = look(
+        scene,
+        np.concatenate([rows + down for down, _ in SUBPIXELS]),
+        np.concatenate([columns + across for _, across in SUBPIXELS]),
+        (height, width),
+    )
+    color, samples = np.split(shade(scene, joined(hits, finer)), [height * width], axis=1)
+    samples = np.minimum(samples, 1.5).reshape(3, len(SUBPIXELS), rows.size)
+    color[:, meets.ravel()] = samples.mean(axis=1)
+    return color
 
 
 def changes(ids: np.ndarray) -> np.ndarray:
@@ -141,8 +146,9 @@ def blob(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 def salient(semseg: np.ndarray, instances: np.ndarray, fixed: np.ndarray) -> np.ndarray:
     """What one looks at: people if they cover enough of the image, else the most prominent object.
 
-    Prominence is an instance's area weighted by a Gaussian about the image's centre, with a standard deviation of
-    0.3 of the height and width. Returns 0 or 1, uint8 (H, W); all 0 if there is nothing but walls.
+    Prominence is an instance's area weighted by a Gaussian about the image's centre, with a standard
+    deviation of 0.3 of the height and width. Returns 0 or 1, uint8 (H, W); all 0 if there is nothing but
+    walls.
     """
     people = semseg == label_of("person")
     if people.mean() >= SALIENT_PEOPLE:
@@ -166,17 +172,18 @@ def render(seed: int | Sequence[int], height: int, width: int) -> dict[str, np.n
 
     Returns:
         ``image`` uint8 (H, W, 3); ``semseg`` uint8 (H, W), 255 on unlabelled objects and in a missed patch;
-        ``depth`` float32 (H, W) metres along the optical axis, 0 beyond 7 m, at grazing angles, in a border strip
-        and in a missed patch; ``normals`` float32 (H, W, 3), zero where depth is; ``edge`` uint8 (H, W), 1 on both
-        sides of every border between instances; ``human_parts`` uint8 (H, W), 255 all over if nobody is in the
-        image and where semseg's missed patch is; ``sal`` uint8 (H, W), 1 on the salient object;
-        ``instance`` int32 (H, W), complete; ``focal`` float32 (), pixels (the principal point is the centre).
+        ``depth`` float32 (H, W) metres along the optical axis, 0 beyond 7 m, at grazing angles, in a border
+        strip and in a missed patch; ``normals`` float32 (H, W, 3), zero where depth is; ``edge`` uint8 (H,
+        W), 1 on both sides of every border between instances; ``human_parts`` uint8 (H, W), 255 all over if
+        nobody is in the image and where semseg's missed patch is; ``sal`` uint8 (H, W), 1 on the salient
+        object; ``instance`` int32 (H, W), complete; ``focal`` float32 (), pixels (the principal point is the
+        centre).
     """
     rng = np.random.default_rng(seed)
     scene = build(rng)
     rows, columns = np.mgrid[:height, :width].reshape(2, -1)
     hits = look(scene, rows, columns, (height, width))
-    color = antialias(scene, shade(scene, hits), hits.index, height, width)
+    color = photograph(scene, hits, height, width)
     depth, index = hits.depth, hits.index
     cosine = -dot(unit(hits.directions), hits.normals)
     normals = rotate(scene.camera.rotation.T, hits.normals)
@@ -191,7 +198,9 @@ def render(seed: int | Sequence[int], height: int, width: int) -> dict[str, np.n
 
     missed = blob(rng, height, width) & (rng.random() < 0.5)
     strip = np.zeros(shape, dtype=bool)
-    strip[:, : round(width * rng.uniform(0, 0.04))] = True  # a depth sensor sees less on one side than the camera
+    strip[:, : round(width * rng.uniform(0, 0.04))] = (
+        True  # a depth sensor sees less on one side than the camera
+    )
     no_depth = (depth > DEPTH_RANGE).reshape(shape) | (cosine < GRAZING_COSINE).reshape(shape)
     no_depth |= strip | (blob(rng, height, width) & (rng.random() < 0.7))
     valid = ~no_depth

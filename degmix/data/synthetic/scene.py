@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import furniture, people
-from .geometry import Box, Plane, Primitive, dot, rotate, trace, unit, vector, yaw_rotation
+from .geometry import Box, Group, Plane, Primitive, rotate, trace, unit, vector, yaw_rotation
 from .materials import Material, checker, picked, plain, speckle, stripes, tiles, tinted, wood
 from .objects import CLASSES, Item, Surface, item, label_of, salt
 
@@ -51,9 +51,11 @@ class Light:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything the renderer needs, primitives first: ``labels[i]`` is primitive i's class and so on."""
+    """Everything the renderer needs: ``labels[i]`` is primitive i's class and so on."""
 
     primitives: list[Primitive]
+    groups: list[Group]  # the same, by object
+    casters: list[Group]  # those that cast shadows
     materials: list[Material]
     labels: np.ndarray  # uint8, 255 for unlabelled objects
     parts: np.ndarray  # uint8
@@ -155,7 +157,9 @@ def shell(rng: Rng, room: Room) -> list[Item]:
         ground = Material(color, tuple(0.6 * c for c in color), wood, scale=0.16, shine=0.15, salt=salt(rng))
     elif kind == 1:
         color = picked(rng, ((0.45, 0.42, 0.38), (0.3, 0.36, 0.4), (0.5, 0.34, 0.25)))
-        ground = Material(color, (0.7, 0.68, 0.64), tiles, scale=rng.uniform(0.3, 0.5), shine=0.25, salt=salt(rng))
+        ground = Material(
+            color, (0.7, 0.68, 0.64), tiles, scale=rng.uniform(0.3, 0.5), shine=0.25, salt=salt(rng)
+        )
     elif kind == 2:
         color = picked(rng, ((0.35, 0.3, 0.24), (0.22, 0.26, 0.34), (0.35, 0.18, 0.16)))
         ground = Material(color, tuple(0.65 * c for c in color), speckle, scale=0.05, salt=salt(rng))
@@ -185,8 +189,13 @@ def furnish(rng: Rng, room: Room) -> None:
     for _ in range(rng.integers(1, 4)):
         room.hang(rng, furniture.window(rng), y=rng.uniform(1.5, 1.65))
     supports: list[tuple[Item, float]] = []
-    for build, chance in ((furniture.bed, 0.75), (furniture.sofa, 0.75), (furniture.cabinet, 0.95),
-                          (furniture.cabinet, 0.8), (furniture.cabinet, 0.4)):
+    for build, chance in (
+        (furniture.bed, 0.75),
+        (furniture.sofa, 0.75),
+        (furniture.cabinet, 0.95),
+        (furniture.cabinet, 0.8),
+        (furniture.cabinet, 0.4),
+    ):
         if rng.random() < chance:
             thing = build(rng)
             placed = room.stand(rng, thing, wall=int(rng.integers(4)))
@@ -221,7 +230,11 @@ def furnish(rng: Rng, room: Room) -> None:
 def table_height(table: Item) -> float:
     """Height of a table's top, which is its first surface."""
     shape = table.surfaces[0].shape
-    return float(shape.center[1] + shape.half[1]) if isinstance(shape, Box) else float(shape.base[1] + shape.height)
+    return (
+        float(shape.center[1] + shape.half[1])
+        if isinstance(shape, Box)
+        else float(shape.base[1] + shape.height)
+    )
 
 
 def center_of(thing: Item) -> np.ndarray:
@@ -244,7 +257,9 @@ def decorate(rng: Rng, room: Room, support: Item, height: float) -> None:
         else:
             thing = furniture.clutter(rng)
         angle = start + 2 * np.pi * number / count
-        thing = thing.placed(rng.uniform(0, 2 * np.pi), x + reach * np.cos(angle), height, z + reach * np.sin(angle))
+        thing = thing.placed(
+            rng.uniform(0, 2 * np.pi), x + reach * np.cos(angle), height, z + reach * np.sin(angle)
+        )
         room.items.append(thing)
 
 
@@ -295,7 +310,9 @@ def candidate_camera(rng: Rng, room: Room) -> Camera:
     right = unit(np.cross(vector(0, 1, 0), backward))
     up = np.cross(backward, right)
     roll = np.float32(rng.normal(0, np.deg2rad(2)))
-    tilted = np.stack([right * np.cos(roll) + up * np.sin(roll), up * np.cos(roll) - right * np.sin(roll), backward])
+    tilted = np.stack(
+        [right * np.cos(roll) + up * np.sin(roll), up * np.cos(roll) - right * np.sin(roll), backward]
+    )
     return Camera(position, tilted.T.astype(np.float32), float(np.deg2rad(rng.uniform(60, 78))))
 
 
@@ -304,7 +321,7 @@ def judge(scene: Scene, camera: Camera) -> float:
     height, width = PREVIEW
     rows, columns = np.mgrid[:height, :width].reshape(2, -1)
     directions = camera.directions(rows, columns, height, width)
-    depth, index = trace(scene.primitives, camera.position, directions)
+    depth, index = trace(scene.groups, camera.position, directions)
     labels = scene.labels[index]
     share = np.bincount(labels, minlength=256)[: len(CLASSES)] / labels.size
     instances = np.unique(scene.instances[index]).size
@@ -319,16 +336,32 @@ def judge(scene: Scene, camera: Camera) -> float:
     )
 
 
+def casters(items: list[Item]) -> list[Group]:
+    """What casts shadows: not the shell, which surrounds the lights, nor lampshades and window panes."""
+    result = []
+    for thing in items:
+        opaque = [s.shape for s in thing.surfaces if not s.material.glow and not isinstance(s.shape, Plane)]
+        if opaque:
+            result.append(Group.around(opaque, 0))
+    return result
+
+
 def build(rng: Rng) -> Scene:
     """Draw a room and the best of a few camera positions in it."""
     room = Room(width=rng.uniform(3.6, 5.6), height=rng.uniform(2.4, 2.9), depth=rng.uniform(3.6, 5.6))
     room.items.extend(shell(rng, room))
     furnish(rng, room)
     lights = lamps(rng, room)
+    groups, first = [], 0
+    for thing in room.items:
+        groups.append(Group.around([s.shape for s in thing.surfaces], first))
+        first += len(thing.surfaces)
     surfaces = [(number, thing.name, s) for number, thing in enumerate(room.items, 1) for s in thing.surfaces]
     scene = Scene(
         primitives=[s.shape for _, _, s in surfaces],
         materials=[s.material for _, _, s in surfaces],
+        groups=groups,
+        casters=casters(room.items),
         labels=np.array([label_of(name) for _, name, _ in surfaces], dtype=np.uint8),
         parts=np.array([s.part for _, _, s in surfaces], dtype=np.uint8),
         instances=np.array([number for number, _, _ in surfaces], dtype=np.int32),
