@@ -1,6 +1,30 @@
 """Triton kernels for deformable convolution, channel mixing and gated attention, each with its reference."""
 
+from degmix_kernels.attention import GatedAttention, LinearAttention, gated_attention, linear_attention
 from degmix_kernels.backend import can_run, use_backend
+from degmix_kernels.channel_mix import BatchNorm2d, ChannelMix, channel_mix
 from degmix_kernels.deform_conv import DeformConv2d, DeformMix, deform_conv2d, deform_mix
+from degmix_kernels.gating import GatedMLP, SpatialGatingUnit, gated_mlp, spatial_gating_unit
+from degmix_kernels.task_attention import TaskAttention, task_attention
 
-__all__ = ["DeformConv2d", "DeformMix", "can_run", "deform_conv2d", "deform_mix", "use_backend"]
+__all__ = [
+    "BatchNorm2d",
+    "ChannelMix",
+    "DeformConv2d",
+    "DeformMix",
+    "GatedAttention",
+    "GatedMLP",
+    "LinearAttention",
+    "SpatialGatingUnit",
+    "TaskAttention",
+    "can_run",
+    "channel_mix",
+    "deform_conv2d",
+    "deform_mix",
+    "gated_attention",
+    "gated_mlp",
+    "linear_attention",
+    "spatial_gating_unit",
+    "task_attention",
+    "use_backend",
+]

@@ -1,0 +1,72 @@
+"""What the registry knows of attention over all tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from degmix_kernels.attention import reference
+from degmix_kernels.attention.module import GatedAttention, LinearAttention
+from degmix_kernels.attention.op import gated_attention, linear_attention
+from degmix_kernels.contract import Op, Sample
+
+# batch, heads, queries, keys, head_dim, gate, residual
+_SHAPES = (
+    (2, 2, 9, 7, 5, True, True),
+    (1, 1, 1, 17, 3, False, True),
+    (3, 2, 5, 1, 1, True, False),
+    (0, 2, 4, 4, 4, True, True),
+    (1, 3, 33, 33, 8, False, False),
+)
+
+
+def _tensors(shape: tuple, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict:
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(dtype).to(device)
+
+    batch, heads, queries, keys, head_dim, gate, residual = shape
+    return {
+        "query": draw(batch, heads, queries, head_dim),
+        "key": draw(batch, heads, keys, head_dim),
+        "value": draw(batch, heads, keys, head_dim),
+        "gate": draw(batch, heads, queries, head_dim) if gate else None,
+        "residual": draw(batch, heads, queries, head_dim) if residual else None,
+    }
+
+
+def _gated_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
+    return [
+        Sample(_tensors(shape, device, dtype, generator), max(shape[2], shape[3], shape[4]))
+        for shape in _SHAPES
+    ]
+
+
+def _linear_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
+    samples = []
+    for shape in _SHAPES:
+        tensors = _tensors((*shape[:5], False, False), device, dtype, generator)
+        arguments = {name: tensors[name] for name in ("query", "key", "value")} | {"scale": shape[4] ** -0.5}
+        samples.append(Sample(arguments, max(shape[2], shape[3], shape[4])))
+    return samples
+
+
+OPS = (
+    Op(
+        name="gated_attention",
+        function=gated_attention,
+        reference=reference.gated_attention,
+        module=GatedAttention,
+        samples=_gated_samples,
+        differentiable=("query", "key", "value", "gate", "residual"),
+        autocast=("query", "key", "value", "gate", "residual"),
+    ),
+    Op(
+        name="linear_attention",
+        function=linear_attention,
+        reference=reference.linear_attention,
+        module=LinearAttention,
+        samples=_linear_samples,
+        differentiable=("query", "key", "value"),
+        autocast=("query", "key", "value"),
+    ),
+)

@@ -1,0 +1,59 @@
+"""What the registry knows of channel mixing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from degmix_kernels.channel_mix import reference
+from degmix_kernels.channel_mix.module import ChannelMix
+from degmix_kernels.channel_mix.op import channel_mix
+from degmix_kernels.contract import Op, Sample
+
+# shape of x, out_channels, activation, bias, training, norm parameters, residual
+_CALLS = (
+    ((2, 5, 6, 9), 7, "gelu", True, True, True, True),
+    ((1, 17, 5, 3), 3, "gelu", False, False, True, False),
+    ((3, 4, 1, 1), 6, "relu", True, True, False, False),
+    ((7, 11), 5, "gelu", True, True, True, True),
+    ((1, 1, 1, 1), 1, "silu", True, False, True, True),
+    ((0, 4, 3, 5), 2, "gelu", True, False, True, True),
+)
+
+
+def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+    samples = []
+    for shape, out, activation, bias, training, affine, residual in _CALLS:
+        arguments = {
+            "x": draw(*shape),
+            "weight": draw(out, shape[1], *[1] * (len(shape) - 2)) / shape[1] ** 0.5,
+            "bias": draw(out) if bias else None,
+            "activation": activation,
+            # In training no running statistics: a call would update them and so change the next one.
+            "running_mean": None if training else draw(out),
+            "running_var": None if training else draw(out).square() + 0.5,
+            "norm_weight": draw(out) if affine else None,
+            "norm_bias": draw(out) if affine else None,
+            "training": training,
+            "residual": draw(shape[0], out, *shape[2:]) if residual else None,
+        }
+        elements = shape[0] * (shape[2] * shape[3] if len(shape) == 4 else 1)
+        samples.append(Sample(arguments, max(elements, shape[1], out)))
+    return samples
+
+
+OPS = (
+    Op(
+        name="channel_mix",
+        function=channel_mix,
+        reference=reference.channel_mix,
+        module=ChannelMix,
+        samples=_samples,
+        differentiable=("x", "weight", "bias", "norm_weight", "norm_bias", "residual"),
+        keeps_layout_of="x",
+        autocast=("x", "weight", "bias", "residual"),
+    ),
+)

@@ -1,0 +1,108 @@
+"""Channel-aware mixing, the public function: checks, autocast, choice of backend."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from degmix_kernels import autocast, backend, checks
+from degmix_kernels.activation import ACTIVATIONS
+from degmix_kernels.channel_mix import reference
+
+
+def channel_mix(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "gelu",
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """DeGMix's channel mixing, ``BatchNorm(activation(W x + b)) + residual``, with W a 1×1 convolution.
+
+    There is no Triton kernel yet: every device runs the reference.
+
+    Under autocast ``x``, ``weight``, ``bias`` and ``residual`` are cast to the autocast dtype and the result
+    has it; what belongs to the normalisation keeps its dtype; doubles are left alone.
+
+    Args:
+        x: (B, C, H, W), or (tokens, C); floating point.
+        weight: (Cout, C) or (Cout, C, 1, 1).
+        bias: (Cout,).
+        activation: ``"gelu"`` (exact), ``"relu"``, ``"silu"`` or ``"identity"``.
+        running_mean: (Cout,), as of ``nn.BatchNorm2d``; updated in place in training. Without running
+            statistics (give both or none) the batch's own are used in evaluation too.
+        running_var: (Cout,), likewise.
+        norm_weight: (Cout,), the normalisation's scale.
+        norm_bias: (Cout,), its shift.
+        training: whether to use the batch's statistics and update the running ones.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance.
+        residual: shaped as the result, added after the normalisation.
+
+    Returns:
+        (B, Cout, H, W) or (tokens, Cout), in the dtype of ``x``.
+
+    Raises:
+        TypeError: for a wrong dtype or device.
+        ValueError: for a wrong shape or value, and for a batch statistic over a single element.
+
+    Follows DeGMix, arXiv 2308.05721, the channel-aware mixing operator.
+    """
+    checks.expect_choice("activation", activation, tuple(ACTIVATIONS))
+    for name, value in {"x": x, "weight": weight}.items():
+        checks.expect_tensor(name, value)
+        checks.expect(value.dim() in (2, 4), name, "2 or 4 dimensions", f"shape {tuple(value.shape)}")
+    x, weight, bias, residual = autocast.cast_inputs(x.device, x, weight, bias, residual)
+    checks.expect_like("weight", weight, "x", x)
+    out_channels = weight.shape[0]
+    tail = (1, 1) if weight.dim() == 4 else ()
+    checks.expect(out_channels > 0 and x.shape[1] > 0, "weight", "no empty dimension", tuple(weight.shape))
+    checks.expect_shape("weight", weight, (out_channels, x.shape[1], *tail))
+    if bias is not None:
+        checks.expect_tensor("bias", bias)
+        checks.expect_like("bias", bias, "x", x)
+        checks.expect_shape("bias", bias, (out_channels,))
+    if residual is not None:
+        checks.expect_tensor("residual", residual)
+        checks.expect_like("residual", residual, "x", x)
+        checks.expect_shape("residual", residual, (x.shape[0], out_channels, *x.shape[2:]))
+    norm = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+    }
+    for name, value in norm.items():
+        if value is not None:
+            checks.expect_tensor(name, value)
+            checks.expect_shape(name, value, (out_channels,))
+            if value.device != x.device:
+                raise TypeError(f"{name}: expected device {x.device} as x, got {value.device}")
+    both = (running_mean is None) == (running_var is None)
+    checks.expect(both, "running_var", "running_mean and running_var, or neither", "one of them")
+    if training or running_mean is None:
+        elements = x.numel() // x.shape[1]
+        message = "more than one element per channel for a batch statistic"
+        checks.expect(elements != 1, "x", message, f"shape {tuple(x.shape)}")
+    backend.runs_triton("channel_mix", x.device, x.dtype, missing="channel_mix")
+    return reference.channel_mix(
+        x,
+        weight,
+        bias,
+        activation,
+        running_mean=running_mean,
+        running_var=running_var,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        residual=residual,
+    )

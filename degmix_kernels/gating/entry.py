@@ -1,0 +1,99 @@
+"""What the registry knows of gating."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from degmix_kernels.contract import Op, Sample
+from degmix_kernels.gating import reference
+from degmix_kernels.gating.module import GatedMLP, SpatialGatingUnit
+from degmix_kernels.gating.op import gated_mlp, spatial_gating_unit
+
+# batch, tokens, channels, hidden, mode
+_SHAPES = (
+    (2, 9, 10, 6, "channel"),
+    (1, 5, 3, 17, "token"),
+    (3, 1, 4, 4, "channel"),
+    (2, 7, 2, 3, "token"),
+    (0, 4, 4, 5, "channel"),
+)
+
+
+def _draw(device: torch.device, dtype: torch.dtype, generator: torch.Generator):
+    return lambda *shape: torch.randn(shape, generator=generator).to(dtype).to(device)
+
+
+def _unit_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
+    draw = _draw(device, dtype, generator)
+    samples = []
+    for batch, tokens, channels, _, mode in _SHAPES:
+        size = channels if mode == "channel" else tokens
+        arguments: dict[str, Tensor | str] = {
+            "u": draw(batch, tokens, channels),
+            "v": draw(batch, tokens, channels),
+            "norm_weight": draw(channels),
+            "norm_bias": draw(channels),
+            "weight": draw(size, size),
+            "bias": draw(size),
+            "mode": mode,
+        }
+        samples.append(Sample(arguments, max(batch * tokens, batch * channels, tokens, channels)))
+    return samples
+
+
+def _mlp_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
+    draw = _draw(device, dtype, generator)
+    samples = []
+    for batch, tokens, channels, hidden, mode in _SHAPES:
+        size = hidden if mode == "channel" else tokens
+        arguments: dict[str, Tensor | str] = {
+            "x": draw(batch, tokens, channels),
+            "norm_weight": draw(channels),
+            "norm_bias": draw(channels),
+            "fc1_weight": draw(2 * hidden, channels),
+            "fc1_bias": draw(2 * hidden),
+            "gate_norm_weight": draw(hidden),
+            "gate_norm_bias": draw(hidden),
+            "gate_weight": draw(size, size),
+            "gate_bias": draw(size),
+            "fc2_weight": draw(channels, hidden),
+            "fc2_bias": draw(channels),
+            "mode": mode,
+        }
+        samples.append(Sample(arguments, max(batch * tokens, batch * hidden, 2 * hidden, channels)))
+    return samples
+
+
+OPS = (
+    Op(
+        name="spatial_gating_unit",
+        function=spatial_gating_unit,
+        reference=reference.spatial_gating_unit,
+        module=SpatialGatingUnit,
+        samples=_unit_samples,
+        differentiable=("u", "v", "norm_weight", "norm_bias", "weight", "bias"),
+        autocast=("u", "v", "weight", "bias"),
+    ),
+    Op(
+        name="gated_mlp",
+        function=gated_mlp,
+        reference=reference.gated_mlp,
+        module=GatedMLP,
+        samples=_mlp_samples,
+        differentiable=(
+            "x",
+            "norm_weight",
+            "norm_bias",
+            "fc1_weight",
+            "fc1_bias",
+            "gate_norm_weight",
+            "gate_norm_bias",
+            "gate_weight",
+            "gate_bias",
+            "fc2_weight",
+            "fc2_bias",
+        ),
+        autocast=("x", "fc1_weight", "fc1_bias", "gate_weight", "gate_bias", "fc2_weight", "fc2_bias"),
+    ),
+)

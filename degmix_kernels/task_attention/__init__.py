@@ -1,0 +1,7 @@
+"""Softmax attention over at most eight tasks at each pixel."""
+
+from degmix_kernels.task_attention.entry import OPS
+from degmix_kernels.task_attention.module import TaskAttention
+from degmix_kernels.task_attention.op import task_attention
+
+__all__ = ["OPS", "TaskAttention", "task_attention"]
