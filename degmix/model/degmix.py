@@ -1,0 +1,273 @@
+"""DeGMix: a shared backbone, a deformable mixer per task, the gating decoder, a prediction per task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from degmix.model.backbone import create_backbone
+from degmix.model.decoder import ATTENTIONS, GatingDecoder
+from degmix.model.mixer import DeformableMixer
+from degmix_kernels import BatchNorm2d
+
+MAX_TASKS = 8
+
+
+class DeGMix(nn.Module):
+    """Dense predictions of several tasks from one image.
+
+    Args:
+        backbone: a name for :func:`degmix.model.backbone.create_backbone`, or a module that returns feature
+            maps for :class:`DeGMixHead`, the one at 1/4 first, and has their channel counts in ``channels``.
+        tasks: task name → channels of its prediction, 1 to 8 tasks.
+        pretrained: whether a named backbone downloads timm's weights.
+        weights: a file with weights for a named backbone, instead of a download.
+        attention: as in :class:`DeGMixHead`.
+        depth: as there.
+        dim: as there.
+        heads: as there.
+
+    Raises:
+        ValueError: for an unknown backbone or attention, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        tasks: Mapping[str, int],
+        *,
+        pretrained: bool = False,
+        weights: str | Path | None = None,
+        attention: str = "pixel",
+        depth: int = 2,
+        dim: int = 256,
+        heads: int = 2,
+    ) -> None:
+        super().__init__()
+        check_arguments(tasks, attention, depth, dim, heads)  # before a download
+        if isinstance(backbone, str):
+            backbone = create_backbone(backbone, pretrained, weights)
+        elif pretrained or weights is not None:
+            raise ValueError("backbone: expected a name along with pretrained or weights, got a module")
+        self.backbone = backbone
+        self.head = DeGMixHead(
+            backbone.channels, tasks, attention=attention, depth=depth, dim=dim, heads=heads
+        )
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """Predict every task.
+
+        Args:
+            image: (B, 3, H, W), floating point, normalised as the backbone's weights want it; any H and W.
+
+        Returns:
+            Task name → (B, channels, H, W), logits where the task is a classification.
+
+        Raises:
+            ValueError: for another shape, or an empty image.
+        """
+        if image.dim() != 4 or image.shape[1] != 3 or min(image.shape[2:]) < 1:
+            raise ValueError(f"image: expected shape (B, 3, H, W) with H, W ≥ 1, got {tuple(image.shape)}")
+        return self.head(self.backbone(image), tuple(image.shape[2:]))
+
+
+class DeGMixHead(nn.Module):
+    """Everything of DeGMix behind the backbone (arXiv 2308.05721).
+
+    ``attention`` chooses what interaction and query blocks attend to:
+
+    - ``"pixel"``: the T tasks' tokens at each pixel, in both blocks.
+    - ``"released"``: the program behind the published weights; the interaction block is pointwise, the query
+      block as in ``"pixel"``. Same parameters as ``"pixel"``.
+    - ``"linear"``: the authors' later program; tokens at 1/16, attention without softmax over all of them.
+    - ``"global"``: the paper's text; softmax over all T·N tokens, in both blocks.
+
+    Every image is predicted independently of the rest of the batch (in training, but for BatchNorm).
+
+    Initial weights: zeros for the offsets' ``p_conv.weight``, N(0, 0.01) and zero bias for the last
+    convolution of each task, W = 0 and b = 1 for the gate, as published; attention projections as in
+    ``nn.MultiheadAttention``; PyTorch's defaults for all else.
+
+    Args:
+        in_channels: channels of the feature maps, the one at 1/4 first.
+        tasks: task name → channels of its prediction, 1 to 8 tasks.
+        attention: ``"pixel"``, ``"released"``, ``"linear"`` or ``"global"``.
+        depth: layers of each task's deformable mixer.
+        dim: channels of the tokens.
+        heads: heads of every attention; divides ``dim``.
+
+    Raises:
+        ValueError: for an unknown attention or a number out of range.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        tasks: Mapping[str, int],
+        *,
+        attention: str = "pixel",
+        depth: int = 2,
+        dim: int = 256,
+        heads: int = 2,
+    ) -> None:
+        super().__init__()
+        check_arguments(tasks, attention, depth, dim, heads)
+        if not in_channels or min(in_channels) < 1:
+            raise ValueError(f"in_channels: expected positive channel counts, got {list(in_channels)}")
+        self.in_channels = tuple(in_channels)
+        self.attention = attention
+        channels = sum(in_channels)
+        self.embed = PatchEmbed(channels, dim) if attention == "linear" else LinearEmbed(channels, dim)
+        self.mixers = nn.ModuleDict({task: DeformableMixer(dim, depth) for task in tasks})
+        self.decoder = GatingDecoder(list(tasks), attention, dim, heads)
+        hidden = max(channels // 8, 1)
+        self.predictions = nn.ModuleDict({task: Prediction(dim, hidden, out) for task, out in tasks.items()})
+
+    def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        """Predict every task.
+
+        Args:
+            features: the backbone's maps, (B, in_channels[i], H_i, W_i), the largest first; the others are
+                upsampled to its size.
+            size: (height, width) of the predictions.
+
+        Returns:
+            Task name → (B, channels, height, width).
+
+        Raises:
+            ValueError: for another number of maps, other channels, or an empty size.
+        """
+        self._check_features(features, size)
+        x = self.embed(concatenate([safe_gradient(feature) for feature in features]))
+        maps = [mixer(x) for mixer in self.mixers.values()]
+        tokens = torch.stack([each.flatten(2).transpose(1, 2) for each in maps], dim=1)  # (B, T, N, C)
+        decoded = self.decoder(tokens).transpose(2, 3).unflatten(3, x.shape[2:])  # (B, T, C, H, W)
+        predictions = zip(self.predictions.items(), decoded.unbind(1), strict=True)
+        return {task: resize(predict(each.contiguous()), size) for (task, predict), each in predictions}
+
+    def _check_features(self, features: Sequence[Tensor], size: tuple[int, int]) -> None:
+        if len(features) != len(self.in_channels):
+            raise ValueError(f"features: expected {len(self.in_channels)} maps, got {len(features)}")
+        for index, (feature, channels) in enumerate(zip(features, self.in_channels, strict=True)):
+            if feature.dim() != 4 or feature.shape[1] != channels or min(feature.shape[2:]) < 1:
+                expected = f"(B, {channels}, H, W) with H, W ≥ 1"
+                raise ValueError(f"features[{index}]: expected shape {expected}, got {tuple(feature.shape)}")
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"size: expected (height, width) of at least 1, got {tuple(size)}")
+
+
+class LinearEmbed(nn.Module):
+    """A Linear and a LayerNorm at every pixel.
+
+    Args:
+        in_channels: channels of the concatenated features.
+        dim: channels C of the result.
+    """
+
+    def __init__(self, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_channels, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) → (B, C, H, W)."""
+        tokens = self.norm(self.linear(x.permute(0, 2, 3, 1)))
+        return tokens.permute(0, 3, 1, 2).contiguous()
+
+
+class PatchEmbed(nn.Module):
+    """A 4×4 convolution of stride 4 and a LayerNorm; bottom and right are zero-padded to a multiple of 4.
+
+    Args:
+        in_channels: channels of the concatenated features.
+        dim: channels C of the result.
+    """
+
+    def __init__(self, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(in_channels, dim, 4, stride=4)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) → (B, C, ⌈H/4⌉, ⌈W/4⌉)."""
+        x = functional.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
+        tokens = self.norm(self.projection(x).permute(0, 2, 3, 1))
+        return tokens.permute(0, 3, 1, 2).contiguous()
+
+
+class Prediction(nn.Module):
+    """One task's prediction from its decoded map.
+
+    Args:
+        dim: channels of the map.
+        hidden: channels in between, an eighth of the concatenated features'.
+        out_channels: channels of the task.
+    """
+
+    def __init__(self, dim: int, hidden: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, hidden, 3, padding=1, bias=False)
+        self.norm = BatchNorm2d(hidden)
+        self.logits = nn.Conv2d(hidden, out_channels, 1)
+        nn.init.normal_(self.logits.weight, std=0.01)
+        nn.init.zeros_(self.logits.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, dim, H, W) → (B, out_channels, H, W)."""
+        return self.logits(functional.relu(self.norm(self.conv(x))))
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resampling without aligned corners, the only one of the model."""
+    return functional.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def concatenate(features: Sequence[Tensor]) -> Tensor:
+    """The maps at the size of the first, one behind the other: (B, Σ channels, H, W)."""
+    size = features[0].shape[2:]
+    return torch.cat([features[0], *(resize(feature, size) for feature in features[1:])], dim=1)
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """Identity whose gradient comes back contiguous."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+def safe_gradient(feature: Tensor) -> Tensor:
+    """Keep a backbone's ``nn.BatchNorm2d`` from PyTorch's wrong CPU gradient of a single image.
+
+    It is wrong for a contiguous map whose gradient is channels_last, as the head's token layout makes it.
+    """
+    if feature.device.type == "cpu" and feature.shape[0] == 1 and feature.requires_grad:
+        return _ContiguousGradient.apply(feature)
+    return feature
+
+
+def check_arguments(tasks: Mapping[str, int], attention: str, depth: int, dim: int, heads: int) -> None:
+    """Raise ``ValueError`` for what no head can be built from."""
+    if attention not in ATTENTIONS:
+        known = ", ".join(repr(name) for name in ATTENTIONS)
+        raise ValueError(f"attention: expected one of {known}, got {attention!r}")
+    if not 1 <= len(tasks) <= MAX_TASKS:
+        raise ValueError(f"tasks: expected 1 to {MAX_TASKS} tasks, got {len(tasks)}")
+    for task, channels in tasks.items():
+        if not task or "." in task or hasattr(nn.ModuleDict, task):
+            raise ValueError(f"tasks: expected names that can name a module, got {task!r}")
+        if channels < 1:
+            raise ValueError(f"tasks[{task!r}]: expected at least 1 channel, got {channels}")
+    for name, value in {"depth": depth, "dim": dim, "heads": heads}.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if dim % heads:
+        raise ValueError(f"heads: expected a divisor of dim = {dim}, got {heads}")
