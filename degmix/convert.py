@@ -56,7 +56,7 @@ def convert_state_dict(
     ``"linear"``, else ``"released"`` (which loads into ``"pixel"`` and ``"global"`` as well).
 
     Not knowable from names: how the published backbone calls its tensors. Backbone tensors under timm's
-    original names become those of features_only (``layers.0.`` → ``layers_0.``, as a timm Swin here has them);
+    original names become those of features_only (``layers.0.`` → ``layers_0.``, as in a timm Swin here);
     all others pass through unchanged, so a checkpoint of a backbone from another library is for its owner to
     rename. Where timm's and another library's Swin share a name but not the order inside a tensor (the patch
     merging of mmseg), names cannot show it either.
