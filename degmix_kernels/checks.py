@@ -1,7 +1,8 @@
 """Argument checks of every op, in one voice: argument, what was expected, what came.
 
 A check runs before any launch and raises ``TypeError`` for a wrong type, dtype or device and ``ValueError``
-for a wrong shape or value.
+for a wrong shape or value. Expectations are constant strings wherever sizes may vary, so that a check
+that holds formats nothing and ``torch.compile`` does not fix a size because of a message.
 """
 
 from __future__ import annotations
@@ -22,22 +23,28 @@ def expect_tensor(argument: str, value: object, dims: int | None = None) -> None
     if not value.is_floating_point():
         raise TypeError(f"{argument}: expected a floating-point tensor, got {value.dtype}")
     if dims is not None:
-        expect(value.dim() == dims, argument, f"{dims} dimensions", f"shape {tuple(value.shape)}")
+        expect(value.dim() == dims, argument, f"{dims} dimensions", value.shape)
 
 
 def expect_shape(argument: str, value: Tensor, shape: tuple[int, ...]) -> None:
     """Raise unless the tensor has exactly this shape."""
-    expect(tuple(value.shape) == shape, argument, f"shape {shape}", tuple(value.shape))
+    if tuple(value.shape) != shape:  # the message is made only now: while compiling, sizes are symbols
+        expect(False, argument, f"shape {shape}", tuple(value.shape))
+
+
+def expect_device(argument: str, value: Tensor, other_argument: str, other: Tensor) -> None:
+    """Raise unless two tensors share a device."""
+    if value.device != other.device:
+        raise TypeError(f"{argument}: expected device {other.device} as {other_argument}, got {value.device}")
 
 
 def expect_like(argument: str, value: Tensor, other_argument: str, other: Tensor) -> None:
     """Raise unless two tensors share device and dtype."""
-    if value.device != other.device:
-        raise TypeError(f"{argument}: expected device {other.device} as {other_argument}, got {value.device}")
+    expect_device(argument, value, other_argument, other)
     if value.dtype != other.dtype:
         raise TypeError(f"{argument}: expected dtype {other.dtype} as {other_argument}, got {value.dtype}")
 
 
 def expect_choice(argument: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise unless the value is one of the choices."""
-    expect(value in choices, argument, "one of " + ", ".join(repr(c) for c in choices), repr(value))
+    expect(value in choices, argument, f"one of {choices}", repr(value))

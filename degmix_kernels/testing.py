@@ -19,8 +19,8 @@ def tolerance(dtype: torch.dtype, reduction: int) -> float:
 
     An op rounds to ``dtype`` a few times (operands of a matrix product, the result): each costs a relative
     L2 error of about eps/4, independent of the reduction because the errors are as random as the terms.
-    Sums run in fp32 (fp64 for fp64), where rounding errors grow as a random walk, √reduction steps of eps/2.
-    Twice eps on both leaves a factor of 3 to 4.
+    Sums run in fp32 (fp64 for fp64), where rounding errors grow as a random walk to eps/5 · √reduction. The
+    factors 2 and 1/2 allow for several roundings, and for few elements, where luck does not average out.
 
     Args:
         dtype: dtype of the inputs.
@@ -28,7 +28,7 @@ def tolerance(dtype: torch.dtype, reduction: int) -> float:
     """
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     rounding, summing = torch.finfo(dtype).eps, torch.finfo(accumulator).eps
-    return 2 * rounding + 2 * summing * math.sqrt(max(reduction, 1))
+    return 2 * rounding + summing / 2 * math.sqrt(max(reduction, 1))
 
 
 def relative_l2(actual: Tensor, expected: Tensor) -> float:

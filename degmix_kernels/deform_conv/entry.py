@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from degmix_kernels import backend
 from degmix_kernels.contract import Op, Sample
 from degmix_kernels.deform_conv import reference
 from degmix_kernels.deform_conv.module import DeformConv2d, DeformMix
 from degmix_kernels.deform_conv.op import deform_conv2d, deform_mix
+from degmix_kernels.launch import Launch
 
 # batch, channels, out_channels, groups, height, width, stride, padding, mask, bias, offset scale in pixels
 _PER_CHANNEL_SHAPES = (
@@ -70,6 +72,15 @@ def _mix_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gene
     return samples
 
 
+def plan_kernels(dtype: torch.dtype) -> list[Launch]:
+    """Every kind of launch of the per-channel path, on meta tensors; none where Triton is not installed."""
+    if not backend.HAS_TRITON:
+        return []
+    from degmix_kernels.deform_conv.per_channel import plan_examples
+
+    return plan_examples(dtype)
+
+
 OPS = (
     Op(
         name="deform_conv2d",
@@ -80,6 +91,7 @@ OPS = (
         differentiable=("input", "offset", "weight", "bias", "mask"),
         keeps_layout_of="input",
         autocast=("input", "weight", "bias", "mask"),
+        kernels=plan_kernels,
     ),
     Op(
         name="deform_mix",
@@ -90,5 +102,6 @@ OPS = (
         differentiable=("x", "offset", "weight", "bias"),
         keeps_layout_of="x",
         autocast=("x", "weight", "bias"),
+        kernels=plan_kernels,
     ),
 )

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from degmix_kernels import autocast, backend, checks
+from degmix_kernels import autocast, backend, checks, layout
 from degmix_kernels.activation import ACTIVATIONS, activate
 from degmix_kernels.deform_conv import reference
 from degmix_kernels.deform_conv.reference import as_pair
+
+if backend.HAS_TRITON:
+    from degmix_kernels.deform_conv.per_channel import per_channel_op
 
 
 def deform_conv2d(
@@ -61,10 +64,13 @@ def deform_conv2d(
         checked_pair("padding", padding, 0),
         checked_pair("dilation", dilation, 1),
     )
-    check_arguments(input, offset, weight, bias, stride, padding, dilation, mask)
-    backend.runs_triton("deform_conv2d", input.device, input.dtype, missing="every shape")
+    offset_groups = check_arguments(input, offset, weight, bias, stride, padding, dilation, mask)
+    per_channel = offset_groups == input.shape[1] and weight.shape[2:] == (1, 1)
+    missing = "" if per_channel else "a kernel other than 1×1 or an offset group of several channels"
+    if backend.runs_triton("deform_conv2d", input.device, input.dtype, missing):
+        return per_channel_op(input, offset, weight, bias, mask, *stride, *padding)
     output = reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
-    if is_channels_last(input):
+    if layout.is_channels_last(input):
         output = output.contiguous(memory_format=torch.channels_last)
     return output
 
@@ -115,11 +121,6 @@ def checked_pair(argument: str, value: object, minimum: int) -> tuple[int, int]:
     return as_pair(value)
 
 
-def is_channels_last(tensor: Tensor) -> bool:
-    """Whether a 4-D tensor is channels_last and not at the same time contiguous."""
-    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-
-
 def check_arguments(
     input: Tensor,
     offset: Tensor,
@@ -135,25 +136,24 @@ def check_arguments(
     out_channels, group_channels, *kernel = weight.shape
     taps = kernel[0] * kernel[1]
     checks.expect_like("weight", weight, "input", input)
-    if offset.dtype != torch.float32:
+    if offset.dtype == torch.float32:
+        checks.expect_device("offset", offset, "input", input)
+    else:
         checks.expect_like("offset", offset, "input", input)
-    checks.expect(
-        offset.device == input.device, "offset", f"device {input.device} as input", f"{offset.device}"
-    )
-    checks.expect(min(weight.shape) > 0, "weight", "no empty dimension", f"shape {tuple(weight.shape)}")
-    checks.expect(channels > 0, "input", "at least one channel", f"shape {tuple(input.shape)}")
+    checks.expect(channels > 0, "input", "at least one channel", input.shape)
+    checks.expect(min(weight.shape) > 0, "weight", "no empty dimension", weight.shape)
     checks.expect(
         channels % group_channels == 0,
         "weight",
-        f"a second dimension that divides the {channels} channels of input",
-        f"shape {tuple(weight.shape)}",
+        "a second dimension (input channels per group) that divides the channels of input",
+        f"{group_channels} for {channels} channels",
     )
     groups = channels // group_channels
     checks.expect(
         out_channels % groups == 0,
         "weight",
-        f"a first dimension divisible by {groups} groups ({channels} input channels / {group_channels})",
-        f"shape {tuple(weight.shape)}",
+        "a first dimension (out channels) divisible by the number of groups",
+        f"{out_channels} for {groups} groups",
     )
     out_size = tuple(
         (input.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis]
@@ -161,17 +161,14 @@ def check_arguments(
         for axis in (0, 1)
     )
     checks.expect(
-        min(out_size) > 0,
-        "input",
-        "a map (with padding) no smaller than the kernel",
-        f"output size {out_size}",
+        out_size[0] > 0 and out_size[1] > 0, "input", "a padded map no smaller than the kernel", input.shape
     )
     offset_groups = offset.shape[1] // (2 * taps)
     checks.expect(
         offset_groups > 0 and offset.shape[1] % (2 * taps) == 0 and channels % offset_groups == 0,
         "offset",
-        f"2 · offset groups · {taps} channels, with offset groups that divide {channels} input channels",
-        f"shape {tuple(offset.shape)}",
+        "2 · offset groups · kernel taps channels, with offset groups that divide the channels of input",
+        offset.shape,
     )
     checks.expect_shape("offset", offset, (batch, 2 * offset_groups * taps, *out_size))
     if mask is not None:

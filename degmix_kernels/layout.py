@@ -1,0 +1,9 @@
+"""Memory formats of 4-D tensors."""
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a 4-D tensor is channels_last, and not at the same time contiguous (as with one channel)."""
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
