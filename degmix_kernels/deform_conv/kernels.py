@@ -1,8 +1,8 @@
 """Triton kernels of the per-channel 1×1 deformable convolution: forward, then backward.
 
-Every tensor is planar, (N, channels, pixels) and contiguous: neighbouring lanes hold neighbouring pixels and so
-read neighbouring addresses. Only the output and its gradient may be channels_last. Coordinates, blends and sums
-are fp32; only the operands of matrix products are rounded to the input's dtype.
+Every tensor is planar, (N, channels, pixels) and contiguous: neighbouring lanes hold neighbouring pixels and
+so read neighbouring addresses. Only the output and its gradient may be channels_last. Coordinates, blends and
+sums are fp32; only the operands of matrix products are rounded to the input's dtype.
 """
 
 import triton
@@ -357,9 +357,10 @@ def backward_weight(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
 ):
-    """grad_weight = grad_output · columnsᵀ. One program: BLOCK_OUT × BLOCK_CHANNELS of it, a share of the pixels.
+    """grad_weight = grad_output · columnsᵀ. One program: BLOCK_OUT × BLOCK_CHANNELS of it, some pixels.
 
-    The columns are sampled again. Each share has its own partial sum, added up afterwards in a fixed order.
+    The columns are sampled again. Each share of the pixels has a partial sum of its own; they are
+    added up afterwards, in a fixed order.
     """
     program = tl.program_id(0)
     out_blocks = tl.cdiv(group_out, BLOCK_OUT)

@@ -1,0 +1,110 @@
+"""Compile every planned launch of the registry for one target, without a GPU; print one JSON line for each.
+
+Run as ``python compile_kernels.py cuda 90`` in a process of its own, without TRITON_INTERPRET: whether a
+kernel is compiled or interpreted is settled when it is defined. test_compile.py judges the lines.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from degmix_kernels.launch import INT32_MAX, Launch
+from degmix_kernels.registry import OPS
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def source(launch: Launch) -> ASTSource:
+    """The specialisation that Triton's launcher would make of these arguments."""
+    names = launch.kernel.arg_names
+    signature, constants, attributes = {}, dict(launch.constants), {}
+    for name in names:
+        value = launch.arguments.get(name)
+        position = (names.index(name),)
+        if name in launch.constants or value is None or (isinstance(value, int) and value == 1):
+            signature[name] = "constexpr"
+            constants.setdefault(name, value)
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[position] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32" if value <= INT32_MAX else "i64"
+            if value % 16 == 0:
+                attributes[position] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def resources(compiled: triton.compiler.CompiledKernel, target: GPUTarget) -> dict[str, int | bool]:
+    """Registers per thread, bytes or registers spilled, shared memory, use of matrix instructions."""
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        counts = {key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in ("vgpr_count", "agpr_count")}
+        spills = re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", text)
+        stack = re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)[1]
+        registers, spilled = counts["vgpr_count"], sum(map(int, spills)) + int(stack)
+        matrix = "v_mfma" in text
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+            text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+        registers, spilled = int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+        # Hopper's and Blackwell's own instructions, not the mma.sync of the generations before.
+        own = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(target.arch, "mma.sync")
+        matrix = own in compiled.asm["ptx"]
+    return {
+        "registers": registers,
+        "spilled": spilled,
+        "shared": compiled.metadata.shared,
+        "matrix": matrix,
+    }
+
+
+def main(backend: str, arch: str) -> None:
+    """Compile for ``cuda 80|90|100`` or ``hip gfx942``."""
+    target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
+    done = set()
+    for op in OPS:
+        if op.kernels is None:
+            continue
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for launch in op.kernels(dtype):
+                specialised = source(launch)
+                key = (specialised.hash(), launch.num_warps, launch.num_stages)
+                if key in done:  # ops may share kernels
+                    continue
+                done.add(key)
+                options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+                compiled = triton.compile(specialised, target=target, options=options)
+                line = {
+                    "op": op.name,
+                    "kernel": launch.kernel.__name__,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "constants": dict(launch.constants),
+                    "num_warps": launch.num_warps,
+                    **resources(compiled, target),
+                }
+                print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
