@@ -39,6 +39,7 @@ class Op:
             1-sized and empty shapes included. Tensors are drawn in fp32 from the (CPU) generator, then
             cast, so that one seed gives the same values at every dtype.
         differentiable: names of the arguments that have gradients, where given and floating-point.
+        batched: names of the tensors whose first axis is the batch.
         keeps_layout_of: the 4-D argument whose channels_last layout the output keeps, if there is one.
         autocast: names of the arguments cast to the autocast dtype; the output has that dtype too.
         kernels: ``kernels(dtype)`` plans every Triton launch of the op on meta tensors, with the runtime's
@@ -51,6 +52,7 @@ class Op:
     module: type[nn.Module]
     samples: Callable[[torch.device, torch.dtype, torch.Generator], list[Sample]]
     differentiable: tuple[str, ...]
+    batched: tuple[str, ...] = ()
     keeps_layout_of: str | None = None
     autocast: tuple[str, ...] = ()
     kernels: Callable[[torch.dtype], Sequence[Launch]] | None = None

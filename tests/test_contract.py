@@ -1,0 +1,313 @@
+"""The rules that every op keeps, run over the registry: an op added there is tested here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import degmix_kernels
+from degmix_kernels import use_backend
+from degmix_kernels.backend import KERNEL_DTYPES, can_run
+from degmix_kernels.contract import Op, Sample
+from degmix_kernels.registry import OPS
+from degmix_kernels.testing import assert_close, poisoned_empty
+
+every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+every_kernel_op = pytest.mark.parametrize("op", [op for op in OPS if op.kernels], ids=lambda op: op.name)
+every_dtype = pytest.mark.parametrize(
+    "dtype", KERNEL_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
+
+
+def environment_without_interpreter() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def samples(op: Op, device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    return op.samples(device, dtype, torch.Generator().manual_seed(0))
+
+
+def first(op: Op, device: torch.device, dtype: torch.dtype = torch.float32) -> Sample:
+    return samples(op, device, dtype)[0]
+
+
+def fresh(
+    op: Op, arguments: dict, wanted: tuple[str, ...] | None = None, dtype: torch.dtype | None = None
+) -> dict:
+    """Copies of the arguments (ops may update buffers); the wanted differentiable ones require a gradient."""
+    copies = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            value = value.detach().clone(memory_format=torch.preserve_format)
+            if dtype is not None and value.is_floating_point():
+                value = value.to(dtype)
+            if name in (op.differentiable if wanted is None else wanted):
+                value.requires_grad_()
+        copies[name] = value
+    return copies
+
+
+def differentiated(op: Op, arguments: dict) -> list[str]:
+    return [name for name in op.differentiable if isinstance(arguments.get(name), Tensor)]
+
+
+def check(op: Op, sample: Sample, arguments: dict, output: Tensor, grad: Tensor, dtype: torch.dtype) -> None:
+    """Compare an output, and the gradients that ``grad`` gives, with the fp64 reference."""
+    exact = fresh(op, sample.arguments, dtype=torch.float64)
+    with torch.autocast(output.device.type, enabled=False):
+        expected = op.reference(**exact)
+    assert_close(output, expected, sample.reduction, dtype)
+    names = [name for name in differentiated(op, arguments) if arguments[name].requires_grad]
+    actual = torch.autograd.grad(output, [arguments[name] for name in names], grad)
+    wanted = torch.autograd.grad(expected, [exact[name] for name in names], grad.double())
+    for name, gradient, reference in zip(names, actual, wanted, strict=True):
+        assert gradient.dtype == arguments[name].dtype
+        assert_close(gradient, reference, sample.reduction, dtype, f"gradient of {name}")
+
+
+def random_like(output: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(output.shape, generator=generator).to(output)
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@every_op
+def test_faces(op: Op) -> None:
+    assert getattr(degmix_kernels, op.name) is op.function
+    assert getattr(degmix_kernels, op.module.__name__) is op.module
+    assert issubclass(op.module, nn.Module)
+    assert op.function.__doc__
+    assert op.batched
+
+
+@every_op
+@every_dtype
+def test_values_and_gradients(op: Op, dtype: torch.dtype, device: torch.device) -> None:
+    for sample in samples(op, device, dtype):
+        arguments = fresh(op, sample.arguments)
+        with poisoned_empty():
+            output = op.function(**arguments)
+            assert output.dtype == dtype
+            check(op, sample, arguments, output, random_like(output), dtype)
+
+
+@every_op
+def test_reference_gradient_in_double(op: Op, device: torch.device) -> None:
+    for sample in samples(op, device, torch.float64):
+        arguments = fresh(op, sample.arguments)
+        names = differentiated(op, arguments)
+        if any(arguments[name].numel() == 0 for name in names):
+            continue  # nothing to differentiate
+
+        def call(*values: Tensor, arguments: dict = arguments, names: list[str] = names) -> Tensor:
+            copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+            return op.reference(**copies | dict(zip(names, values, strict=True)))
+
+        assert torch.autograd.gradcheck(call, [arguments[name] for name in names], fast_mode=True)
+
+
+@every_op
+def test_strided_inputs_and_gradients(op: Op, device: torch.device) -> None:
+    sample = first(op, device)
+    strided = {
+        name: torch.stack([value, value], -1)[..., 0] if isinstance(value, Tensor) else value
+        for name, value in sample.arguments.items()
+    }
+    arguments = fresh(op, sample.arguments)
+    for name, value in strided.items():
+        if isinstance(value, Tensor):
+            assert value.numel() < 2 or not value.is_contiguous()
+            arguments[name] = value.requires_grad_(name in op.differentiable)
+    output = op.function(**arguments)
+    grad = random_like(output)
+    check(op, sample, arguments, output, torch.stack([grad, grad], -1)[..., 0], torch.float32)
+
+
+@every_op
+def test_expanded_inputs_and_gradients(op: Op, device: torch.device) -> None:
+    sample = first(op, device)
+    expanded = dict(sample.arguments)
+    for name in op.batched:
+        if isinstance(expanded[name], Tensor):
+            expanded[name] = expanded[name][:1].expand_as(expanded[name])
+    sample = Sample(expanded, sample.reduction)
+    arguments = fresh(op, expanded)
+    for name in op.batched:
+        if isinstance(expanded[name], Tensor):
+            arguments[name] = expanded[name].requires_grad_(name in op.differentiable)
+    output = op.function(**arguments)
+    grad = torch.ones((), device=device).expand_as(output)  # as from output.sum()
+    check(op, sample, arguments, output, grad, torch.float32)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.keeps_layout_of], ids=lambda op: op.name)
+def test_channels_last(op: Op, device: torch.device) -> None:
+    sample = first(op, device)
+    name = op.keeps_layout_of
+    arguments = fresh(op, sample.arguments)
+    value = arguments[name].detach().contiguous(memory_format=torch.channels_last)
+    arguments[name] = value.requires_grad_()
+    with poisoned_empty():
+        output = op.function(**arguments)
+        assert output.is_contiguous(memory_format=torch.channels_last)
+        grad = random_like(output).contiguous(memory_format=torch.channels_last)
+        check(op, sample, arguments, output, grad, torch.float32)
+
+
+@every_op
+def test_gradients_one_at_a_time(op: Op, device: torch.device) -> None:
+    sample = first(op, device)
+    for name in differentiated(op, sample.arguments):
+        arguments = fresh(op, sample.arguments, wanted=(name,))
+        output = op.function(**arguments)
+        check(op, sample, arguments, output, random_like(output), torch.float32)
+    with torch.no_grad():
+        assert not op.function(**fresh(op, sample.arguments)).requires_grad
+
+
+@every_op
+def test_nan_in_nan_out(op: Op, device: torch.device) -> None:
+    for name in differentiated(op, first(op, device).arguments):
+        arguments = fresh(op, first(op, device).arguments, wanted=())
+        arguments[name].fill_(torch.nan)
+        assert op.function(**arguments).isnan().any(), name
+
+
+@every_op
+def test_integer_tensors_are_refused(op: Op, device: torch.device) -> None:
+    for name in differentiated(op, first(op, device).arguments):
+        arguments = fresh(op, first(op, device).arguments, wanted=())
+        arguments[name] = arguments[name].int()
+        with pytest.raises(TypeError, match=name):
+            op.function(**arguments)
+
+
+@every_op
+def test_compiles_once_for_every_batch_size(op: Op, device: torch.device) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(op.function, fullgraph=True, backend=counter)
+    sample = first(op, device)
+    for repeats in (2, 3, 5):
+        arguments = dict(sample.arguments)
+        for name in op.batched:
+            if isinstance(arguments[name], Tensor):
+                arguments[name] = torch.cat([arguments[name]] * repeats)
+        repeated = Sample(arguments, sample.reduction * repeats)
+        arguments = fresh(op, arguments)
+        for name in op.batched:
+            if isinstance(arguments[name], Tensor):
+                torch._dynamo.mark_dynamic(arguments[name], 0)
+        output = compiled(**arguments)
+        check(op, repeated, arguments, output, random_like(output), torch.float32)
+    assert counter.frame_count == 1
+
+
+@every_op
+def test_autocast(op: Op, device: torch.device) -> None:
+    sample = first(op, device)
+    arguments = fresh(op, sample.arguments)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        output = op.function(**arguments)
+        doubles = op.function(**fresh(op, sample.arguments, dtype=torch.float64))
+    assert output.dtype == torch.bfloat16
+    assert doubles.dtype == torch.float64
+    cast = fresh(op, sample.arguments)
+    for name in op.autocast:
+        if isinstance(cast[name], Tensor):
+            cast[name] = cast[name].detach().bfloat16().requires_grad_()
+    assert_close(output, op.function(**cast), sample.reduction)
+    check(op, sample, arguments, output, random_like(output), torch.bfloat16)
+
+
+@every_op
+def test_activation_checkpointing(op: Op, device: torch.device) -> None:
+    sample = first(op, device)
+    arguments = fresh(op, sample.arguments)
+    output = checkpoint(lambda: op.function(**arguments), use_reentrant=False)
+    check(op, sample, arguments, output, random_like(output), torch.float32)
+
+
+@every_op
+def test_deterministic_algorithms(op: Op, device: torch.device) -> None:
+    sample = first(op, device)
+    runs = []
+    for _ in range(2):
+        arguments = fresh(op, sample.arguments)
+        with deterministic_algorithms():
+            output = op.function(**arguments)
+        # The backward pass runs outside: the flag was captured by the forward pass.
+        names = differentiated(op, arguments)
+        inputs = [arguments[name] for name in names]
+        runs.append([output, *torch.autograd.grad(output, inputs, random_like(output), retain_graph=True)])
+    check(op, sample, arguments, output, random_like(output), torch.float32)
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+
+
+@every_kernel_op
+def test_second_derivative_is_refused(op: Op, device: torch.device) -> None:
+    arguments = fresh(op, first(op, device).arguments)
+    leaf = arguments[op.differentiable[0]]
+    output = op.function(**arguments)
+    (gradient,) = torch.autograd.grad(output, leaf, random_like(output), create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        gradient.square().sum().backward()
+
+
+@every_op
+def test_forced_backend(op: Op, device: torch.device) -> None:
+    arguments = fresh(op, first(op, device).arguments, wanted=())
+    with use_backend("reference"):
+        expected = op.function(**arguments)
+    if op.kernels is None:
+        with use_backend("triton"), pytest.warns(UserWarning, match=r"no Triton kernel yet"):
+            op.function(**fresh(op, first(op, device).arguments, wanted=()))
+        return
+    with use_backend("triton"):
+        if can_run(device, torch.float32)[0]:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert_close(op.function(**arguments), expected, first(op, device).reduction)
+        with pytest.raises(RuntimeError, match=r"forced, but .*float64"):
+            op.function(**fresh(op, arguments, wanted=(), dtype=torch.float64))
+
+
+def test_import_touches_nothing() -> None:
+    """No GPU is initialised, nothing heavy is loaded; without interpreter a forced CPU call raises."""
+    program = """
+import sys, torch
+import degmix_kernels, degmix_kernels.registry
+loaded = {"timm", "torchvision", "numpy.testing", "rich", "typer"} & set(sys.modules)
+assert not loaded, loaded
+assert not torch.cuda.is_initialized()
+op = degmix_kernels.registry.OPS[0]
+arguments = op.samples(torch.device("cpu"), torch.float32, torch.Generator().manual_seed(0))[0].arguments
+op.function(**arguments)
+with degmix_kernels.use_backend("triton"):
+    try:
+        op.function(**arguments)
+    except RuntimeError as error:
+        assert "TRITON_INTERPRET" in str(error), error
+    else:
+        raise AssertionError("a forced backend that cannot run did not raise")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment_without_interpreter())
