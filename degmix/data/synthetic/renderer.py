@@ -85,16 +85,19 @@ def shade(scene: Scene, hits: Hits) -> np.ndarray:
         direction = to_light / np.sqrt(squared)
         strength = dot(direction, normal) / (np.float32(1) + squared * np.float32(0.35))
         half = unit(direction - unit(hits.directions[:, seen]))
-        gloss = shine[seen] * np.maximum(dot(half, normal), 0) ** 24
+        mirrored = np.maximum(dot(half, normal), 0)
+        for _ in range(4):  # to the power of 16; numpy's own power is slow
+            mirrored *= mirrored
+        gloss = shine[seen] * mirrored
         color[:, seen] += light.color[:, None] * ((albedo[:, seen] + gloss) * strength)
     return color
 
 
-SUBPIXELS = ((-0.125, -0.375), (0.375, -0.125), (0.125, 0.375), (-0.375, 0.125))  # a rotated grid
+SUBPIXELS = ((-0.33, -0.17), (0.33, -0.17), (0.0, 0.33))
 
 
 def photograph(scene: Scene, hits: Hits, height: int, width: int) -> np.ndarray:
-    """Linear colour (3, H·W) of all pixels; where instances or materials meet, the mean of four more rays."""
+    """Linear colour (3, H·W) of all pixels; the mean of three more rays where materials meet."""
     numbers = {material: number for number, material in enumerate(dict.fromkeys(scene.materials))}
     looks = np.array([numbers[material] for material in scene.materials]) + 1000 * scene.instances
     meets = changes(looks[hits.index].reshape(height, width))

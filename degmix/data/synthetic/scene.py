@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
 from . import furniture, people
-from .geometry import Box, Group, Plane, Primitive, rotate, trace, unit, vector, yaw_rotation
+from .geometry import Box, Group, Plane, Primitive, rotate, unit, vector, yaw_rotation
 from .materials import Material, checker, picked, plain, speckle, stripes, tiles, tinted, wood
-from .objects import CLASSES, Item, Surface, item, label_of, salt
+from .objects import Item, Surface, item, label_of, salt
 
 Rng = np.random.Generator
 
-CAMERA_CANDIDATES = 5
-PREVIEW = (12, 16)  # rays, down and across, that judge a camera candidate
+CAMERA_CANDIDATES = 12
+SHELL = 6  # the first items, and primitives, are the floor, the ceiling and the walls
 CLEARANCE = 0.2  # metres between the camera and any footprint
 
 
@@ -305,8 +306,9 @@ def candidate_camera(rng: Rng, room: Room) -> Camera:
     position = vector(x, rng.uniform(1.15, 1.9), z)
     # look across the room's middle, a little down
     aim_x, aim_z = rng.uniform(-0.3, 0.3, 2) * (room.width, room.depth)
-    target = vector(aim_x - 0.5 * x, rng.uniform(0.5, 1.3), aim_z - 0.5 * z)
-    backward = unit(position - target)
+    heading = unit(vector(aim_x - 1.5 * x, 0, aim_z - 1.5 * z))
+    pitch = np.float32(np.clip(rng.normal(-0.17, 0.1), -0.4, 0.06))
+    backward = vector(0, -np.sin(pitch), 0) - heading * np.cos(pitch)
     right = unit(np.cross(vector(0, 1, 0), backward))
     up = np.cross(backward, right)
     roll = np.float32(rng.normal(0, np.deg2rad(2)))
@@ -316,24 +318,39 @@ def candidate_camera(rng: Rng, room: Room) -> Camera:
     return Camera(position, tilted.T.astype(np.float32), float(np.deg2rad(rng.uniform(60, 78))))
 
 
-def judge(scene: Scene, camera: Camera) -> float:
-    """How much a camera sees: visible instances and classes, less whatever fills or blocks the view."""
-    height, width = PREVIEW
-    rows, columns = np.mgrid[:height, :width].reshape(2, -1)
-    directions = camera.directions(rows, columns, height, width)
-    depth, index = trace(scene.groups, camera.position, directions)
-    labels = scene.labels[index]
-    share = np.bincount(labels, minlength=256)[: len(CLASSES)] / labels.size
-    instances = np.unique(scene.instances[index]).size
-    people_share = share[label_of("person")]
-    blocked = float(np.mean(depth < 0.8))
+def judge(scene: Scene, centers: np.ndarray, radii: np.ndarray, camera: Camera) -> float:
+    """How much a camera sees: objects and classes in view, people above all, less what stands in its way.
+
+    Every primitive but the shell's counts as a sphere (``centers`` (3, P), ``radii`` (P,)); that one
+    thing may hide another is left to chance.
+    """
+    right, up, backward = rotate(camera.rotation.T, centers - camera.position[:, None])
+    away = np.maximum(-backward, np.float32(1e-3))
+    # the view's half width is about 0.7 of the distance, its half height 0.55
+    in_view = (backward < -0.4) & (np.abs(right) < 0.65 * away) & (np.abs(up) < 0.5 * away)
+    near = np.sqrt(right**2 + up**2 + backward**2) - radii
+    in_the_way = np.count_nonzero((near < 0.7) & (-backward > -radii))
+    labels = scene.labels[SHELL:][in_view]
+    # heads and torsos that look large enough to see their limbs, but leave room for others
+    size = radii[in_view] / away[in_view]
+    people = np.count_nonzero((labels == label_of("person")) & (size > 0.03) & (size < 0.12))
     return (
-        instances
-        + 2.0 * np.count_nonzero(share)
-        + 12.0 * min(people_share, 0.12) / 0.12
-        - 12.0 * max(share.max() - 0.4, 0)
-        - 40.0 * max(blocked - 0.02, 0)
+        np.unique(scene.instances[SHELL:][in_view]).size
+        + 2.0 * np.unique(labels).size
+        + 0.4 * min(people, 20)
+        - 1.5 * in_the_way
+        + 1.5 * view_length(scene.size, camera)
     )
+
+
+def view_length(size: tuple[float, float, float], camera: Camera) -> float:
+    """Metres to the wall in front of the camera."""
+    reach = []
+    for axis in (0, 2):
+        ahead = -camera.rotation[axis, 2]
+        to_wall = size[axis] / 2 - np.sign(ahead) * camera.position[axis]
+        reach.append(to_wall / max(abs(ahead), 1e-6))
+    return float(min(reach))
 
 
 def casters(items: list[Item]) -> list[Group]:
@@ -359,17 +376,18 @@ def build(rng: Rng) -> Scene:
     surfaces = [(number, thing.name, s) for number, thing in enumerate(room.items, 1) for s in thing.surfaces]
     scene = Scene(
         primitives=[s.shape for _, _, s in surfaces],
-        materials=[s.material for _, _, s in surfaces],
         groups=groups,
         casters=casters(room.items),
         labels=np.array([label_of(name) for _, name, _ in surfaces], dtype=np.uint8),
+        materials=[s.material for _, _, s in surfaces],
         parts=np.array([s.part for _, _, s in surfaces], dtype=np.uint8),
         instances=np.array([number for number, _, _ in surfaces], dtype=np.int32),
         size=(room.width, room.height, room.depth),
         lights=lights,
         camera=candidate_camera(rng, room),
     )
-    cameras = [scene.camera] + [candidate_camera(rng, room) for _ in range(CAMERA_CANDIDATES - 1)]
-    scores = [judge(scene, camera) for camera in cameras]
-    best = cameras[int(np.argmax(scores))]
-    return Scene(**{**scene.__dict__, "camera": best})
+    cameras = [scene.camera, *(candidate_camera(rng, room) for _ in range(CAMERA_CANDIDATES - 1))]
+    spheres = [primitive.bounding_sphere() for primitive in scene.primitives[SHELL:]]
+    centers = np.stack([center for center, _ in spheres], axis=1)
+    radii = np.array([radius for _, radius in spheres], dtype=np.float32)
+    return replace(scene, camera=max(cameras, key=partial(judge, scene, centers, radii)))
