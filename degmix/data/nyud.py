@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import os
 import struct
+import tokenize
+import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,7 +46,34 @@ CLASSES: tuple[str, ...] = (
 
 HUMAN_PARTS = 6
 
+# what pillow and numpy let escape from damaged files
+BAD_PICTURE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+BAD_ARRAY = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    MemoryError,
+    OverflowError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+)
+
 Sample = dict[str, Tensor | str]
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message without line breaks."""
+    return " ".join(str(error).split())
 
 
 def read_picture(path: Path, mode: str) -> np.ndarray:
@@ -53,30 +82,23 @@ def read_picture(path: Path, mode: str) -> np.ndarray:
     Raises:
         DataError: missing, corrupt, or of another kind than the mode says.
     """
+    kinds = {"RGB": ("RGB", "RGBA", "L", "P"), "L": ("L", "P", "1")}[mode]
     try:
         with Image.open(path) as picture:
-            # a label stored with a palette holds labels, not colours: convert() would look the colours up
-            kinds = {"RGB": ("RGB", "RGBA", "L", "P"), "L": ("L", "P", "1")}[mode]
-            if picture.mode not in kinds:
-                raise DataError(f"{path}: expected an 8-bit image of mode {mode}, got mode {picture.mode}")
             picture.load()
-            if mode == "L" and picture.mode == "P":
-                return np.array(picture)
-            return np.array(picture.convert(mode))
     except FileNotFoundError:
         raise DataError(f"{path}: expected an image file, got nothing there") from None
-    except DataError:
-        raise
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
-        raise DataError(f"{path}: expected a readable image, got a corrupt file ({error})") from error
+    except BAD_PICTURE as error:
+        raise DataError(
+            f"{path}: expected a readable image, got a corrupt file ({one_line(error)})"
+        ) from error
+    if picture.mode not in kinds:
+        raise DataError(f"{path}: expected an 8-bit image of mode {mode}, got mode {picture.mode}")
+    if mode == "L" and picture.mode == "P":
+        return np.array(
+            picture
+        )  # labels under a palette of display colours: convert() would look the colours up
+    return np.array(picture.convert(mode))
 
 
 def read_array(path: Path) -> np.ndarray:
@@ -89,16 +111,16 @@ def read_array(path: Path) -> np.ndarray:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: expected a .npy file, got nothing there") from None
-    except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: expected a readable .npy array, got a corrupt file ({error})") from error
+    except BAD_ARRAY as error:
+        raise DataError(
+            f"{path}: expected a readable .npy array, got a corrupt file ({one_line(error)})"
+        ) from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         raise DataError(
             f"{path}: expected an array of real numbers, got {getattr(array, 'dtype', 'an archive')}"
         )
-    if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
-        array = array.reshape(
-            [side for axis, side in enumerate(array.shape) if axis == 1 or side != 1] or [1, 1]
-        )
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
     if array.ndim != 2:
         raise DataError(f"{path}: expected an array of 2 dimensions, got shape {array.shape}")
     return array.astype(np.float32)
