@@ -66,13 +66,13 @@ def shade(scene: Scene, hits: Hits) -> np.ndarray:
         albedo[:, here] = material.albedo(shape.local(points[:, here]), local_normal)
         glow[here], shine[here] = material.glow, material.shine
 
-    # corners get less of the light that comes from all around
+    # light from all around, a little more from the floor than from above; corners get less of it
     openness = np.ones_like(hits.depth)
     for axis, extent in enumerate(scene.size):
         low = 0.0 if axis == 1 else -extent / 2
         nearest = np.minimum(points[axis] - low, low + extent - points[axis])
         openness *= 1 - np.float32(0.35) * np.exp(-np.maximum(nearest, 0) / np.float32(0.18))
-    ambient = np.float32(AMBIENT) * (np.float32(0.8) + np.float32(0.2) * normals[1]) * openness
+    ambient = np.float32(AMBIENT) * (np.float32(1) - np.float32(0.2) * normals[1]) * openness
     color = albedo * (ambient + glow * np.float32(1.1))
 
     raised = points + normals * np.float32(2e-3)

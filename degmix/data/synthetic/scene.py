@@ -44,7 +44,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Light:
-    """A point light; an area light is several of them."""
+    """A point light."""
 
     position: np.ndarray
     color: np.ndarray
@@ -279,15 +279,10 @@ def sit(rng: Rng, room: Room, support: Item) -> None:
 
 
 def lamps(rng: Rng, room: Room) -> list[Light]:
-    """An area light under the ceiling, and daylight from the first window."""
+    """A lamp under the ceiling, and daylight from the first window."""
     x, z = rng.uniform(-0.2, 0.2, 2) * (room.width, room.depth)
     warm = vector(1.0, rng.uniform(0.86, 0.98), rng.uniform(0.7, 0.92)) * np.float32(rng.uniform(2.6, 3.6))
-    spread = rng.uniform(0.12, 0.3)
-    result = []
-    turn = rng.uniform(0, np.pi)
-    for angle in (turn, turn + np.pi):
-        place = vector(x + spread * np.cos(angle), room.height - 0.08, z + spread * np.sin(angle))
-        result.append(Light(place, warm / 2))
+    result = [Light(vector(x, room.height - 0.12, z), warm)]
     panes = [thing for thing in room.items if thing.name == "window"]
     if panes:
         pane = panes[0].surfaces[0].shape
