@@ -14,6 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from degmix_kernels.backend import INTERPRETED
+
+if INTERPRETED:
+    import numpy
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
 INT32_MAX = 2**31 - 1
 
 
@@ -68,6 +75,21 @@ def run(launch: Launch, device: torch.device) -> None:
 
 
 def _launch(launch: Launch) -> None:
+    arguments = launch.arguments
+    if INTERPRETED:
+        arguments = {
+            name: _scalar(value) if type(value) is int else value for name, value in arguments.items()
+        }
     launch.kernel[(launch.programs,)](
-        **launch.arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
+        **arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
     )
+
+
+def _scalar(value: int) -> Any:
+    """An integer argument for the interpreter.
+
+    Triton 3.6 makes it an array of one element, which NumPy 2.5 no longer takes as the end of a range; so it
+    becomes one of no dimensions here, and loops in kernels end at arguments.
+    """
+    kind, dtype = (numpy.int32, tl.int32) if abs(value) <= INT32_MAX else (numpy.int64, tl.int64)
+    return tl.tensor(TensorHandle(numpy.array(value, kind), dtype), dtype)

@@ -338,7 +338,7 @@ def backward_weight(
     mask_ptr,  # (N, C, out_pixels) or None
     partial_ptr,  # (splits, Cout, group_channels) fp32
     batch,
-    splits,
+    share,  # blocks of pixels per split
     groups,
     group_channels,
     group_out,
@@ -382,15 +382,14 @@ def backward_weight(
     out += group * group_out
 
     pixel_blocks = tl.cdiv(out_pixels, BLOCK_PIXELS)
-    blocks = batch * pixel_blocks
-    share = tl.cdiv(blocks, splits)
     gradient = tl.zeros((BLOCK_OUT, BLOCK_CHANNELS), tl.float32)
-    for block in range(split * share, tl.minimum(split * share + share, blocks)):
+    for step in range(0, share):
+        block = split * share + step
         image = (block // pixel_blocks).to(tl.int64)
         pixel = block % pixel_blocks * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[None, :]
         if INDEX_64:
             pixel = pixel.to(tl.int64)
-        pixel_valid = pixel < out_pixels
+        pixel_valid = pixel < tl.where(image < batch, out_pixels, 0)  # the last share may end past the batch
         columns = sample(
             input_ptr, offset_ptr, mask_ptr, image, group * group_channels + channel[:, None], pixel,
             channel_valid[:, None] & pixel_valid, channels, height, width, out_width, out_pixels,

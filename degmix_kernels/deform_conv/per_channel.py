@@ -181,7 +181,7 @@ def plan_backward_weight(
             "mask_ptr": mask,
             "partial_ptr": partial,
             "batch": input.shape[0],
-            "splits": splits,
+            "share": triton.cdiv(input.shape[0] * triton.cdiv(sizes["out_pixels"], block_pixels), splits),
             **sizes,
         },
         {
