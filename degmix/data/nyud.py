@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .errors import DataError
+from degmix.data.errors import DataError
 
 IGNORE = 255
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from torch.utils.data import Dataset
 
-from .errors import DataError
-from .nyud import Sample
-from .transforms import Transform
+from degmix.data.errors import DataError
+from degmix.data.nyud import Sample
+from degmix.data.transforms import Transform
 
 # two independent families of random numbers per seed
 ORDER, AUGMENTATION = 0, 1

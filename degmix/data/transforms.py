@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import DataError
-from .nyud import IGNORE, Sample
+from degmix.data.errors import DataError
+from degmix.data.nyud import IGNORE, Sample
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

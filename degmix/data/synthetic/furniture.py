@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .materials import (
+from degmix.data.synthetic.materials import (
     Color,
     Material,
     checker,
@@ -18,7 +18,7 @@ from .materials import (
     tinted,
     wood,
 )
-from .objects import UNLABELLED, Item, Surface, ball, block, column, item, salt
+from degmix.data.synthetic.objects import UNLABELLED, Item, Surface, ball, block, column, item, salt
 
 Rng = np.random.Generator
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .geometry import Box, Cylinder, Ellipsoid, Primitive, vector, yaw_rotation
-from .materials import Material
+from degmix.data.synthetic.geometry import Box, Cylinder, Ellipsoid, Primitive, vector, yaw_rotation
+from degmix.data.synthetic.materials import Material
 
 CLASSES: tuple[str, ...] = (
     "wall",

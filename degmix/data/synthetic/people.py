@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .geometry import Capsule, vector
-from .materials import Color, Material, picked, rings, speckle, stripes, tinted
-from .objects import PARTS, Item, Surface, ball, item, salt
+from degmix.data.synthetic.geometry import Capsule, vector
+from degmix.data.synthetic.materials import Color, Material, picked, rings, speckle, stripes, tinted
+from degmix.data.synthetic.objects import PARTS, Item, Surface, ball, item, salt
 
 HEAD, TORSO, UPPER_ARM, LOWER_ARM, UPPER_LEG, LOWER_LEG = range(1, len(PARTS))
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from .geometry import Box, dot, lit, rotate, trace, unit
-from .objects import VOID, label_of
-from .scene import Scene, build
+from degmix.data.synthetic.geometry import Box, dot, lit, rotate, trace, unit
+from degmix.data.synthetic.objects import VOID, label_of
+from degmix.data.synthetic.scene import Scene, build
 
 DEPTH_RANGE = 7.0  # metres; a depth sensor returns nothing beyond
 GRAZING_COSINE = 0.08  # nor where a surface is seen edge-on

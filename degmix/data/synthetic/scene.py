@@ -7,10 +7,20 @@ from functools import partial
 
 import numpy as np
 
-from . import furniture, people
-from .geometry import Box, Group, Plane, Primitive, rotate, unit, vector, yaw_rotation
-from .materials import Material, checker, picked, plain, speckle, stripes, tiles, tinted, wood
-from .objects import Item, Surface, item, label_of, salt
+from degmix.data.synthetic import furniture, people
+from degmix.data.synthetic.geometry import Box, Group, Plane, Primitive, rotate, unit, vector, yaw_rotation
+from degmix.data.synthetic.materials import (
+    Material,
+    checker,
+    picked,
+    plain,
+    speckle,
+    stripes,
+    tiles,
+    tinted,
+    wood,
+)
+from degmix.data.synthetic.objects import Item, Surface, item, label_of, salt
 
 Rng = np.random.Generator
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..errors import DataError
-from .objects import VOID
-from .renderer import render
+from degmix.data.errors import DataError
+from degmix.data.synthetic.objects import VOID
+from degmix.data.synthetic.renderer import render
 
 FOLDERS = ("images", "segmentation", "edge", "normals", "depth", "human_parts", "sal", "gt_sets")
 SMALLEST_SIDE = 16  # pixels
