@@ -1,6 +1,6 @@
 """Swap an op into an existing model: every torchvision ``DeformConv2d`` replaced by ours, weights kept.
 
-The layers have the same arguments, parameter names and shapes, so a model keeps its checkpoints and its numbers.
+The layers have the same arguments, parameter names and shapes: a model keeps its checkpoints and its numbers.
 
     python examples/swap_op.py
 """
