@@ -1,0 +1,175 @@
+"""Channel mixing against its formula written out, and nn.BatchNorm2d's habits."""
+
+import pytest
+import torch
+from torch import nn
+
+from degmix_kernels import BatchNorm2d, ChannelMix, channel_mix, use_backend
+from degmix_kernels.testing import assert_close
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def formula(x, weight, bias, mean, var, scale, shift, eps=1e-5):
+    """Every pixel on its own: y_o = GELU(Σ_c W_oc x_c + b_o), then normalised."""
+    mixed = torch.einsum("oc,bchw->bohw", weight, x) + bias.view(1, -1, 1, 1)
+    active = mixed * 0.5 * (1 + torch.erf(mixed / 2**0.5))
+    if mean is None:
+        mean = active.mean((0, 2, 3))
+        var = ((active - mean.view(1, -1, 1, 1)) ** 2).mean((0, 2, 3))
+    normed = (active - mean.view(1, -1, 1, 1)) / torch.sqrt(var.view(1, -1, 1, 1) + eps)
+    return normed * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1), active
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_formula_output_gradients_and_statistics(training):
+    x, weight, bias, residual = (
+        draw(2, 5, 4, 3),
+        draw(7, 5, seed=1),
+        draw(7, seed=2),
+        draw(2, 7, 4, 3, seed=3),
+    )
+    scale, shift = draw(7, seed=4), draw(7, seed=5)
+    mean, var = draw(7, seed=6), draw(7, seed=7).square() + 0.5
+    inputs = [t.requires_grad_() for t in (x, weight, bias, scale, shift, residual)]
+    ours_mean, ours_var = mean.clone(), var.clone()
+    ours = channel_mix(
+        x,
+        weight,
+        bias,
+        running_mean=ours_mean,
+        running_var=ours_var,
+        norm_weight=scale,
+        norm_bias=shift,
+        training=training,
+        residual=residual,
+    )
+    statistics = (None, None) if training else (mean, var)
+    expected, active = formula(x, weight, bias, *statistics, scale, shift)
+    expected = expected + residual
+    assert_close(ours, expected, 24)
+    probe = draw(*expected.shape, seed=8)
+    for got, want in zip(
+        torch.autograd.grad(ours, inputs, probe), torch.autograd.grad(expected, inputs, probe), strict=True
+    ):
+        assert_close(got, want, 100)
+    if training:
+        count = 2 * 4 * 3
+        batch_var = active.var((0, 2, 3), unbiased=False) * count / (count - 1)
+        assert_close(ours_mean, 0.9 * mean + 0.1 * active.mean((0, 2, 3)), 24)
+        assert_close(ours_var, 0.9 * var + 0.1 * batch_var, 24)
+    else:
+        assert torch.equal(ours_mean, mean)
+
+
+def test_tokens_are_a_map_of_one_row():
+    tokens, weight = draw(11, 5), draw(3, 5, seed=1)
+    as_map = channel_mix(tokens.T[None, :, None], weight.view(3, 5, 1, 1), training=True)
+    assert_close(channel_mix(tokens, weight, training=True), as_map[0, :, 0].T, 11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_its_sums_in_fp32(device, dtype):
+    # Σ x² of 4096 values of 64 overflows fp16, and bf16 cannot count to 4096.
+    x = (draw(1, 2, 64, 64) + 64).to(device, dtype)
+    weight = torch.eye(2, device=device, dtype=dtype)
+    got = channel_mix(x, weight, activation="identity", training=True)
+    expected = channel_mix(x.double(), weight.double(), activation="identity", training=True)
+    assert got.dtype == dtype
+    assert_close(got, expected, 4096)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layer", [ChannelMix(6, 6), BatchNorm2d(6)], ids=["ChannelMix", "BatchNorm2d"])
+def test_batch_of_one_has_the_gradient_of_any_layout(layer, training):
+    # PyTorch's own BatchNorm2d fails this on a CPU: the gradient of this token layout is channels_last.
+    layer = layer.double().train(training)
+    probe = draw(1, 35, 6, seed=1)
+    results = []
+    for token_layout in (True, False):
+        x = draw(1, 6, 5, 7).requires_grad_()
+        y = layer(x)
+        if token_layout:
+            (y.flatten(2).transpose(1, 2) * probe).sum().backward()
+        else:
+            (y * probe.transpose(1, 2).reshape(1, 6, 5, 7)).sum().backward()
+        results.append(x.grad)
+    assert_close(results[0], results[1], 35)
+
+
+def test_module_is_convolution_gelu_batch_norm():
+    torch.manual_seed(0)
+    module = ChannelMix(5, 7).double()
+    plain = nn.Sequential(nn.Conv2d(5, 7, 1), nn.GELU(), nn.BatchNorm2d(7)).double()
+    names = {"weight": "0.weight", "bias": "0.bias"}
+    plain.load_state_dict(
+        {names.get(name, name.replace("norm.", "2.")): value for name, value in module.state_dict().items()}
+    )
+    x = draw(3, 5, 4, 6)
+    for training in (True, True, False):
+        assert_close(module.train(training)(x), plain.train(training)(x), 72)
+    assert module.norm.num_batches_tracked == plain[2].num_batches_tracked == 2
+    assert_close(module.norm.running_var, plain[2].running_var, 72)
+
+
+def test_cumulative_average():
+    module, plain = ChannelMix(2, 2, momentum=None), nn.BatchNorm2d(2, momentum=None)
+    for seed in range(3):
+        x = draw(2, 2, 3, 3, seed=seed, dtype=torch.float32)
+        module(x)
+        plain(torch.nn.functional.gelu(torch.nn.functional.conv2d(x, module.weight, module.bias)))
+    torch.testing.assert_close(module.norm.running_mean, plain.running_mean)
+
+
+def test_sync_batch_norm_conversion_keeps_names_and_result():
+    module = ChannelMix(3, 4).eval()
+    module.norm.running_mean.normal_()
+    x = draw(2, 3, 4, 4, dtype=torch.float32)
+    before, names = module(x, x.new_ones(2, 4, 4, 4)), list(module.state_dict())
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    assert isinstance(converted.norm, nn.SyncBatchNorm)
+    assert list(converted.state_dict()) == names
+    torch.testing.assert_close(converted(x, x.new_ones(2, 4, 4, 4)), before)
+
+
+def test_autocast_casts_operands_and_not_the_norm(device):
+    module = ChannelMix(4, 4).to(device)
+    x = draw(2, 4, 3, 3, dtype=torch.float32).to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.bfloat16
+    assert module.norm.running_mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize("layer", [ChannelMix(4, 4), BatchNorm2d(4)], ids=["ChannelMix", "BatchNorm2d"])
+def test_one_element_has_no_batch_statistic(layer):
+    with pytest.raises(ValueError, match=r"more than (one element|1 value)"):
+        layer.train()(torch.zeros(1, 4, 1, 1))
+    assert layer.eval()(torch.zeros(1, 4, 1, 1)).shape == (1, 4, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 3, 4)}, ValueError, "x: expected 2 or 4 dimensions"),
+        ({"x": torch.zeros(2, 3, dtype=torch.long)}, TypeError, "x: expected a floating-point tensor"),
+        ({"weight": torch.zeros(5, 4)}, ValueError, r"weight: expected shape \(5, 3\)"),
+        ({"weight": torch.zeros(5, 3).double()}, TypeError, "weight: expected dtype torch.float32"),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias: expected shape \(5,\)"),
+        ({"activation": "tanh"}, ValueError, "activation: expected one of 'gelu'"),
+        ({"running_mean": torch.zeros(5)}, ValueError, "running_var: expected running_mean and running_var"),
+        ({"norm_weight": torch.zeros(3)}, ValueError, "norm_weight: expected shape"),
+        ({"residual": torch.zeros(2, 3)}, ValueError, r"residual: expected shape \(2, 5\)"),
+    ],
+)
+def test_bad_input(change, error, message):
+    arguments = {"x": torch.zeros(2, 3), "weight": torch.zeros(5, 3)} | change
+    with pytest.raises(error, match=message):
+        channel_mix(**arguments)
+
+
+def test_forcing_triton_says_that_there_is_no_kernel():
+    with use_backend("triton"), pytest.warns(UserWarning, match="channel_mix has no Triton kernel yet"):
+        channel_mix(torch.zeros(2, 3), torch.zeros(5, 3), training=True)
