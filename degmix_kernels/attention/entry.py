@@ -58,6 +58,7 @@ OPS = (
         module=GatedAttention,
         samples=_gated_samples,
         differentiable=("query", "key", "value", "gate", "residual"),
+        batched=("query", "key", "value", "gate", "residual"),
         autocast=("query", "key", "value", "gate", "residual"),
     ),
     Op(
@@ -67,6 +68,7 @@ OPS = (
         module=LinearAttention,
         samples=_linear_samples,
         differentiable=("query", "key", "value"),
+        batched=("query", "key", "value"),
         autocast=("query", "key", "value"),
     ),
 )

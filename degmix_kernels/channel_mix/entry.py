@@ -12,11 +12,12 @@ from degmix_kernels.contract import Op, Sample
 
 # shape of x, out_channels, activation, bias, training, norm parameters, residual
 _CALLS = (
-    ((2, 5, 6, 9), 7, "gelu", True, True, True, True),
+    ((2, 5, 6, 9), 7, "gelu", True, False, True, True),
+    ((3, 7, 4, 5), 6, "gelu", True, True, True, True),
     ((1, 17, 5, 3), 3, "gelu", False, False, True, False),
-    ((3, 4, 1, 1), 6, "relu", True, True, False, False),
-    ((7, 11), 5, "gelu", True, True, True, True),
-    ((1, 1, 1, 1), 1, "silu", True, False, True, True),
+    ((9, 4, 1, 1), 6, "relu", True, True, False, False),
+    ((7, 11), 5, "silu", True, True, True, True),
+    ((1, 1, 1, 1), 1, "identity", True, False, True, True),
     ((0, 4, 3, 5), 2, "gelu", True, False, True, True),
 )
 
@@ -41,7 +42,8 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
             "residual": draw(shape[0], out, *shape[2:]) if residual else None,
         }
         elements = shape[0] * (shape[2] * shape[3] if len(shape) == 4 else 1)
-        samples.append(Sample(arguments, max(elements, shape[1], out)))
+        # Sums of sums: over pixels of the statistics, over channels of the product, over outputs backward.
+        samples.append(Sample(arguments, max(elements, 1) * shape[1] * out))
     return samples
 
 
@@ -53,6 +55,7 @@ OPS = (
         module=ChannelMix,
         samples=_samples,
         differentiable=("x", "weight", "bias", "norm_weight", "norm_bias", "residual"),
+        batched=("x", "residual"),
         keeps_layout_of="x",
         autocast=("x", "weight", "bias", "residual"),
     ),

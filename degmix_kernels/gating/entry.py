@@ -13,9 +13,9 @@ from degmix_kernels.gating.op import gated_mlp, spatial_gating_unit
 # batch, tokens, channels, hidden, mode
 _SHAPES = (
     (2, 9, 10, 6, "channel"),
-    (1, 5, 3, 17, "token"),
-    (3, 1, 4, 4, "channel"),
-    (2, 7, 2, 3, "token"),
+    (1, 5, 13, 17, "token"),
+    (3, 1, 8, 7, "channel"),
+    (2, 7, 9, 5, "token"),
     (0, 4, 4, 5, "channel"),
 )
 
@@ -34,11 +34,12 @@ def _unit_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gen
             "v": draw(batch, tokens, channels),
             "norm_weight": draw(channels),
             "norm_bias": draw(channels),
-            "weight": draw(size, size),
+            "weight": draw(size, size) / size**0.5,
             "bias": draw(size),
             "mode": mode,
         }
-        samples.append(Sample(arguments, max(batch * tokens, batch * channels, tokens, channels)))
+        # Sums of sums: of the gate's product, of the LayerNorm, of the parameter gradients.
+        samples.append(Sample(arguments, size * channels * max(batch * tokens, 1)))
     return samples
 
 
@@ -51,17 +52,18 @@ def _mlp_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gene
             "x": draw(batch, tokens, channels),
             "norm_weight": draw(channels),
             "norm_bias": draw(channels),
-            "fc1_weight": draw(2 * hidden, channels),
+            "fc1_weight": draw(2 * hidden, channels) / channels**0.5,
             "fc1_bias": draw(2 * hidden),
             "gate_norm_weight": draw(hidden),
             "gate_norm_bias": draw(hidden),
-            "gate_weight": draw(size, size),
+            "gate_weight": draw(size, size) / size**0.5,
             "gate_bias": draw(size),
-            "fc2_weight": draw(channels, hidden),
+            "fc2_weight": draw(channels, hidden) / hidden**0.5,
             "fc2_bias": draw(channels),
             "mode": mode,
         }
-        samples.append(Sample(arguments, max(batch * tokens, batch * hidden, 2 * hidden, channels)))
+        # Sums of sums: fc1, gate and fc2, and of the parameter gradients.
+        samples.append(Sample(arguments, channels * size * hidden * max(batch * tokens, 1)))
     return samples
 
 
@@ -73,6 +75,7 @@ OPS = (
         module=SpatialGatingUnit,
         samples=_unit_samples,
         differentiable=("u", "v", "norm_weight", "norm_bias", "weight", "bias"),
+        batched=("u", "v"),
         autocast=("u", "v", "weight", "bias"),
     ),
     Op(
@@ -94,6 +97,7 @@ OPS = (
             "fc2_weight",
             "fc2_bias",
         ),
+        batched=("x",),
         autocast=("x", "fc1_weight", "fc1_bias", "gate_weight", "gate_bias", "fc2_weight", "fc2_bias"),
     ),
 )

@@ -46,6 +46,7 @@ OPS = (
         module=TaskAttention,
         samples=_samples,
         differentiable=("query", "key", "value"),
+        batched=("query", "key", "value"),
         autocast=("query", "key", "value"),
     ),
 )
