@@ -45,3 +45,13 @@ def torchvision() -> ModuleType:
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         pytest.skip(f"torchvision's operators do not load here: {error}")
     return torchvision
+
+
+@pytest.fixture(scope="session")
+def timm() -> ModuleType:
+    """timm, which imports torchvision; that may not load next to a CPU-only torch build."""
+    try:
+        import timm
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        pytest.skip(f"timm does not load here: {error}")
+    return timm

@@ -20,6 +20,8 @@ OPTIONS = {
     "swin_transformer_v2": {"strict_img_size": False},
     "hrnet": {"feature_location": ""},
     "vision_transformer": {"dynamic_img_size": True},
+    "deit": {"dynamic_img_size": True},
+    "eva": {"dynamic_img_size": True},
 }
 # Buffers that older files carry and timm now computes itself.
 COMPUTED_BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask", "num_batches_tracked")
@@ -101,11 +103,12 @@ class Pyramid(nn.Module):
         # HRNet has two maps at 1/2 or 1/4 besides: of equals, the later one.
         self.chosen = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in STRIDES]
         self.channels = tuple(channels[index] for index in self.chosen)
-        self.channels_first = str(getattr(model.output_fmt, "value", model.output_fmt)) == "NCHW"
+        layout = getattr(model, "output_fmt", "NCHW")  # HRNet does not say
+        self.channels_first = getattr(layout, "value", layout) == "NCHW"
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """(B, 3, H, W) → (B, channels[i], ⌈H/s⌉, ⌈W/s⌉) for s = 4, 8, 16, 32."""
-        features = self.model(pad(image, STRIDES[-1]))
+        features = extract(self.model, pad(image, STRIDES[-1]))
         chosen = [features[index] for index in self.chosen]
         if not self.channels_first:
             chosen = [each.permute(0, 3, 1, 2).contiguous() for each in chosen]
@@ -146,13 +149,22 @@ class ViT(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """(B, 3, H, W) → [(B, 256, ⌈H/4⌉, ⌈W/4⌉)]."""
-        features = self.model(pad(image, self.patch))
+        features = extract(self.model, pad(image, self.patch))
         scale = self.patch // STRIDES[0]
         levels = [
             functional.interpolate(conv(each), scale_factor=scale, mode="bilinear", align_corners=False)
             for conv, each in zip(self.levels, features, strict=True)
         ]
         return [crop(self.fusion(torch.cat(levels, dim=1)), image, STRIDES[0])]
+
+
+def extract(model: nn.Module, image: Tensor) -> list[Tensor]:
+    """The model's maps; ``ValueError`` if it was made for one image size only."""
+    try:
+        return model(image)
+    except AssertionError as error:  # how timm refuses a size
+        size = "×".join(str(side) for side in image.shape[2:])
+        raise ValueError(f"image: expected a size that the backbone takes, got {size} ({error})") from error
 
 
 def pad(image: Tensor, divisor: int) -> Tensor:

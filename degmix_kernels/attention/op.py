@@ -35,7 +35,7 @@ def gated_attention(
     Follows Vaswani et al., arXiv 1706.03762, equation 1; the gate as in Qiu et al., arXiv 2505.06708.
     """
     query, key, value, gate, residual = _cast_checked(query, key, value, gate=gate, residual=residual)
-    backend.runs_triton("gated_attention", query.device, query.dtype, missing="gated_attention")
+    backend.runs_triton("gated_attention", query.device, query.dtype, missing="this op")
     return reference.gated_attention(query, key, value, gate, residual)
 
 
@@ -62,7 +62,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     Follows DeGMix, arXiv 2308.05721, as in its authors' later program.
     """
     query, key, value = _cast_checked(query, key, value)
-    backend.runs_triton("linear_attention", query.device, query.dtype, missing="linear_attention")
+    backend.runs_triton("linear_attention", query.device, query.dtype, missing="this op")
     return reference.linear_attention(query, key, value, scale)
 
 

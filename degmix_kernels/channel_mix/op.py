@@ -91,7 +91,7 @@ def channel_mix(
         elements = x.numel() // x.shape[1]
         message = "more than one element per channel for a batch statistic"
         checks.expect(elements != 1, "x", message, f"shape {tuple(x.shape)}")
-    backend.runs_triton("channel_mix", x.device, x.dtype, missing="channel_mix")
+    backend.runs_triton("channel_mix", x.device, x.dtype, missing="this op")
     return reference.channel_mix(
         x,
         weight,

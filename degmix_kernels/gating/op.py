@@ -54,7 +54,7 @@ def spatial_gating_unit(
     checks.expect_shape("v", v, tuple(u.shape))
     _check_norm({"norm_weight": norm_weight, "norm_bias": norm_bias}, u, u.shape[2])
     _check_gate({"weight": weight, "bias": bias}, u, u.shape[2], mode)
-    backend.runs_triton("spatial_gating_unit", u.device, u.dtype, missing="spatial_gating_unit")
+    backend.runs_triton("spatial_gating_unit", u.device, u.dtype, missing="this op")
     return reference.spatial_gating_unit(u, v, norm_weight, norm_bias, weight, bias, mode, eps)
 
 
@@ -132,7 +132,7 @@ def gated_mlp(
     gate_norm = {"gate_norm_weight": gate_norm_weight, "gate_norm_bias": gate_norm_bias}
     _check_norm(gate_norm, x, hidden)
     _check_gate({"gate_weight": gate_weight, "gate_bias": gate_bias}, x, hidden, mode)
-    backend.runs_triton("gated_mlp", x.device, x.dtype, missing="gated_mlp")
+    backend.runs_triton("gated_mlp", x.device, x.dtype, missing="this op")
     return reference.gated_mlp(
         x,
         norm_weight,

@@ -44,7 +44,7 @@ def task_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Ten
     for name, tensor in {"key": key, "value": value}.items():
         checks.expect_like(name, tensor, "query", query)
         checks.expect_shape(name, tensor, (batch, tasks, pixels, channels))
-    backend.runs_triton("task_attention", query.device, query.dtype, missing="task_attention")
+    backend.runs_triton("task_attention", query.device, query.dtype, missing="this op")
     return reference.task_attention(query, key, value, heads)
 
 

@@ -99,7 +99,7 @@ def test_bad_input(change, error, message):
 def test_forcing_triton_says_that_there_is_no_kernel():
     x = torch.zeros(1, 2, 3, 4)
     with use_backend("triton"):
-        with pytest.warns(UserWarning, match="gated_attention has no Triton kernel yet"):
+        with pytest.warns(UserWarning, match="gated_attention: this op has no Triton kernel yet"):
             gated_attention(x, x, x)
-        with pytest.warns(UserWarning, match="linear_attention has no Triton kernel yet"):
+        with pytest.warns(UserWarning, match="linear_attention: this op has no Triton kernel yet"):
             linear_attention(x, x, x, 1.0)

@@ -183,5 +183,8 @@ def test_bad_input(change, error, message):
 
 
 def test_forcing_triton_says_that_there_is_no_kernel():
-    with use_backend("triton"), pytest.warns(UserWarning, match="channel_mix has no Triton kernel yet"):
+    with (
+        use_backend("triton"),
+        pytest.warns(UserWarning, match="channel_mix: this op has no Triton kernel yet"),
+    ):
         channel_mix(torch.zeros(2, 3), torch.zeros(5, 3), training=True)

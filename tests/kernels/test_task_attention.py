@@ -80,5 +80,8 @@ def test_bad_input(change, error, message):
 
 def test_forcing_triton_says_that_there_is_no_kernel():
     x = torch.zeros(1, 2, 5, 6)
-    with use_backend("triton"), pytest.warns(UserWarning, match="task_attention has no Triton kernel yet"):
+    with (
+        use_backend("triton"),
+        pytest.warns(UserWarning, match="task_attention: this op has no Triton kernel yet"),
+    ):
         task_attention(x, x, x, 2)
