@@ -142,9 +142,10 @@ class DeGMixHead(nn.Module):
             ValueError: for another number of maps, other channels, or an empty size.
         """
         self._check_features(features, size)
-        x = self.embed(concatenate([safe_gradient(feature) for feature in features]))
+        x = self.embed(concatenate(features))
         maps = [mixer(x) for mixer in self.mixers.values()]
-        tokens = torch.stack([each.flatten(2).transpose(1, 2) for each in maps], dim=1)  # (B, T, N, C)
+        # permute, not flatten and transpose: PyTorch's CPU BatchNorm gets the latter's gradient wrong at B = 1.
+        tokens = torch.stack([each.permute(0, 2, 3, 1).flatten(1, 2) for each in maps], dim=1)  # (B, T, N, C)
         decoded = self.decoder(tokens).transpose(2, 3).unflatten(3, x.shape[2:])  # (B, T, C, H, W)
         predictions = zip(self.predictions.items(), decoded.unbind(1), strict=True)
         return {task: resize(predict(each.contiguous()), size) for (task, predict), each in predictions}
@@ -230,28 +231,6 @@ def concatenate(features: Sequence[Tensor]) -> Tensor:
     """The maps at the size of the first, one behind the other: (B, Σ channels, H, W)."""
     size = features[0].shape[2:]
     return torch.cat([features[0], *(resize(feature, size) for feature in features[1:])], dim=1)
-
-
-class _ContiguousGradient(torch.autograd.Function):
-    """Identity whose gradient comes back contiguous."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
-        return grad.contiguous()
-
-
-def safe_gradient(feature: Tensor) -> Tensor:
-    """Keep a backbone's ``nn.BatchNorm2d`` from PyTorch's wrong CPU gradient of a single image.
-
-    It is wrong for a contiguous map whose gradient is channels_last, as the head's token layout makes it.
-    """
-    if feature.device.type == "cpu" and feature.shape[0] == 1 and feature.requires_grad:
-        return _ContiguousGradient.apply(feature)
-    return feature
 
 
 def check_arguments(tasks: Mapping[str, int], attention: str, depth: int, dim: int, heads: int) -> None:

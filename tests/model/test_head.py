@@ -272,7 +272,7 @@ def test_directional_derivative():
 
 @every_attention
 def test_a_single_image_in_training_has_the_gradient_of_a_plain_batch_norm(attention):
-    # The token layout gives BatchNorm a channels_last gradient, which PyTorch gets wrong for one image.
+    # Some layouts of the gradient that the head returns would be wrong in a CPU BatchNorm before it.
     head, (first, *others) = small_head(attention), small_features(1)
     first.requires_grad_()
     before = functional.batch_norm(first, None, None, training=True)
