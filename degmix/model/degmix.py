@@ -144,7 +144,7 @@ class DeGMixHead(nn.Module):
         self._check_features(features, size)
         x = self.embed(concatenate(features))
         maps = [mixer(x) for mixer in self.mixers.values()]
-        # permute, not flatten and transpose: PyTorch's CPU BatchNorm gets the latter's gradient wrong at B = 1.
+        # permute: the gradient of flatten(2).transpose(1, 2) is one that PyTorch's CPU BatchNorm gets wrong.
         tokens = torch.stack([each.permute(0, 2, 3, 1).flatten(1, 2) for each in maps], dim=1)  # (B, T, N, C)
         decoded = self.decoder(tokens).transpose(2, 3).unflatten(3, x.shape[2:])  # (B, T, C, H, W)
         predictions = zip(self.predictions.items(), decoded.unbind(1), strict=True)

@@ -17,7 +17,7 @@ def gated_attention(
     with autocast.disabled(query.device):
         tokens = (query.to(compute), key.to(compute), value.to(compute))
         output = functional.scaled_dot_product_attention(*tokens)
-        # PyTorch's CPU kernel takes a NaN score for a masked one and returns a number (seen in 2.11 and 2.15).
+        # PyTorch's CPU kernel takes a NaN score for a masked one and returns a number (2.11 and 2.15).
         undefined = query.isnan().any(-1, keepdim=True) | key.isnan().flatten(2).any(-1)[..., None, None]
         output = output + torch.zeros_like(undefined, dtype=compute).masked_fill(undefined, torch.nan)
         if gate is not None:

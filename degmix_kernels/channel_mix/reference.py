@@ -66,7 +66,7 @@ def batch_norm(
     statistics = [None if s is None else s.to(x.dtype) for s in (running_mean, running_var)]
     weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
     use_batch = training or running_mean is None
-    # On a CPU, a contiguous 4-D map of batch 1 gets a wrong gradient (seen in PyTorch 2.11 and 2.15) if the one that
+    # On a CPU, a contiguous 4-D map of batch 1 gets a wrong gradient (PyTorch 2.11, 2.15) if the one that
     # arrives has channels_last strides but for the batch's, which means nothing at size 1. With its pixels on
     # one axis a map has no channels_last to be mistaken about.
     flat = x.flatten(2) if x.dim() == 4 and x.is_contiguous() else x
