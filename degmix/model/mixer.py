@@ -46,7 +46,11 @@ class MixerLayer(nn.Module):
 class Offsets(nn.Module):
     """One (dy, dx) in pixels per channel and pixel, from learned positions and the pixel's own coordinates.
 
-    Always in fp32 (fp64 for doubles), autocast or not: bf16 has no room for a pixel coordinate.
+    Always in fp32 (fp64 for doubles), autocast or not: bf16 has no room for a pixel coordinate. Both
+    convolutions are linear, so the large coordinates, the same for every image, pass through them apart from
+    the small learned positions and in fp64: the gradient of a bilinear sample jumps where it crosses a pixel,
+    and a sum in fp32 errs four times as far.
+
     ``p_conv.weight`` starts at zero, the rest is drawn as PyTorch does.
 
     Args:
@@ -64,14 +68,16 @@ class Offsets(nn.Module):
         """(B, C, H, W) → (B, 2·C, H, W); channel 2i is dy of channel i, 2i + 1 its dx."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
-            position = convolve(x, self.p_conv) + window_grid(x.shape[2], x.shape[3], x)
-            return convolve(position, self.opt)
+            learned = convolve(convolve(x, self.p_conv, None), self.opt, None)
+            coordinates = window_grid(x.shape[2], x.shape[3], x.double())
+            coordinates = coordinates + self.p_conv.bias.double()[:, None, None]
+            return learned + convolve(coordinates, self.opt, self.opt.bias).to(x.dtype)
 
 
-def convolve(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """Apply a layer in the dtype of ``x``, whatever the dtype of its parameters."""
-    weight, bias = layer.weight.to(x.dtype), layer.bias.to(x.dtype)
-    return functional.conv2d(x, weight, bias, padding=layer.padding, groups=layer.groups)
+def convolve(x: Tensor, layer: nn.Conv2d, bias: Tensor | None) -> Tensor:
+    """Apply a layer with this bias instead of its own, in the dtype of ``x``."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return functional.conv2d(x, layer.weight.to(x.dtype), bias, padding=layer.padding, groups=layer.groups)
 
 
 def window_grid(height: int, width: int, like: Tensor) -> Tensor:

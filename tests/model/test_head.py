@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from degmix import DeGMixHead
+from degmix.model.mixer import Offsets
 from degmix_kernels import use_backend
 from degmix_kernels.testing import assert_close, relative_l2
 
@@ -371,3 +372,15 @@ def test_bad_features():
         head([good[0], good[0]], (8, 8))
     with pytest.raises(ValueError, match=r"size: expected \(height, width\) of at least 1, got \(8, 0\)"):
         head(good, (8, 0))
+
+
+def test_offsets_in_fp32_are_the_fp64_ones_but_for_their_rounding():
+    """Large coordinates must not cost the small learned positions their digits."""
+    torch.manual_seed(0)
+    offsets = Offsets(32)
+    torch.nn.init.normal_(offsets.p_conv.weight, std=0.05)
+    x = torch.randn(1, 32, 53, 70)
+    rounded = offsets(x).double()
+    expected = offsets.double()(x.double())
+    # The most that rounding the exact result to fp32 can cost.
+    assert relative_l2(rounded, expected) <= torch.finfo(torch.float32).eps / 2
