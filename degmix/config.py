@@ -1,0 +1,316 @@
+"""Typed configuration: dataclasses, read from strict YAML, changed by ``key=value``.
+
+A key nobody knows or a value of the wrong type is an error that names the key, what came and what was expected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from degmix.losses import EDGE_POSITIVE_WEIGHT
+from degmix.tasks import TASKS
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one sentence for its author."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data set.
+
+    Attributes:
+        root: folder in the NYUD-v2 layout.
+        classes: the names of the semantic classes: "nyud", "synthetic", or a list of names.
+        size: height and width of a training crop.
+        workers: processes that read samples; 0 reads them in the training process.
+    """
+
+    root: str = "data/NYUDv2"
+    classes: str | tuple[str, ...] = "nyud"
+    size: tuple[int, int] = (425, 560)
+    workers: int = 4
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model, as ``degmix.DeGMix`` takes it.
+
+    Attributes:
+        backbone: "tiny" or a name that timm knows.
+        pretrained: start from timm's pretrained weights (downloaded on first use).
+        weights: start the backbone from this file instead.
+        attention: "pixel", "released", "linear" or "global".
+        depth: layers of each deformable mixer.
+        dim: channels of the head.
+        heads: attention heads.
+    """
+
+    backbone: str = "swin_tiny_patch4_window7_224"
+    pretrained: bool = False
+    weights: str | None = None
+    attention: str = "pixel"
+    depth: int = 2
+    dim: int = 256
+    heads: int = 2
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The sum of losses.
+
+    Attributes:
+        weights: weights of tasks that differ from ``degmix.tasks``.
+        edge_positive: weight of edge pixels against 1 − it for the others.
+    """
+
+    weights: dict[str, float] = field(default_factory=dict)
+    edge_positive: float = EDGE_POSITIVE_WEIGHT
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: images that pass through the model together.
+        accumulate: batches whose gradients are added up for one step.
+        lr: SGD's learning rate at step 0; it falls to zero as (1 − step / steps) ** power.
+        momentum, weight_decay: SGD's.
+        power: of the decay.
+        clip: largest norm of the gradient; a larger one is scaled down.
+        amp: bfloat16 autocast on GPUs.
+        seed: of the weights, the order of samples and the augmentation.
+        checkpoint_every: steps between checkpoints.
+        log_every: steps between lines of log.jsonl.
+    """
+
+    steps: int = 40_000
+    batch_size: int = 8
+    accumulate: int = 1
+    lr: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    power: float = 0.9
+    clip: float | None = None
+    amp: bool = True
+    seed: int = 0
+    checkpoint_every: int = 1000
+    log_every: int = 20
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run: the tasks, the data, the model, the losses and the optimisation."""
+
+    tasks: tuple[str, ...] = ("semseg", "depth", "normals", "edge")
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _expect(1 <= len(self.tasks) <= 8, "tasks", "1 to 8 names", f"{len(self.tasks)}")
+        _expect(len(set(self.tasks)) == len(self.tasks), "tasks", "each name once", ", ".join(self.tasks))
+        for name in self.tasks:
+            _expect(name in TASKS, "tasks", "some of " + ", ".join(TASKS), repr(name))
+        for name in self.loss.weights:
+            _expect(name in TASKS, "loss.weights", "some of " + ", ".join(TASKS), repr(name))
+        for key, value in (
+            ("data.size", min(self.data.size)),
+            ("model.depth", self.model.depth),
+            ("model.dim", self.model.dim),
+            ("model.heads", self.model.heads),
+            ("train.steps", self.train.steps),
+            ("train.batch_size", self.train.batch_size),
+            ("train.accumulate", self.train.accumulate),
+            ("train.checkpoint_every", self.train.checkpoint_every),
+            ("train.log_every", self.train.log_every),
+        ):
+            _expect(value >= 1, key, "at least 1", str(value))
+        for key, number in (("data.workers", self.data.workers), ("train.seed", self.train.seed)):
+            _expect(number >= 0, key, "at least 0", str(number))
+        _expect(self.train.lr > 0, "train.lr", "a positive number", str(self.train.lr))
+        _expect(0 < self.loss.edge_positive < 1, "loss.edge_positive", "between 0 and 1", str(self.loss.edge_positive))
+        if self.train.clip is not None:
+            _expect(self.train.clip > 0, "train.clip", "a positive number or null", str(self.train.clip))
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        source: the path of a YAML file, or the name of a preset.
+        overrides: changes such as ``"train.lr=0.01"``, their values in YAML.
+
+    Raises:
+        ConfigError: if there is no such file or preset, or it or an override is not a valid configuration.
+    """
+    path = Path(source)
+    if not path.is_file():
+        preset = PRESETS / f"{source}.yaml"
+        if path.suffix in (".yaml", ".yml") or path.parent != Path() or not preset.is_file():
+            raise ConfigError(
+                f"{source}: no such configuration file or preset (presets: {', '.join(preset_names())})"
+            )
+        path = preset
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: expected a YAML text file, got bytes that are not UTF-8") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    tree = {} if tree is None else tree
+    for override in overrides:
+        _override(tree, override)
+    return config_from_tree(tree, str(path))
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def config_from_tree(tree: object, where: str) -> Config:
+    """A configuration from nested dictionaries; ``where`` they came from is named in errors."""
+    try:
+        return _convert(tree, Config, "")
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def config_to_json(config: Config) -> str:
+    """The configuration as JSON, which ``config_from_json`` reads."""
+    return json.dumps(dataclasses.asdict(config))
+
+
+def config_from_json(text: str, where: str) -> Config:
+    """The inverse of ``config_to_json``; ``where`` the text came from is named in errors."""
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError:
+        raise ConfigError(f"{where}: its configuration is not JSON") from None
+    return config_from_tree(tree, where)
+
+
+def config_to_yaml(config: Config) -> str:
+    """The configuration as YAML, which ``load_config`` reads."""
+    return yaml.safe_dump(json.loads(config_to_json(config)), sort_keys=False, default_flow_style=None)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error, where PyYAML would keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _override(tree: object, override: str) -> None:
+    """Set ``a.b=value`` in the nested dictionaries."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override}: expected key=value, as in train.lr=0.01")
+    try:
+        value = yaml.load(text, _StrictLoader)
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}: expected a value in YAML, got {text!r}") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        if isinstance(tree, dict):
+            tree = tree.setdefault(parent, {})
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{key}: unknown key: {key.rpartition('.')[0]} is a value, not a section")
+    tree[last] = value
+
+
+def _convert(value: object, wanted: Any, key: str) -> Any:
+    """``value`` as the type ``wanted``, or a ConfigError that names ``key``."""
+    if dataclasses.is_dataclass(wanted):
+        return _convert_section(value, wanted, key)
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is types.UnionType:
+        for choice in arguments:
+            try:
+                return _convert(value, choice, key)
+            except ConfigError:
+                continue
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        if arguments[-1] is Ellipsis:
+            return tuple(_convert(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value))
+        if len(value) == len(arguments):
+            return tuple(
+                _convert(item, kind, f"{key}[{i}]")
+                for i, (item, kind) in enumerate(zip(value, arguments, strict=True))
+            )
+    elif origin is dict and isinstance(value, dict):
+        return {
+            _convert(name, arguments[0], key): _convert(item, arguments[1], f"{key}.{name}")
+            for name, item in value.items()
+        }
+    elif wanted is float and not isinstance(value, bool):
+        # YAML 1.1 reads 1e-3 as a string.
+        if isinstance(value, (int, float)) or (isinstance(value, str) and _is_number(value)):
+            return float(value)
+    elif isinstance(wanted, type) and type(value) is wanted:
+        return value
+    raise ConfigError(f"{key}: expected {_describe(wanted)}, got {json.dumps(value, default=str)}")
+
+
+def _convert_section(value: object, section: Any, key: str) -> Any:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key or 'the file'}: expected a section of keys, got {json.dumps(value, default=str)}")
+    wanted = typing.get_type_hints(section)
+    for name in value:
+        if name not in wanted:
+            close = difflib.get_close_matches(str(name), wanted, n=1)
+            prefix = f"{key}." if key else ""
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(wanted)}"
+            raise ConfigError(f"{prefix}{name}: unknown key; {hint}")
+    return section(
+        **{name: _convert(item, wanted[name], f"{key}.{name}" if key else name) for name, item in value.items()}
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _describe(wanted: Any) -> str:
+    """A type in words."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is types.UnionType:
+        return " or ".join(_describe(choice) for choice in arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"a list of {_describe(arguments[0])}"
+    if origin is tuple:
+        return f"a list of {len(arguments)} × {_describe(arguments[0])}"
+    if origin is dict:
+        return "a section of keys"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+    return names[wanted]
+
+
+def _expect(condition: bool, key: str, expected: str, got: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}: expected {expected}, got {got}")

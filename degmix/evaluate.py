@@ -1,0 +1,109 @@
+"""Evaluation: every metric over a split at its images' own sizes, beside the best constant prediction."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from degmix.checkpoint import atomic_file
+from degmix.progress import stage
+from degmix.tasks import TASKS
+
+METRICS_NAME = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One task's metric.
+
+    Attributes:
+        metric: its name.
+        value: the model's.
+        best_constant: of the best constant prediction on the same labels.
+        unit: of both.
+        lower_is_better: which direction is good.
+    """
+
+    metric: str
+    value: float
+    best_constant: float
+    unit: str
+    lower_is_better: bool
+
+    @property
+    def beats_constant(self) -> bool:
+        """Whether the model is better than any constant."""
+        return self.value < self.best_constant if self.lower_is_better else self.value > self.best_constant
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, samples: Sequence, tasks: Mapping[str, int], console: Console) -> dict[str, Result]:
+    """Run a model over samples one image at a time and measure every task.
+
+    Args:
+        model: in eval mode; its device is used.
+        samples: a data set after its evaluation transform.
+        tasks: channels per task.
+        console: where to show progress.
+    """
+    device = next(model.parameters()).device
+    metrics = {name: TASKS[name].metric(channels) for name, channels in tasks.items()}
+    with stage(console, "evaluating", len(samples)) as advance:
+        for index in range(len(samples)):
+            sample = samples[index]
+            logits = model(sample["image"][None].to(device))
+            for name, metric in metrics.items():
+                metric.update(TASKS[name].predict(logits[name].float()), sample[name][None].to(device))
+            advance(index + 1, sample["name"])
+    return {
+        name: Result(
+            TASKS[name].metric_name,
+            metric.compute(),
+            metric.best_constant(),
+            TASKS[name].unit,
+            TASKS[name].lower_is_better,
+        )
+        for name, metric in metrics.items()
+    }
+
+
+def write_metrics(path: Path, results: Mapping[str, Result]) -> None:
+    """Write results as JSON; a metric without any labelled pixel is null."""
+    tree = {
+        name: {key: None if value != value else value for key, value in asdict(result).items()}
+        for name, result in results.items()
+    }
+    with atomic_file(path) as file:
+        file.write((json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def results_table(results: Mapping[str, Result], title: str) -> Table:
+    """A table for the terminal: task, metric, value, best constant."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("task")
+    table.add_column("metric")
+    table.add_column("DeGMix", justify="right")
+    table.add_column("best constant", justify="right")
+    for name, result in results.items():
+        colour = "green" if result.beats_constant else "red"
+        table.add_row(
+            TASKS[name].title,
+            f"{result.metric} {'↓' if result.lower_is_better else '↑'}",
+            f"[{colour}]{_number(result.value, result.unit)}[/]",
+            _number(result.best_constant, result.unit),
+        )
+    return table
+
+
+def _number(value: float, unit: str) -> str:
+    if math.isnan(value):
+        return "no labels"
+    return f"{value:.3f} {unit}" if unit == "m" else f"{value:.2f} {unit}"

@@ -1,0 +1,224 @@
+"""Training: one loop.
+
+What happens at a step depends only on the configuration and the step: the samples are a function of the seed and
+their position, the learning rate of the step. A checkpoint adds weights, momentum and the random generators,
+so a resumed run computes what the uninterrupted one would have, on a CPU bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from degmix import build, checkpoint
+from degmix.config import Config, config_to_yaml
+from degmix.data.stream import TrainingStream
+from degmix.data.transforms import training_transform
+from degmix.progress import stage
+
+CONFIG_NAME = "config.yaml"
+LOG_NAME = "log.jsonl"
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one sentence."""
+
+
+class Interrupted(Exception):
+    """The user or the system asked the run to stop; the message says how to go on."""
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def start(config: Config, out: Path, device: torch.device, console: Console) -> None:
+    """Train from scratch into the new run folder ``out``, which gets what ``train`` leaves.
+
+    Raises:
+        ConfigError, DataError: if the configuration describes no model or no data.
+        TrainingError: if ``out`` holds a run already, or a loss becomes NaN or infinite.
+        Interrupted: after SIGINT or SIGTERM.
+    """
+    if (out / checkpoint.CHECKPOINT_NAME).exists():
+        raise TrainingError(f"{out}: holds a run already; choose another --out, or go on with --resume {out}")
+    torch.manual_seed(config.train.seed)
+    model = build.build_model(config).to(device)
+    _train(config, out, model, _optimizer(config, model), 0, console)
+
+
+def resume(out: Path, device: torch.device, console: Console) -> None:
+    """Go on with the run in the folder ``out`` from its last checkpoint.
+
+    Raises:
+        CheckpointError: if there is no checkpoint to go on from.
+        The others: as ``start``.
+    """
+    path = out / checkpoint.CHECKPOINT_NAME
+    state, config = checkpoint.read_state(path)
+    model = build.build_model(config, load_weights=False).to(device)
+    optimizer = _optimizer(config, model)
+    step = checkpoint.restore_state(path, state, model, optimizer)
+    _train(config, out, model, optimizer, step, console)
+
+
+def _optimizer(config: Config, model: torch.nn.Module) -> torch.optim.SGD:
+    train = config.train
+    return torch.optim.SGD(
+        model.parameters(), lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay
+    )
+
+
+def _train(
+    config: Config,
+    out: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    first_step: int,
+    console: Console,
+) -> None:
+    """Train from ``first_step`` to the end; leaves config.yaml, log.jsonl, checkpoint.pt, model.safetensors."""
+    settings = config.train
+    device = next(model.parameters()).device
+    losses_of = build.build_losses(config)
+    batches = iter(_loader(config, first_step))
+    out.mkdir(parents=True, exist_ok=True)
+    with checkpoint.atomic_file(out / CONFIG_NAME) as file:
+        file.write(config_to_yaml(config).encode())
+    log = _open_log(out / LOG_NAME, first_step)
+
+    model.train()
+    began = time.monotonic()
+    with (
+        log,
+        _stop_requested() as stop,
+        stage(console, "training", settings.steps, first_step) as advance,
+    ):
+        for step in range(first_step, settings.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+
+            step_losses = torch.zeros(len(config.tasks), device=device)
+            for _ in range(settings.accumulate):
+                batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
+                with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp and device.type == "cuda"):
+                    logits = model(batch["image"])
+                losses = torch.stack([losses_of[task](logits[task], batch[task]) for task in config.tasks])
+                (losses.sum() / settings.accumulate).backward()
+                step_losses += losses.detach() / settings.accumulate
+
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
+            *values, norm = torch.cat((step_losses, norm[None])).tolist()  # one wait for the GPU
+            losses_by_task = dict(zip(config.tasks, values, strict=True))
+            _expect_finite(losses_by_task, norm, step, out)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            done = step + 1
+            images = (done - first_step) * settings.batch_size * settings.accumulate
+            speed = images / (time.monotonic() - began)
+            described = "  ".join(f"{task} {value:.3f}" for task, value in losses_by_task.items())
+            advance(done, f"{described}  {speed:.1f} images/s")
+            if done % settings.log_every == 0 or done == settings.steps:
+                record = {"step": done, "loss": sum(values), "losses": losses_by_task}
+                record |= {"lr": learning_rate(config, step), "grad_norm": norm, "images_per_second": speed}
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+            if done % settings.checkpoint_every == 0 or done == settings.steps or stop:
+                checkpoint.save_state(out / checkpoint.CHECKPOINT_NAME, model, optimizer, done, config)
+            if stop and done < settings.steps:
+                raise Interrupted(f"stopped after step {done} of {settings.steps}; go on with: degmix train --resume {out}")
+    checkpoint.save_model(out / checkpoint.MODEL_NAME, model, config)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Polynomial decay: ``lr · (1 − step / steps) ** power``."""
+    return config.train.lr * (1 - step / config.train.steps) ** config.train.power
+
+
+def _loader(config: Config, first_step: int) -> DataLoader[dict[str, Tensor]]:
+    """Training batches from ``first_step`` on."""
+    settings = config.train
+    stream = TrainingStream(
+        build.open_split(config, "train"),
+        training_transform(config.data.size),
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        start_step=first_step * settings.accumulate,
+        steps=settings.steps * settings.accumulate,
+    )
+    return DataLoader(
+        stream,
+        batch_size=settings.batch_size,
+        num_workers=config.data.workers,
+        collate_fn=partial(_collate, ("image", *config.tasks)),
+        # Its own generator: the default one would be drawn from here, and then differ in a resumed run.
+        generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=config.data.workers > 0,
+    )
+
+
+def _collate(names: tuple[str, ...], samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([sample[name] for sample in samples]) for name in names}
+
+
+def _expect_finite(losses: dict[str, float], norm: float, step: int, out: Path) -> None:
+    """Stop before a step that would ruin the weights, so that checkpoints only hold good ones."""
+    bad = [f"{task} is {value}" for task, value in losses.items() if not math.isfinite(value)]
+    if bad:
+        what = f"the loss of {' and of '.join(bad)}"
+    elif not math.isfinite(norm):
+        what = f"the norm of the gradient is {norm}"
+    else:
+        return
+    path = out / checkpoint.CHECKPOINT_NAME
+    kept = f"the checkpoint before it stands in {path}" if path.exists() else "no checkpoint had been written yet"
+    raise TrainingError(f"{what} at step {step + 1}; {kept}; a lower train.lr or a train.clip may help")
+
+
+def _open_log(path: Path, first_step: int):
+    """The log, open to append, without lines later than ``first_step`` or cut short by a crash."""
+    kept = []
+    if first_step and path.exists():
+        for line in path.read_text().splitlines(keepends=True):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if record["step"] <= first_step:
+                kept.append(line)
+    with checkpoint.atomic_file(path) as file:
+        file.write("".join(kept).encode())
+    return path.open("a")
+
+
+@contextmanager
+def _stop_requested() -> Iterator[list[int]]:
+    """A list that receives SIGINT and SIGTERM, so that a step and its checkpoint end before the run does."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        # A second request is not to be delayed.
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
