@@ -52,7 +52,9 @@ def save_model(path: Path, model: nn.Module, config: Config) -> None:
         file.write(safetensors_bytes(tensors, {"format": FORMAT, "config": config_to_json(config)}))
 
 
-def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, config: Config) -> None:
+def save_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, config: Config
+) -> None:
     """Write everything that training continues from after ``step`` steps."""
     state = {
         "format": FORMAT,
@@ -67,7 +69,9 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, s
         torch.save(state, file)
 
 
-def restore_state(path: Path, state: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def restore_state(
+    path: Path, state: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
     """Put a state of ``read_state`` back into model, optimiser and random generators; returns its step."""
     load_weights(path, model, state["model"])
     try:
@@ -107,14 +111,18 @@ def load_model(path: Path, expected_tasks: Mapping[str, int] | None = None) -> t
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
         if metadata.get("format") != FORMAT or "config" not in metadata:
-            raise CheckpointError(f"{path}: expected a model saved by degmix, got safetensors without its configuration")
+            raise CheckpointError(
+                f"{path}: expected a model saved by degmix, got safetensors without its configuration"
+            )
         config = config_from_json(metadata["config"], str(path))
     else:
         state, config = read_state(path)
         tensors = state["model"]
     tasks = build.channels(config)
     if expected_tasks is not None and dict(expected_tasks) != tasks:
-        raise CheckpointError(f"{path}: expected a model of {_name(expected_tasks)}, got one of {_name(tasks)}")
+        raise CheckpointError(
+            f"{path}: expected a model of {_name(expected_tasks)}, got one of {_name(tasks)}"
+        )
     model = build.build_model(config, load_weights=False)
     load_weights(path, model, tensors)
     return model.eval(), config

@@ -13,14 +13,40 @@ UNLABELLED = (72, 72, 72)
 """Colour of pixels without a label."""
 
 # Twenty colours chosen to be told apart; further classes take hues a golden angle apart.
-_DISTINCT = (
-    "4e79a7 f28e2b 59a14f e15759 76b7b2 edc948 b07aa1 ff9da7 9c755f 8cd17d "
-    "1f4e79 a05195 d7b5a6 2f6b4f b6992d d37295 499894 86bcb6 79706e d4a6c8"
-).split()
+_DISTINCT = [
+    "4e79a7",
+    "f28e2b",
+    "59a14f",
+    "e15759",
+    "76b7b2",
+    "edc948",
+    "b07aa1",
+    "ff9da7",
+    "9c755f",
+    "8cd17d",
+    "1f4e79",
+    "a05195",
+    "d7b5a6",
+    "2f6b4f",
+    "b6992d",
+    "d37295",
+    "499894",
+    "86bcb6",
+    "79706e",
+    "d4a6c8",
+]
 
 # Dark blue, violet, red, orange, pale yellow: rises in lightness, so it also reads in grey.
 _RAMP = np.array(
-    [(16, 12, 60), (74, 20, 118), (138, 34, 122), (200, 62, 92), (240, 116, 62), (252, 184, 84), (252, 248, 190)],
+    [
+        (16, 12, 60),
+        (74, 20, 118),
+        (138, 34, 122),
+        (200, 62, 92),
+        (240, 116, 62),
+        (252, 184, 84),
+        (252, 248, 190),
+    ],
     dtype=np.float64,
 )
 

@@ -144,7 +144,12 @@ class Config:
         for key, number in (("data.workers", self.data.workers), ("train.seed", self.train.seed)):
             _expect(number >= 0, key, "at least 0", str(number))
         _expect(self.train.lr > 0, "train.lr", "a positive number", str(self.train.lr))
-        _expect(0 < self.loss.edge_positive < 1, "loss.edge_positive", "between 0 and 1", str(self.loss.edge_positive))
+        _expect(
+            0 < self.loss.edge_positive < 1,
+            "loss.edge_positive",
+            "between 0 and 1",
+            str(self.loss.edge_positive),
+        )
         if self.train.clip is not None:
             _expect(self.train.clip > 0, "train.clip", "a positive number or null", str(self.train.clip))
 
@@ -275,7 +280,9 @@ def _convert(value: object, wanted: Any, key: str) -> Any:
 
 def _convert_section(value: object, section: Any, key: str) -> Any:
     if not isinstance(value, dict):
-        raise ConfigError(f"{key or 'the file'}: expected a section of keys, got {json.dumps(value, default=str)}")
+        raise ConfigError(
+            f"{key or 'the file'}: expected a section of keys, got {json.dumps(value, default=str)}"
+        )
     wanted = typing.get_type_hints(section)
     for name in value:
         if name not in wanted:
@@ -284,7 +291,10 @@ def _convert_section(value: object, section: Any, key: str) -> Any:
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(wanted)}"
             raise ConfigError(f"{prefix}{name}: unknown key; {hint}")
     return section(
-        **{name: _convert(item, wanted[name], f"{key}.{name}" if key else name) for name, item in value.items()}
+        **{
+            name: _convert(item, wanted[name], f"{key}.{name}" if key else name)
+            for name, item in value.items()
+        }
     )
 
 

@@ -45,7 +45,9 @@ class Result:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, samples: Sequence, tasks: Mapping[str, int], console: Console) -> dict[str, Result]:
+def evaluate(
+    model: nn.Module, samples: Sequence, tasks: Mapping[str, int], console: Console
+) -> dict[str, Result]:
     """Run a model over samples one image at a time and measure every task.
 
     Args:

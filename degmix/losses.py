@@ -76,7 +76,9 @@ def edge_loss(logits: Tensor, target: Tensor, positive_weight: float = EDGE_POSI
         positive_weight: weight w of the edge pixels; the others weigh 1 − w.
     """
     valid = target != IGNORE
-    label = torch.where(valid, target, 0.0).to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    label = torch.where(valid, target, 0.0).to(
+        torch.float64 if logits.dtype == torch.float64 else torch.float32
+    )
     weight = torch.where(label > 0.5, positive_weight, 1 - positive_weight) * valid
     error = F.binary_cross_entropy_with_logits(_at_least_float32(logits), label, reduction="none")
     return (error * weight).sum() / valid.sum().clamp(min=1)

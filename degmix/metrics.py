@@ -137,7 +137,9 @@ class NormalsMeanError:
         if not self.count:
             return math.nan
         width = 2 * self.GRID + 1
-        components = np.stack((self.cells // width**2, self.cells // width % width, self.cells % width), axis=1)
+        components = np.stack(
+            (self.cells // width**2, self.cells // width % width, self.cells % width), axis=1
+        )
         directions = _normalized(torch.from_numpy(components - self.GRID).double())
         weights = torch.from_numpy(self.cell_counts / self.count)
         most_frequent = directions[weights.topk(min(16, len(weights))).indices]
@@ -158,7 +160,9 @@ def _descend(start: Tensor, directions: Tensor, weights: Tensor) -> float:
     """Pattern search for the smallest weighted mean angle to ``directions`` (n, 3), from one direction (3,)."""
     best, value, step = start, _mean_angle(start, directions, weights), 0.5
     while step > 1e-4:
-        trials = [_normalized(best + step * move) for move in torch.cat((torch.eye(3), -torch.eye(3))).double()]
+        trials = [
+            _normalized(best + step * move) for move in torch.cat((torch.eye(3), -torch.eye(3))).double()
+        ]
         values = [_mean_angle(trial, directions, weights) for trial in trials]
         if min(values) < value:
             value = min(values)

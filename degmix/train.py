@@ -18,14 +18,14 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from degmix.data.stream import TrainingStream
+from degmix.data.transforms import training_transform
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from degmix import build, checkpoint
 from degmix.config import Config, config_to_yaml
-from degmix.data.stream import TrainingStream
-from degmix.data.transforms import training_transform
 from degmix.progress import stage
 
 CONFIG_NAME = "config.yaml"
@@ -114,7 +114,9 @@ def _train(
             step_losses = torch.zeros(len(config.tasks), device=device)
             for _ in range(settings.accumulate):
                 batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
-                with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp and device.type == "cuda"):
+                with torch.autocast(
+                    device.type, torch.bfloat16, enabled=settings.amp and device.type == "cuda"
+                ):
                     logits = model(batch["image"])
                 losses = torch.stack([losses_of[task](logits[task], batch[task]) for task in config.tasks])
                 (losses.sum() / settings.accumulate).backward()
@@ -140,7 +142,9 @@ def _train(
             if done % settings.checkpoint_every == 0 or done == settings.steps or stop:
                 checkpoint.save_state(out / checkpoint.CHECKPOINT_NAME, model, optimizer, done, config)
             if stop and done < settings.steps:
-                raise Interrupted(f"stopped after step {done} of {settings.steps}; go on with: degmix train --resume {out}")
+                raise Interrupted(
+                    f"stopped after step {done} of {settings.steps}; go on with: degmix train --resume {out}"
+                )
     checkpoint.save_model(out / checkpoint.MODEL_NAME, model, config)
 
 
@@ -186,7 +190,11 @@ def _expect_finite(losses: dict[str, float], norm: float, step: int, out: Path) 
     else:
         return
     path = out / checkpoint.CHECKPOINT_NAME
-    kept = f"the checkpoint before it stands in {path}" if path.exists() else "no checkpoint had been written yet"
+    kept = (
+        f"the checkpoint before it stands in {path}"
+        if path.exists()
+        else "no checkpoint had been written yet"
+    )
     raise TrainingError(f"{what} at step {step + 1}; {kept}; a lower train.lr or a train.clip may help")
 
 

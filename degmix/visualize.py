@@ -100,7 +100,9 @@ def prediction_sheet(
 
     columns = [left + i * (width + GAP) for i in range(len(tasks) + 1)]
     bottom = heading + len(images) * (block + 2 * GAP)
-    sheet = Image.new("RGB", (columns[-1] + width + GAP, bottom + max(key.height for key in keys) + GAP), BACKGROUND)
+    sheet = Image.new(
+        "RGB", (columns[-1] + width + GAP, bottom + max(key.height for key in keys) + GAP), BACKGROUND
+    )
     draw = ImageDraw.Draw(sheet)
     for column, title in zip(columns, ["Image", *(TASKS[task].title for task in tasks)], strict=True):
         _centred(draw, title, column + width // 2, heading // 2, size, width)
