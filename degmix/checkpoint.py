@@ -1,7 +1,7 @@
 """Files a run leaves behind: its checkpoint (to resume) and its model (to use).
 
-Every file is written beside its place and then moved there, so a reader or a crash never meets half of one. Only
-tensors and plain values are read back: a file with anything else pickled inside is refused before it runs.
+Every file is written beside its place and then moved there, so a reader or a crash never meets half of one.
+Only tensors and plain values are read back: a file with anything else pickled inside is refused before it runs.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def read_state(path: Path) -> tuple[dict[str, Any], Config]:
     """A checkpoint of ``save_state`` and its configuration.
 
     Raises:
-        CheckpointError: if the file is missing, is something else, or holds more than tensors and plain values.
+        CheckpointError: if the file is missing, something else, or more than tensors and plain values.
     """
     state = read_pickle(path)
     expected = {"format", "config", "step", "model", "optimizer", "rng", "cuda_rng"}
@@ -99,10 +99,10 @@ def read_state(path: Path) -> tuple[dict[str, Any], Config]:
 
 
 def load_model(path: Path, expected_tasks: Mapping[str, int] | None = None) -> tuple[nn.Module, Config]:
-    """The model of a ``model.safetensors`` or ``checkpoint.pt``, in eval mode on the CPU, and its configuration.
+    """A saved model, in eval mode on the CPU, and its configuration.
 
     Args:
-        path: the file.
+        path: a file of ``save_model`` (``.safetensors``) or of ``save_state``.
         expected_tasks: channels per task the caller needs.
 
     Raises:

@@ -13,28 +13,10 @@ UNLABELLED = (72, 72, 72)
 """Colour of pixels without a label."""
 
 # Twenty colours chosen to be told apart; further classes take hues a golden angle apart.
-_DISTINCT = [
-    "4e79a7",
-    "f28e2b",
-    "59a14f",
-    "e15759",
-    "76b7b2",
-    "edc948",
-    "b07aa1",
-    "ff9da7",
-    "9c755f",
-    "8cd17d",
-    "1f4e79",
-    "a05195",
-    "d7b5a6",
-    "2f6b4f",
-    "b6992d",
-    "d37295",
-    "499894",
-    "86bcb6",
-    "79706e",
-    "d4a6c8",
-]
+_DISTINCT = bytes.fromhex(
+    "4e79a7 f28e2b 59a14f e15759 76b7b2 edc948 b07aa1 ff9da7 9c755f 8cd17d"
+    "1f4e79 a05195 d7b5a6 2f6b4f b6992d d37295 499894 86bcb6 79706e d4a6c8"
+)
 
 # Dark blue, violet, red, orange, pale yellow: rises in lightness, so it also reads in grey.
 _RAMP = np.array(
@@ -53,8 +35,8 @@ _RAMP = np.array(
 
 def class_colour(index: int) -> tuple[int, int, int]:
     """The colour of class ``index``, the same in every picture."""
-    if index < len(_DISTINCT):
-        red, green, blue = bytes.fromhex(_DISTINCT[index])
+    if 3 * index < len(_DISTINCT):
+        red, green, blue = _DISTINCT[3 * index : 3 * index + 3]
         return red, green, blue
     lightness = (0.42, 0.58, 0.74)[index % 3]
     rgb = colorsys.hls_to_rgb(index * 0.618034 % 1, lightness, 0.55)
@@ -85,7 +67,7 @@ def paint_ramp(values: NDArray, low: float, high: float, valid: NDArray | None =
 
 
 def paint_normals(normals: NDArray, valid: NDArray | None = None) -> Picture:
-    """Unit vectors (3, H, W) as colours: x to the right in red, y up in green, z toward the viewer in blue."""
+    """Unit vectors (3, H, W) as colours: x (right) in red, y (up) in green, z (to the viewer) in blue."""
     picture = np.clip((normals.transpose(1, 2, 0) + 1) * 127.5, 0, 255).round().astype(np.uint8)
     if valid is not None:
         picture[~valid] = UNLABELLED

@@ -1,6 +1,6 @@
 """Typed configuration: dataclasses, read from strict YAML, changed by ``key=value``.
 
-A key nobody knows or a value of the wrong type is an error that names the key, what came and what was expected.
+An unknown key or a value of the wrong type is an error that names the key, what came and what was expected.
 """
 
 from __future__ import annotations

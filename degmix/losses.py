@@ -1,8 +1,8 @@
 """The training losses of the six tasks, and how a label says "ignore me".
 
-Every loss takes the model's logits and the data set's target, computes in float32 (float64 stays float64) also
-under automatic mixed precision, and gives exactly zero, with zero gradient, when no pixel of the batch is
-labelled: a sum over valid pixels is divided by at least one.
+Every loss takes the model's logits and the data set's target, computes in float32 (float64 stays float64) even
+under automatic mixed precision, and gives exactly zero, with zero gradient, when no pixel of the batch has a
+label: a sum over valid pixels is divided by at least one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = 255
-"""The label of pixels without a label in class maps, saliency and edges. Depth marks them 0, normals (0, 0, 0)."""
+"""Marks pixels without a label in class maps, saliency and edges; depth marks them 0, normals (0, 0, 0)."""
 
 EDGE_POSITIVE_WEIGHT = 0.8
 """Weight of the positives in :func:`edge_loss` on NYUD-v2; PASCAL-Context takes 0.95."""
@@ -38,8 +38,8 @@ def balanced_cross_entropy_loss(logits: Tensor, target: Tensor) -> Tensor:
     """
     logits = _at_least_float32(logits)
     valid = (target != IGNORE).sum().clamp(min=1)
-    positive = (target == 1).sum() / valid
-    weight = torch.stack((positive, 1 - positive)).to(logits.dtype)
+    positive = (target == 1).sum().to(logits.dtype) / valid
+    weight = torch.stack((positive, 1 - positive))
     return F.cross_entropy(logits, target, weight, ignore_index=IGNORE, reduction="sum") / valid
 
 
@@ -75,12 +75,11 @@ def edge_loss(logits: Tensor, target: Tensor, positive_weight: float = EDGE_POSI
         target: (B, 1, H, W), 1 edge, 0 none, 255 is ignored.
         positive_weight: weight w of the edge pixels; the others weigh 1 − w.
     """
+    logits = _at_least_float32(logits)
     valid = target != IGNORE
-    label = torch.where(valid, target, 0.0).to(
-        torch.float64 if logits.dtype == torch.float64 else torch.float32
-    )
-    weight = torch.where(label > 0.5, positive_weight, 1 - positive_weight) * valid
-    error = F.binary_cross_entropy_with_logits(_at_least_float32(logits), label, reduction="none")
+    label = torch.where(valid, target, 0.0).to(logits.dtype)
+    weight = (label * positive_weight + (1 - label) * (1 - positive_weight)) * valid
+    error = F.binary_cross_entropy_with_logits(logits, label, reduction="none")
     return (error * weight).sum() / valid.sum().clamp(min=1)
 
 

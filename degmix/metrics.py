@@ -133,7 +133,7 @@ class NormalsMeanError:
         return self.total / self.count if self.count else math.nan
 
     def best_constant(self) -> float:
-        """The best single direction, found by a search from many starts over the true directions' histogram."""
+        """The best single direction, found by a search over the histogram of the true ones."""
         if not self.count:
             return math.nan
         width = 2 * self.GRID + 1
@@ -157,7 +157,7 @@ def _mean_angle(direction: Tensor, directions: Tensor, weights: Tensor) -> float
 
 
 def _descend(start: Tensor, directions: Tensor, weights: Tensor) -> float:
-    """Pattern search for the smallest weighted mean angle to ``directions`` (n, 3), from one direction (3,)."""
+    """Smallest weighted mean angle to ``directions`` (n, 3) that a pattern search finds from ``start`` (3,)."""
     best, value, step = start, _mean_angle(start, directions, weights), 0.5
     while step > 1e-4:
         trials = [

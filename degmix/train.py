@@ -1,8 +1,8 @@
 """Training: one loop.
 
-What happens at a step depends only on the configuration and the step: the samples are a function of the seed and
-their position, the learning rate of the step. A checkpoint adds weights, momentum and the random generators,
-so a resumed run computes what the uninterrupted one would have, on a CPU bit for bit.
+What happens at a step depends only on the configuration and the step: the samples are a function of the seed
+and their position, the learning rate of the step. A checkpoint adds weights, momentum and the random
+generators, so a resumed run computes what the uninterrupted one would have, on a CPU bit for bit.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _train(
     first_step: int,
     console: Console,
 ) -> None:
-    """Train from ``first_step`` to the end; leaves config.yaml, log.jsonl, checkpoint.pt, model.safetensors."""
+    """Train from ``first_step`` on; leaves config.yaml, log.jsonl, checkpoint.pt and model.safetensors."""
     settings = config.train
     device = next(model.parameters()).device
     losses_of = build.build_losses(config)
