@@ -10,7 +10,7 @@ from torch import Tensor
 import degmix
 from degmix import losses
 from degmix.config import Config, ConfigError
-from degmix.tasks import TASKS, task_channels
+from degmix.tasks import TASKS, Labels, task_channels
 
 _CLASS_NAMES = {"nyud": nyud.CLASSES, "synthetic": synthetic.CLASSES}
 
@@ -63,6 +63,11 @@ def build_model(config: Config, *, load_weights: bool = True) -> degmix.DeGMix:
 def open_split(config: Config, split: str) -> nyud.NYUD:
     """The training ("train") or evaluation ("val") part of the data set, with the targets of every task."""
     return nyud.NYUD(config.data.root, split, config.tasks, classes=len(class_names(config)))
+
+
+def labels(config: Config) -> Labels:
+    """Names for legends."""
+    return Labels(class_names(config), synthetic.PARTS)
 
 
 def build_losses(config: Config) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:

@@ -1,7 +1,7 @@
 """Files a run leaves behind: its checkpoint (to resume) and its model (to use).
 
 Every file is written beside its place and then moved there, so a reader or a crash never meets half of one.
-Only tensors and plain values are read back: a file with anything else pickled inside is refused before it runs.
+Only tensors and plain values are read back: a file with anything else pickled inside is refused, not run.
 """
 
 from __future__ import annotations

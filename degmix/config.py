@@ -122,6 +122,10 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def with_data_root(self, root: Path) -> Config:
+        """The same on another data folder."""
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, root=str(root)))
+
     def __post_init__(self) -> None:
         _expect(1 <= len(self.tasks) <= 8, "tasks", "1 to 8 names", f"{len(self.tasks)}")
         _expect(len(set(self.tasks)) == len(self.tasks), "tasks", "each name once", ", ".join(self.tasks))

@@ -157,7 +157,7 @@ def _mean_angle(direction: Tensor, directions: Tensor, weights: Tensor) -> float
 
 
 def _descend(start: Tensor, directions: Tensor, weights: Tensor) -> float:
-    """Smallest weighted mean angle to ``directions`` (n, 3) that a pattern search finds from ``start`` (3,)."""
+    """Smallest weighted mean angle to ``directions`` (n, 3) that a pattern search from ``start`` finds."""
     best, value, step = start, _mean_angle(start, directions, weights), 0.5
     while step > 1e-4:
         trials = [

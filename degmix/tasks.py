@@ -142,6 +142,14 @@ TASKS: dict[str, Task] = {
 }
 
 
+@dataclass(frozen=True)
+class Labels:
+    """Names for the legends: of the semantic classes and of the human parts (background first)."""
+
+    classes: Sequence[str]
+    parts: Sequence[str]
+
+
 def task_channels(tasks: Sequence[str], classes: int) -> dict[str, int]:
     """Channels per task, as ``DeGMix(tasks=...)`` takes them.
 

@@ -96,8 +96,7 @@ def _train(
     losses_of = build.build_losses(config)
     batches = iter(_loader(config, first_step))
     out.mkdir(parents=True, exist_ok=True)
-    with checkpoint.atomic_file(out / CONFIG_NAME) as file:
-        file.write(config_to_yaml(config).encode())
+    write_config(out, config)
     log = _open_log(out / LOG_NAME, first_step)
 
     model.train()
@@ -146,6 +145,12 @@ def _train(
                     f"stopped after step {done} of {settings.steps}; go on with: degmix train --resume {out}"
                 )
     checkpoint.save_model(out / checkpoint.MODEL_NAME, model, config)
+
+
+def write_config(out: Path, config: Config) -> None:
+    """Write the configuration of a run into its folder."""
+    with checkpoint.atomic_file(out / CONFIG_NAME) as file:
+        file.write(config_to_yaml(config).encode())
 
 
 def learning_rate(config: Config, step: int) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,20 +10,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from degmix import colours
 from degmix.losses import IGNORE
-from degmix.tasks import TASKS
+from degmix.tasks import TASKS, Labels
 
 BACKGROUND = (255, 255, 255)
 INK = (32, 32, 40)
 FAINT = (110, 110, 122)
 GAP = 12
-
-
-@dataclass(frozen=True)
-class Labels:
-    """Names for the legends: of the semantic classes and of the human parts (background first)."""
-
-    classes: Sequence[str]
-    parts: Sequence[str]
 
 
 def paint(task: str, values: NDArray, depth_range: tuple[float, float]) -> colours.Picture:

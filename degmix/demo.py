@@ -1,0 +1,104 @@
+"""The demo: from nothing to a trained small DeGMix and a picture of its predictions, in minutes on a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from degmix import build, checkpoint, train
+from degmix.config import Config, load_config
+from degmix.data import synthetic
+from degmix.data.transforms import evaluation_transform
+from degmix.evaluate import METRICS_NAME, Result, evaluate, results_table, write_metrics
+from degmix.predict import predict
+from degmix.progress import stage
+from degmix.tasks import TASKS
+from degmix.visualize import Labels, prediction_sheet
+
+DATA_NAME = "data"
+PICTURE_NAME = "predictions.png"
+SCENES = 192
+VAL_FRACTION = 1 / 8
+EXAMPLES = 4
+
+
+def run(
+    out: Path, overrides: Sequence[str], scenes: int, device: torch.device, console: Console
+) -> dict[str, Result]:
+    """Render, train, evaluate and draw; everything is left in ``out``.
+
+    Args:
+        out: the run folder; an earlier demo's files in it are replaced.
+        overrides: changes of the preset "demo".
+        scenes: rooms to render.
+        device: where to train.
+        console: where to show progress and the results.
+
+    Raises:
+        TrainingError: if ``out`` holds something other than an earlier demo.
+    """
+    config = load_config("demo", overrides).with_data_root(out / DATA_NAME)
+    _make_room(out, config)
+    with stage(console, "rendering", scenes) as advance:
+        synthetic.write(
+            out / DATA_NAME,
+            count=scenes,
+            size=config.data.size,
+            seed=config.train.seed,
+            val_fraction=VAL_FRACTION,
+            progress=lambda done: advance(done, ""),
+        )
+    train.start(config, out, device, console)
+
+    model, config = checkpoint.load_model(out / checkpoint.MODEL_NAME)
+    model.to(device)
+    samples = build.evaluation_samples(config, "val")
+    results = evaluate(model, samples, build.channels(config), console)
+    write_metrics(out / METRICS_NAME, results)
+    draw_examples(out / PICTURE_NAME, model, samples, build.labels(config))
+    console.print(
+        results_table(results, f"DeGMix after {config.train.steps} steps, on rooms it has not seen")
+    )
+    console.print(f"{out / PICTURE_NAME} shows its predictions.", soft_wrap=True)
+    return results
+
+
+def draw_examples(path: Path, model: torch.nn.Module, samples: Sequence, labels: Labels) -> None:
+    """Write the sheet of image, ground truth and prediction for samples spread over the data set."""
+    chosen = [samples[i] for i in np.linspace(0, len(samples) - 1, EXAMPLES).round().astype(int)]
+    predictions = [predict(model, sample["image"]) for sample in chosen]
+    sheet = prediction_sheet(
+        [image_array(sample["image"]) for sample in chosen],
+        [{task: sample[task].numpy() for task in predictions[0]} for sample in chosen],
+        predictions,
+        labels,
+    )
+    with checkpoint.atomic_file(path) as file:
+        sheet.save(file, "PNG")
+
+
+def _make_room(out: Path, config: Config) -> None:
+    """Make ``out`` an empty run folder with the configuration, removing an earlier demo's files only."""
+    names = {DATA_NAME, train.CONFIG_NAME, train.LOG_NAME, METRICS_NAME, PICTURE_NAME}
+    names |= {checkpoint.CHECKPOINT_NAME, checkpoint.MODEL_NAME}
+    present = (
+        {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.exists() else set()
+    )
+    if present and (train.CONFIG_NAME not in present or present - names):
+        other = ", ".join(sorted(present - names)) or "no " + train.CONFIG_NAME
+        raise train.TrainingError(f"{out}: expected a new folder or an earlier demo's, found {other}")
+    for name in present:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    out.mkdir(parents=True, exist_ok=True)
+    train.write_config(out, config)

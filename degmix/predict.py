@@ -1,0 +1,84 @@
+"""Prediction on anybody's pictures: of any size, grey, with transparency, or turned by their camera."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor, nn
+
+from degmix.checkpoint import atomic_file
+from degmix.data.transforms import normalize
+from degmix.tasks import TASKS, Labels
+from degmix.visualize import depth_range, legend, paint, with_legend
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read; the message is one sentence that names the file."""
+
+
+def load_image(path: Path) -> NDArray[np.uint8]:
+    """A picture as people see it, RGB (H, W, 3): turned upright, transparency on white, 16-bit grey scaled.
+
+    Raises:
+        ImageError: if the file is missing or no readable picture.
+    """
+    if not path.is_file():
+        raise ImageError(f"{path}: no such image")
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16"):
+                return np.asarray(image).astype(np.uint16)[..., None].repeat(3, axis=2) // 257
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Pillow's decoders raise any of these on damaged files.
+        raise ImageError(f"{path}: not a readable image ({error})") from None
+
+
+def image_tensor(image: NDArray[np.uint8]) -> Tensor:
+    """A picture (H, W, 3) as the model takes it, (3, H, W)."""
+    return normalize(torch.from_numpy(image.astype(np.float32) / 255).movedim(-1, 0))
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, image: Tensor) -> dict[str, NDArray]:
+    """Predictions for one image (3, H, W), by task, without a batch dimension; see ``Task.predict``."""
+    device = next(model.parameters()).device
+    logits = model(image[None].to(device))
+    return {name: TASKS[name].predict(value.float())[0].cpu().numpy() for name, value in logits.items()}
+
+
+def write_predictions(
+    out: Path, stem: str, predictions: Mapping[str, NDArray], labels: Labels, legends: bool
+) -> list[Path]:
+    """Write one picture per task, ``out/STEM_TASK.png``, with its legend below if asked for."""
+    scale = depth_range(predictions["depth"]) if "depth" in predictions else (0.0, 1.0)
+    written = []
+    for task, values in predictions.items():
+        picture = Image.fromarray(paint(task, values, scale))
+        if legends:
+            picture = with_legend(picture, legend(task, labels, scale, picture.width))
+        path = out / f"{stem}_{task}.png"
+        with atomic_file(path) as file:
+            picture.save(file, "PNG")
+        written.append(path)
+    return written
+
+
+def output_stems(paths: Sequence[Path]) -> list[str]:
+    """Names for the outputs of each picture: its own without suffix, numbered where two would collide."""
+    stems: list[str] = []
+    for path in paths:
+        stem, number = path.stem, 2
+        while stem in stems:
+            stem, number = f"{path.stem}-{number}", number + 1
+        stems.append(stem)
+    return stems
