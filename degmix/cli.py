@@ -9,13 +9,13 @@ from typing import Annotated, NoReturn
 
 import torch
 import typer
+from degmix.convert import convert_state_dict
+from degmix.data import DataError, synthetic
 from rich.console import Console
 
 from degmix import build, checkpoint, demo, evaluate, info, predict, train
 from degmix.checkpoint import CheckpointError
 from degmix.config import ConfigError, load_config, preset_names
-from degmix.convert import convert_state_dict
-from degmix.data import DataError, synthetic
 from degmix.predict import ImageError
 from degmix.progress import stage
 from degmix.train import Interrupted, TrainingError
@@ -82,16 +82,14 @@ def train_command(
         raise UsageError("expected --config FILE, or --resume FOLDER")
     model = out / checkpoint.MODEL_NAME
     console.print(
-        f"{model} is the trained model; measure it with: degmix evaluate --checkpoint {model}", soft_wrap=True
+        f"{model} is trained; measure it with: degmix evaluate --checkpoint {model}", soft_wrap=True
     )
 
 
 @app.command("evaluate")
 def evaluate_command(
     checkpoint_path: CheckpointFile,
-    data: Annotated[
-        Path | None, typer.Option(help="The data set's folder; the one of training by default.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help="The data folder; training's by default.")] = None,
     split: Annotated[str, typer.Option(help="train or val.")] = "val",
     config: Annotated[str, typer.Option(help=f"Expect the tasks and classes of this. {PRESETS_HELP}")] = "",
     out: Annotated[Path | None, typer.Option(help="Write the metrics to this JSON file too.")] = None,
@@ -102,8 +100,8 @@ def evaluate_command(
     model, model_config = checkpoint.load_model(checkpoint_path, expected)
     if data is not None:
         model_config = model_config.with_data_root(data)
-    samples = build.evaluation_samples(model_config, split)
-    results = evaluate.evaluate(model.to(_device(device)), samples, build.channels(model_config), console)
+    dataset = build.open_split(model_config, split)
+    results = evaluate.evaluate(model.to(_device(device)), dataset, build.channels(model_config), console)
     if out is not None:
         evaluate.write_metrics(out, results)
     console.print(evaluate.results_table(results, f"{checkpoint_path} on {model_config.data.root} ({split})"))

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from degmix.data import synthetic
+from degmix.data.nyud import NYUD
+from degmix.data.transforms import normalize
 from rich.console import Console
 
 from degmix import build, checkpoint, train
 from degmix.config import Config, load_config
-from degmix.data import synthetic
-from degmix.data.transforms import evaluation_transform
 from degmix.evaluate import METRICS_NAME, Result, evaluate, results_table, write_metrics
 from degmix.predict import predict
 from degmix.progress import stage
-from degmix.tasks import TASKS
-from degmix.visualize import Labels, prediction_sheet
+from degmix.tasks import Labels
+from degmix.visualize import prediction_sheet
 
 DATA_NAME = "data"
 PICTURE_NAME = "predictions.png"
@@ -59,10 +58,10 @@ def run(
 
     model, config = checkpoint.load_model(out / checkpoint.MODEL_NAME)
     model.to(device)
-    samples = build.evaluation_samples(config, "val")
-    results = evaluate(model, samples, build.channels(config), console)
+    dataset = build.open_split(config, "val")
+    results = evaluate(model, dataset, build.channels(config), console)
     write_metrics(out / METRICS_NAME, results)
-    draw_examples(out / PICTURE_NAME, model, samples, build.labels(config))
+    draw_examples(out / PICTURE_NAME, model, dataset, build.labels(config))
     console.print(
         results_table(results, f"DeGMix after {config.train.steps} steps, on rooms it has not seen")
     )
@@ -70,12 +69,12 @@ def run(
     return results
 
 
-def draw_examples(path: Path, model: torch.nn.Module, samples: Sequence, labels: Labels) -> None:
+def draw_examples(path: Path, model: torch.nn.Module, dataset: NYUD, labels: Labels) -> None:
     """Write the sheet of image, ground truth and prediction for samples spread over the data set."""
-    chosen = [samples[i] for i in np.linspace(0, len(samples) - 1, EXAMPLES).round().astype(int)]
-    predictions = [predict(model, sample["image"]) for sample in chosen]
+    chosen = [dataset[i] for i in np.linspace(0, len(dataset) - 1, EXAMPLES).round().astype(int)]
+    predictions = [predict(model, normalize(sample["image"])) for sample in chosen]
     sheet = prediction_sheet(
-        [image_array(sample["image"]) for sample in chosen],
+        [(sample["image"] * 255).round().byte().movedim(0, -1).numpy() for sample in chosen],
         [{task: sample[task].numpy() for task in predictions[0]} for sample in chosen],
         predictions,
         labels,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from degmix.data.transforms import evaluation_transform
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -48,19 +49,20 @@ class Result:
 def evaluate(
     model: nn.Module, samples: Sequence, tasks: Mapping[str, int], console: Console
 ) -> dict[str, Result]:
-    """Run a model over samples one image at a time and measure every task.
+    """Run a model over a data set one image at a time, at the images' own sizes, and measure every task.
 
     Args:
         model: in eval mode; its device is used.
-        samples: a data set after its evaluation transform.
+        dataset: images with the targets of every task.
         tasks: channels per task.
         console: where to show progress.
     """
     device = next(model.parameters()).device
     metrics = {name: TASKS[name].metric(channels) for name, channels in tasks.items()}
-    with stage(console, "evaluating", len(samples)) as advance:
-        for index in range(len(samples)):
-            sample = samples[index]
+    transform = evaluation_transform()
+    with stage(console, "evaluating", len(dataset)) as advance:
+        for index in range(len(dataset)):
+            sample = transform(dataset[index])
             logits = model(sample["image"][None].to(device))
             for name, metric in metrics.items():
                 metric.update(TASKS[name].predict(logits[name].float()), sample[name][None].to(device))
