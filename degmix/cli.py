@@ -46,7 +46,7 @@ class UsageError(ValueError):
 
 
 USER_ERRORS = (UsageError, ConfigError, DataError, CheckpointError, ImageError, TrainingError, OSError)
-"""What a user can put right: shown as one sentence. Anything else is a mistake of ours and shows its traceback."""
+"""What a user can put right, shown as one sentence; anything else is our mistake and shows its traceback."""
 
 
 @app.command("demo")
@@ -145,7 +145,7 @@ def info_command(
     console.print(info.NOTE, highlight=False)
     console.print(
         f"Weights: {cost.weights_bytes / 2**20:.1f} MiB. Training with one image: at least "
-        f"{cost.training_bytes / 2**20:.0f} MiB (weights, gradients, momentum, and what float32 autograd saves).",
+        f"{cost.training_bytes / 2**20:.0f} MiB (weights, gradients, momentum, what float32 autograd saves).",
         highlight=False,
     )
 
@@ -180,7 +180,7 @@ def synth_command(
     """Render synthetic rooms with labels for six tasks, in the layout of NYUD-v2."""
     height, width = _size(size)
     with stage(console, "rendering", count) as advance:
-        synthetic.write(out, count, (height, width), seed=seed, progress=lambda done: advance(done, ""))
+        synthetic.write(out, count, (height, width), seed=seed, progress=lambda done, _: advance(done, ""))
     console.print(
         f"{out} is ready; train on it with: degmix train --config synthetic data.root={out}", soft_wrap=True
     )

@@ -52,7 +52,7 @@ def run(
             size=config.data.size,
             seed=config.train.seed,
             val_fraction=VAL_FRACTION,
-            progress=lambda done: advance(done, ""),
+            progress=lambda done, _: advance(done, ""),
         )
     train.start(config, out, device, console)
 

@@ -47,7 +47,7 @@ class Result:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, samples: Sequence, tasks: Mapping[str, int], console: Console
+    model: nn.Module, dataset: NYUD, tasks: Mapping[str, int], console: Console
 ) -> dict[str, Result]:
     """Run a model over a data set one image at a time, at the images' own sizes, and measure every task.
 

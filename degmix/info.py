@@ -17,7 +17,7 @@ from degmix.config import Config
 from degmix_kernels.backend import use_backend
 
 NOTE = (
-    "MACs: one per multiply-add of convolutions, matrix products and attention (half of PyTorch's FLOP count); "
+    "MACs: one per multiply-add of convolutions, matrix products and attention (half of PyTorch's FLOPs); "
     "sampling, normalisation and activations are not counted."
 )
 
@@ -30,8 +30,8 @@ class Cost:
         parts: (name, parameters, MACs) of the backbone and the parts of the head.
         parameters, macs: of the whole model.
         weights_bytes: parameters and buffers.
-        training_bytes: parameters, gradients and momentum, and the tensors that autograd saves between forward
-            and backward for one image in float32. Workspaces and fragmentation come on top.
+        training_bytes: parameters, gradients and momentum, and the tensors that autograd saves between
+            forward and backward for one image in float32. Workspaces and fragmentation come on top.
     """
 
     parts: list[tuple[str, int, int]]

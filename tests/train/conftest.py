@@ -1,0 +1,28 @@
+"""A rendered data set and a quickly trained model, shared by the tests of this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from degmix.data import synthetic
+from quick_run import quick_config
+from rich.console import Console
+
+from degmix import train
+
+
+@pytest.fixture(scope="session")
+def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight small rooms on disk, two of them for evaluation."""
+    out = tmp_path_factory.mktemp("rooms") / "data"
+    return synthetic.write(out, 8, (32, 48), val_fraction=0.25, workers=1)
+
+
+@pytest.fixture(scope="session")
+def run_folder(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished quick run on the CPU; tests only read it."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    train.start(quick_config(rooms), out, torch.device("cpu"), Console(quiet=True))
+    return out

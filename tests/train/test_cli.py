@@ -1,0 +1,256 @@
+"""The command line as its users meet it: help, every command, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from quick_run import QUICK, ROOT, run_degmix
+
+from degmix import checkpoint, cli
+from degmix.tasks import TASKS
+
+
+def run_here(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """``degmix`` in this process, which spares the imports: exit code, output, errors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["degmix", *map(str, arguments)])
+        patch.setenv("COLUMNS", "200")
+        patch.setattr(cli, "console", cli.Console(width=200))
+        with pytest.raises(SystemExit) as stopped:
+            cli.run()
+    captured = capsys.readouterr()
+    code = stopped.value.code
+    return (0 if code is None else code), captured.out, captured.err
+
+
+def assert_one_sentence(code: int, errors: str, *parts: str) -> None:
+    assert code == cli.USER_ERROR
+    assert "Traceback" not in errors
+    lines = errors.strip().splitlines()
+    assert len(lines) == 1, errors
+    for part in ("degmix: ", *parts):
+        assert part in lines[0]
+
+
+# --- commands ------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_commands() -> None:
+    result = run_degmix("--help")
+    assert result.returncode == 0
+    for command in ("demo", "train", "evaluate", "predict", "info", "convert", "data"):
+        assert re.search(rf"^\W*{command}\b", result.stdout, re.MULTILINE), result.stdout
+
+
+@pytest.mark.parametrize(
+    "command", [["demo"], ["train"], ["evaluate"], ["predict"], ["info"], ["data", "synth"]]
+)
+def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, output, _ = run_here(capsys, *command, "--help")
+    assert code == 0
+    assert "Usage: " in output
+
+
+def test_the_demo_runs_from_a_checkout(tmp_path: Path) -> None:
+    """``python -m degmix demo`` with quick settings, twice: the second replaces the first."""
+    arguments = ("demo", "--out", "runs/demo", "--scenes", 8, *QUICK, "train.steps=2")
+    for _ in range(2):
+        result = run_degmix(*arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == ""
+    out = tmp_path / "runs/demo"
+    files = ["metrics.json", "predictions.png", "model.safetensors", "config.yaml", "log.jsonl", "data"]
+    assert all((out / name).exists() for name in files)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics.keys() == TASKS.keys()
+    for name, task in TASKS.items():
+        assert metrics[name].keys() == {"metric", "value", "best_constant", "unit", "lower_is_better"}
+        assert task.title in result.stdout
+    assert "best constant" in result.stdout
+    sheet = np.asarray(Image.open(out / "predictions.png"))
+    assert sheet.shape[1] > 1000
+    assert sheet.std() > 20
+
+
+def test_the_demo_replaces_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    code, _, errors = run_here(capsys, "demo", "--out", tmp_path)
+    assert_one_sentence(code, errors, str(tmp_path), "found thesis.tex")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_train_then_evaluate(rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    arguments = ("train", "--config", "demo", "--out", out, *QUICK, "train.steps=1", f"data.root={rooms}")
+    code, output, errors = run_here(capsys, *arguments)
+    assert (code, errors) == (0, "")
+    assert "degmix evaluate --checkpoint" in output
+    code, output, errors = run_here(
+        capsys, "evaluate", "--checkpoint", out / "checkpoint.pt", "--out", tmp_path / "metrics.json"
+    )
+    assert (code, errors) == (0, "")
+    assert "pixelF" in output
+    assert json.loads((tmp_path / "metrics.json").read_text()).keys() == TASKS.keys()
+
+
+def test_data_synth_writes_a_readable_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, errors = run_here(
+        capsys, "data", "synth", "--out", tmp_path / "rooms", "--count", 3, "--size", "16x24"
+    )
+    assert (code, errors) == (0, "")
+    assert Image.open(tmp_path / "rooms/images/00000.png").size == (24, 16)
+
+
+def test_info_counts_without_allocating(capsys: pytest.CaptureFixture[str]) -> None:
+    code, output, _ = run_here(capsys, "info", "--config", "demo", "--size", "960x1280")
+    assert code == 0
+    assert "GMACs" in output
+    assert "MiB" in output
+
+
+def test_convert_refuses_what_is_no_state_dict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    code, _, errors = run_here(
+        capsys, "convert", tmp_path / "list.ckpt", tmp_path / "out.safetensors", "--config", "nyud_swin_t"
+    )
+    assert_one_sentence(code, errors, "list.ckpt: expected a state dict")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_without_the_extra_the_message_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError('No module named typer', name='typer')")
+    program = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; from degmix.__main__ import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", program, "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2
+    assert result.stderr == "degmix: no package typer; install it with: pip install 'degmix[train]'\n"
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["train"], ["expected --config FILE, or --resume FOLDER"]),
+        (["train", "--config", "nope.yaml"], ["nope.yaml", "no such configuration file or preset", "demo"]),
+        (["train", "--config", "demo", "train.lrr=1"], ["train.lrr", "did you mean train.lr?"]),
+        (["train", "--config", "demo", "data.size=[0, 64]"], ["data.size", "at least 1", "got 0"]),
+        (["train", "--config", "demo", "data.root=/nowhere"], ["/nowhere", "expected a data folder"]),
+        (["train", "--resume", "/nowhere"], ["/nowhere/checkpoint.pt", "no such checkpoint"]),
+        (["train", "--config", "demo", "--resume", "x"], ["--resume"]),
+        (["demo", "model.backbone=resnet9000"], ["model", "resnet9000"]),
+        (["demo", "model.attention=psychic"], ["model", "attention", "psychic", "pixel"]),
+        (["demo", "--device", "abacus"], ["--device abacus: cannot be used here"]),
+        (["demo", "data.classes=cooking"], ["data.classes", "cooking", "synthetic"]),
+        (["info", "--size", "0x64"], ["--size", "HEIGHTxWIDTH", "0x64"]),
+        (["info", "model.heads=7"], ["heads", "7"]),
+        (["data", "synth", "--out", "x", "--size", "big"], ["--size", "HEIGHTxWIDTH", "big"]),
+        (["data", "synth", "--out", "x", "--size", "0x10"], ["--size", "0x10"]),
+        (["evaluate", "--checkpoint", "/nowhere.pt"], ["/nowhere.pt", "no such checkpoint"]),
+        (["predict", "x.png", "--checkpoint", "/nowhere.pt"], ["/nowhere.pt", "no such checkpoint"]),
+    ],
+)
+def test_mistakes_are_one_sentence_and_leave_nothing(
+    arguments: list[str],
+    parts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = run_here(capsys, *arguments)
+    assert_one_sentence(code, errors, *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def broken_rooms(rooms: Path, tmp_path: Path) -> Path:
+    """A copy of the data set to break."""
+    return Path(shutil.copytree(rooms, tmp_path / "rooms"))
+
+
+def break_image(root: Path) -> str:
+    name = (root / "gt_sets/val.txt").read_text().split()[0]
+    path = root / "images" / f"{name}.png"
+    path.write_bytes(path.read_bytes()[:40])
+    return str(path)
+
+
+def remove_image(root: Path) -> str:
+    name = (root / "gt_sets/val.txt").read_text().split()[0]
+    (root / "images" / f"{name}.png").unlink()
+    return f"{name}.png"
+
+
+def label_outside_classes(root: Path) -> str:
+    name = (root / "gt_sets/val.txt").read_text().split()[0]
+    path = root / "segmentation" / f"{name}.png"
+    Image.fromarray(np.full((32, 48), 99, dtype=np.uint8)).save(path)
+    return str(path)
+
+
+def empty_split(root: Path) -> str:
+    (root / "gt_sets/val.txt").write_text("")
+    return "val.txt"
+
+
+@pytest.mark.parametrize("harm", [break_image, remove_image, label_outside_classes, empty_split])
+def test_a_broken_data_set_is_one_sentence(
+    harm, broken_rooms: Path, run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    named = harm(broken_rooms)
+    model = run_folder / checkpoint.MODEL_NAME
+    code, _, errors = run_here(
+        capsys, "evaluate", "--checkpoint", model, "--data", broken_rooms, "--out", tmp_path / "metrics.json"
+    )
+    assert_one_sentence(code, errors, named, "expected")
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_corrupt_training_image_is_one_sentence_with_workers_too(
+    broken_rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (broken_rooms / "images").iterdir():
+        path.write_bytes(b"no image")
+    for workers in (0, 1):
+        out = tmp_path / f"run{workers}"
+        arguments = ["train", "--config", "demo", "--out", out, *QUICK, f"data.root={broken_rooms}"]
+        code, _, errors = run_here(capsys, *arguments, f"data.workers={workers}")
+        assert_one_sentence(code, errors, "images", "expected a readable image")
+
+
+def test_a_checkpoint_of_other_tasks_is_one_sentence(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = run_folder / checkpoint.MODEL_NAME
+    code, _, errors = run_here(capsys, "evaluate", "--checkpoint", model, "--config", "nyud_swin_t")
+    assert_one_sentence(code, errors, str(model), "expected a model of semseg (40 channels)", "human_parts")
+
+
+def test_one_bad_image_among_good_ones_leaves_nothing(
+    rooms: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = next((rooms / "images").iterdir())
+    for bad, content in (
+        ("missing.png", None),
+        ("text.png", b"no image"),
+        ("half.png", good.read_bytes()[:99]),
+    ):
+        if content is not None:
+            (tmp_path / bad).write_bytes(content)
+        out = tmp_path / "out"
+        arguments = ("predict", good, tmp_path / bad, "--checkpoint", run_folder / checkpoint.MODEL_NAME)
+        code, _, errors = run_here(capsys, *arguments, "--out", out)
+        assert_one_sentence(code, errors, bad)
+        assert not out.exists()

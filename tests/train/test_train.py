@@ -1,0 +1,247 @@
+"""The training loop: resume is exact, stopping is orderly, a bad loss is named, and it learns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from quick_run import command_environment, degmix_command, quick_config
+from rich.console import Console
+from safetensors.torch import load_file
+
+from degmix import build, checkpoint, train
+from degmix.config import config_to_yaml
+
+CPU = torch.device("cpu")
+QUIET = Console(quiet=True)
+
+
+def final_weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / checkpoint.MODEL_NAME)
+
+
+def assert_same_weights(out: Path, other: Path) -> None:
+    weights, others = final_weights(out), final_weights(other)
+    assert weights.keys() == others.keys()
+    assert [name for name in weights if not torch.equal(weights[name], others[name])] == []
+
+
+def log_lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / train.LOG_NAME).read_text().splitlines()]
+
+
+def without_speed(lines: list[dict]) -> list[dict]:
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+
+
+def test_a_run_leaves_its_files(run_folder: Path) -> None:
+    assert {path.name for path in run_folder.iterdir()} == {
+        "config.yaml",
+        "log.jsonl",
+        "checkpoint.pt",
+        "model.safetensors",
+    }
+    lines = log_lines(run_folder)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert lines[0]["losses"].keys() == {"semseg", "human_parts", "sal", "depth", "normals", "edge"}
+    assert lines[0]["loss"] == pytest.approx(sum(lines[0]["losses"].values()))
+
+
+def test_same_seed_same_weights_and_another_seed_others(
+    rooms: Path, run_folder: Path, tmp_path: Path
+) -> None:
+    train.start(quick_config(rooms), tmp_path / "same", CPU, QUIET)
+    assert_same_weights(tmp_path / "same", run_folder)
+    train.start(quick_config(rooms, "train.seed=1", "train.steps=1"), tmp_path / "other", CPU, QUIET)
+    weights = final_weights(tmp_path / "other")
+    name = next(name for name in weights if name.endswith(".weight") and weights[name].dim() == 4)
+    assert not torch.equal(weights[name], final_weights(run_folder)[name])
+
+
+def test_killed_and_resumed_equals_uninterrupted(rooms: Path, tmp_path: Path) -> None:
+    """SIGKILL somewhere after the first checkpoint, several times, then resume to the end."""
+    steps = 12
+    overrides = (f"train.steps={steps}", "train.checkpoint_every=2", "train.log_every=1")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    config = quick_config(rooms, *overrides)
+    source = tmp_path / "config.yaml"
+    source.write_text(config_to_yaml(config))
+    run_to_end("train", "--config", source, "--out", whole, "--device", "cpu")
+
+    process = start_process("train", "--config", source, "--out", killed, "--device", "cpu")
+    for wanted in (3, 7):
+        wait_for_line(killed / train.LOG_NAME, wanted, process)
+        process.kill()
+        process.wait()
+        assert not (killed / checkpoint.MODEL_NAME).exists(), "the run ended before it was killed"
+        process = start_process("train", "--resume", killed, "--device", "cpu")
+    assert process.wait(timeout=120) == 0
+
+    assert_same_weights(whole, killed)
+    assert without_speed(log_lines(killed)) == without_speed(log_lines(whole))
+    assert [line["step"] for line in log_lines(killed)] == list(range(1, steps + 1))
+
+
+def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(rooms: Path, tmp_path: Path) -> None:
+    source = tmp_path / "config.yaml"
+    config = quick_config(rooms, "train.steps=1000", "train.checkpoint_every=1000", "train.log_every=1")
+    source.write_text(config_to_yaml(config))
+    out = tmp_path / "run"
+    process = start_process("train", "--config", source, "--out", out, "--device", "cpu")
+    wait_for_line(out / train.LOG_NAME, 2, process)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"go on with: degmix train --resume {out}" in output
+    assert errors == ""
+    state, _ = checkpoint.read_state(out / checkpoint.CHECKPOINT_NAME)
+    assert state["step"] == log_lines(out)[-1]["step"] >= 2
+
+
+def test_accumulated_batches_equal_one_large_batch_where_no_batch_statistics_differ(rooms: Path) -> None:
+    """The gradient of two batches of two is that of one batch of four, for losses that are means per pixel."""
+    config = quick_config(rooms, "tasks=[depth]", "train.batch_size=4")
+    model = build.build_model(config).eval()
+    batch = next(iter(train._loader(config, 0)))
+    loss_of = build.build_losses(config)["depth"]
+    valid = (batch["depth"] > 0).sum().item()
+    loss_of(model(batch["image"])["depth"], batch["depth"]).backward()
+    whole = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    for half in (slice(0, 2), slice(2, 4)):
+        share = (batch["depth"][half] > 0).sum().item() / valid
+        (loss_of(model(batch["image"][half])["depth"], batch["depth"][half]) * share).backward()
+    halves = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for a, b in zip(whole, halves, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_accumulation_reads_on_in_the_stream(rooms: Path, tmp_path: Path) -> None:
+    config = quick_config(rooms, "train.steps=4", "train.accumulate=2", "train.checkpoint_every=2")
+    train.start(config, tmp_path / "whole", CPU, QUIET)
+    first = dataclasses.replace(config, train=dataclasses.replace(config.train, checkpoint_every=3))
+    with pytest.raises(train.Interrupted):
+        interrupt_after(first, tmp_path / "stopped", steps=1)
+    train.resume(tmp_path / "stopped", CPU, QUIET)
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
+
+
+def interrupt_after(config, out: Path, steps: int) -> None:
+    """Train, and send this process SIGINT once the log has so many lines."""
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, log_every=1))
+
+    def watch() -> None:
+        while not (out / train.LOG_NAME).exists() or len(log_lines(out)) < steps:
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        train.start(config, out, CPU, QUIET)
+    finally:
+        watcher.join()
+
+
+def test_a_nan_loss_stops_and_names_its_task(
+    rooms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = quick_config(rooms)
+    steps_seen = 0
+
+    def build_losses(config):
+        losses = original(config)
+
+        def depth(logits, target):
+            nonlocal steps_seen
+            steps_seen += 1
+            return losses["depth"](logits, target) * (math.nan if steps_seen == 4 else 1)
+
+        return {**losses, "depth": depth}
+
+    original = build.build_losses
+    monkeypatch.setattr(build, "build_losses", build_losses)
+    out = tmp_path / "run"
+    with pytest.raises(
+        train.TrainingError, match="the loss of depth is nan at step 4; the checkpoint before it"
+    ):
+        train.start(config, out, CPU, QUIET)
+    state, _ = checkpoint.read_state(out / checkpoint.CHECKPOINT_NAME)
+    assert state["step"] == 2
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert not (out / checkpoint.MODEL_NAME).exists()
+    monkeypatch.undo()
+    train.resume(out, CPU, QUIET)
+    assert (out / checkpoint.MODEL_NAME).exists()
+
+
+def test_an_exploding_learning_rate_is_stopped(rooms: Path, tmp_path: Path) -> None:
+    config = quick_config(rooms, "train.lr=1e30", "train.clip=null")
+    with pytest.raises(
+        train.TrainingError, match=r"(the loss of .* is|the norm of the gradient is) (nan|inf)"
+    ):
+        train.start(config, tmp_path / "run", CPU, QUIET)
+
+
+def test_one_image_per_batch_trains(rooms: Path, tmp_path: Path) -> None:
+    train.start(quick_config(rooms, "train.batch_size=1", "train.steps=2"), tmp_path / "run", CPU, QUIET)
+    assert all(tensor.isfinite().all() for tensor in final_weights(tmp_path / "run").values())
+
+
+def test_workers_do_not_change_the_samples(rooms: Path, run_folder: Path, tmp_path: Path) -> None:
+    train.start(quick_config(rooms, "data.workers=2"), tmp_path / "run", CPU, QUIET)
+    assert_same_weights(tmp_path / "run", run_folder)
+
+
+def test_a_run_is_not_overwritten(rooms: Path, run_folder: Path) -> None:
+    with pytest.raises(train.TrainingError, match="holds a run already"):
+        train.start(quick_config(rooms), run_folder, CPU, QUIET)
+
+
+def test_the_learning_rate_falls_polynomially(rooms: Path) -> None:
+    config = quick_config(rooms, "train.steps=100", "train.lr=0.5")
+    assert train.learning_rate(config, 0) == 0.5
+    assert train.learning_rate(config, 75) == pytest.approx(0.5 * 0.25**0.9)
+
+
+def test_it_learns(rooms: Path, tmp_path: Path) -> None:
+    config = quick_config(rooms, "train.steps=40", "train.log_every=1", "train.batch_size=4")
+    train.start(config, tmp_path / "run", CPU, QUIET)
+    losses = [line["loss"] for line in log_lines(tmp_path / "run")]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def start_process(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        degmix_command(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=command_environment(),
+    )
+
+
+def run_to_end(*arguments: object) -> None:
+    process = start_process(*arguments)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+def wait_for_line(path: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if path.exists() and any(f'"step": {step},' in line for line in path.read_text().splitlines()):
+            return
+        if process.poll() is not None:
+            pytest.fail(f"the run ended early: {process.communicate()}")
+        time.sleep(0.01)
+    pytest.fail(f"no step {step} within two minutes")
