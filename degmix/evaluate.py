@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from degmix.checkpoint import atomic_file
+from degmix.data.nyud import NYUD
 from degmix.progress import stage
 from degmix.tasks import TASKS
 

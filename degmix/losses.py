@@ -1,8 +1,8 @@
 """The training losses of the six tasks, and how a label says "ignore me".
 
 Every loss takes the model's logits and the data set's target, computes in float32 (float64 stays float64)
-even under automatic mixed precision, and gives exactly zero, with zero gradient, when no pixel of the batch has
-a label: a sum over valid pixels is divided by at least one.
+even under automatic mixed precision, and gives exactly zero, with zero gradient, when no pixel of the batch
+has a label: a sum over valid pixels is divided by at least one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running anything, and strict about what they hold."""
+"""Checkpoints: written whole or not at all, read without running anything, strict about what they hold."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def assert_one_sentence(code: int, errors: str, *parts: str) -> None:
         assert part in lines[0]
 
 
-# --- commands ------------------------------------------------------------------------------------------------
+# --- commands ---
 
 
 def test_help_lists_the_commands() -> None:
@@ -128,7 +128,8 @@ def test_convert_refuses_what_is_no_state_dict(tmp_path: Path, capsys: pytest.Ca
 
 def test_without_the_extra_the_message_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "typer.py").write_text("raise ModuleNotFoundError('No module named typer', name='typer')")
-    program = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; from degmix.__main__ import main; main()"
+    paths = [str(tmp_path), str(ROOT)]
+    program = f"import sys; sys.path[:0] = {paths}; from degmix.__main__ import main; main()"
     result = subprocess.run(
         [sys.executable, "-c", program, "--help"], capture_output=True, text=True, timeout=120
     )
@@ -136,7 +137,7 @@ def test_without_the_extra_the_message_says_what_to_install(tmp_path: Path) -> N
     assert result.stderr == "degmix: no package typer; install it with: pip install 'degmix[train]'\n"
 
 
-# --- mistakes ------------------------------------------------------------------------------------------------
+# --- mistakes ---
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(rooms: Path, tmp_path
 
 
 def test_accumulated_batches_equal_one_large_batch_where_no_batch_statistics_differ(rooms: Path) -> None:
-    """The gradient of two batches of two is that of one batch of four, for losses that are means per pixel."""
+    """The gradients of two halves of a batch, weighted by their valid pixels, add up to that of the whole."""
     config = quick_config(rooms, "tasks=[depth]", "train.batch_size=4")
     model = build.build_model(config).eval()
     batch = next(iter(train._loader(config, 0)))
