@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from degmix import build
@@ -42,9 +43,11 @@ class Cost:
 
 
 def measure(config: Config, size: tuple[int, int]) -> Cost:
-    """Count the cost of a configuration's model at an input size, on the meta device."""
-    # Kernels cannot run on meta tensors; the references do the same products.
-    with torch.device("meta"), use_backend("reference"):
+    """Count the cost of a configuration's model at an input size.
+
+    Fake CPU tensors (shapes on the meta device, no memory) take the same path through the model as real ones.
+    """
+    with FakeTensorMode(), use_backend("reference"):
         model = build.build_model(config, load_weights=False)
         image = torch.zeros(1, 3, *size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
