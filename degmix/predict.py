@@ -33,7 +33,7 @@ def load_image(path: Path) -> NDArray[np.uint8]:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I;16"):
-                return np.asarray(image).astype(np.uint16)[..., None].repeat(3, axis=2) // 257
+                return (np.asarray(image) // 257).astype(np.uint8)[..., None].repeat(3, axis=2)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
