@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from degmix.data import nyud, synthetic
 from torch import Tensor
 
 import degmix
 from degmix import losses
 from degmix.config import Config, ConfigError
+from degmix.data import nyud, synthetic
 from degmix.tasks import TASKS, Labels, task_channels
 
 _CLASS_NAMES = {"nyud": nyud.CLASSES, "synthetic": synthetic.CLASSES}

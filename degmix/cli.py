@@ -9,13 +9,13 @@ from typing import Annotated, NoReturn
 
 import torch
 import typer
-from degmix.convert import convert_state_dict
-from degmix.data import DataError, synthetic
 from rich.console import Console
 
 from degmix import build, checkpoint, demo, evaluate, info, predict, train
 from degmix.checkpoint import CheckpointError
 from degmix.config import ConfigError, load_config, preset_names
+from degmix.convert import convert_state_dict
+from degmix.data import DataError, synthetic
 from degmix.predict import ImageError
 from degmix.progress import stage
 from degmix.train import Interrupted, TrainingError

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from degmix.data import synthetic
-from degmix.data.nyud import NYUD
-from degmix.data.transforms import normalize
 from rich.console import Console
 
 from degmix import build, checkpoint, train
 from degmix.config import Config, load_config
+from degmix.data import synthetic
+from degmix.data.nyud import NYUD
+from degmix.data.transforms import normalize
 from degmix.evaluate import METRICS_NAME, Result, evaluate, results_table, write_metrics
 from degmix.predict import predict
 from degmix.progress import stage
@@ -44,6 +44,7 @@ def run(
         TrainingError: if ``out`` holds something other than an earlier demo.
     """
     config = load_config("demo", overrides).with_data_root(out / DATA_NAME)
+    build.build_model(config)  # a mistake in the configuration shows before anything is written
     _make_room(out, config)
     with stage(console, "rendering", scenes) as advance:
         synthetic.write(

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from degmix.data.transforms import evaluation_transform
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from degmix.checkpoint import atomic_file
 from degmix.data.nyud import NYUD
+from degmix.data.transforms import evaluation_transform
 from degmix.progress import stage
 from degmix.tasks import TASKS
 

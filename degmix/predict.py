@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from degmix.data.transforms import normalize
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from degmix.checkpoint import atomic_file
+from degmix.data.transforms import normalize
 from degmix.tasks import TASKS, Labels
 from degmix.visualize import depth_range, legend, paint, with_legend
 

@@ -18,14 +18,15 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from degmix.data.stream import TrainingStream
-from degmix.data.transforms import training_transform
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from degmix import build, checkpoint
 from degmix.config import Config, config_to_yaml
+from degmix.data import DataError, Sample
+from degmix.data.stream import TrainingStream
+from degmix.data.transforms import training_transform
 from degmix.progress import stage
 
 CONFIG_NAME = "config.yaml"
@@ -112,7 +113,7 @@ def _train(
 
             step_losses = torch.zeros(len(config.tasks), device=device)
             for _ in range(settings.accumulate):
-                batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
+                batch = _on_device(next(batches), device)
                 with torch.autocast(
                     device.type, torch.bfloat16, enabled=settings.amp and device.type == "cuda"
                 ):
@@ -170,9 +171,10 @@ def _loader(config: Config, first_step: int) -> DataLoader[dict[str, Tensor]]:
         steps=settings.steps * settings.accumulate,
     )
     return DataLoader(
-        stream,
+        _ErrorsAsValues(stream),
         batch_size=settings.batch_size,
         num_workers=config.data.workers,
+        worker_init_fn=_ignore_interrupts,
         collate_fn=partial(_collate, ("image", *config.tasks)),
         # Its own generator: the default one would be drawn from here, and then differ in a resumed run.
         generator=torch.Generator(),
@@ -181,8 +183,38 @@ def _loader(config: Config, first_step: int) -> DataLoader[dict[str, Tensor]]:
     )
 
 
-def _collate(names: tuple[str, ...], samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+class _ErrorsAsValues(Dataset):
+    """A stream that returns a DataError: raised in a worker process, it would arrive as a traceback in text."""
+
+    def __init__(self, stream: TrainingStream) -> None:
+        self.stream = stream
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __getitem__(self, item: int) -> Sample | DataError:
+        try:
+            return self.stream[item]
+        except DataError as error:
+            return error
+
+
+def _collate(names: tuple[str, ...], samples: list[Sample | DataError]) -> dict[str, Tensor] | DataError:
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
     return {name: torch.stack([sample[name] for sample in samples]) for name in names}
+
+
+def _on_device(batch: dict[str, Tensor] | DataError, device: torch.device) -> dict[str, Tensor]:
+    if isinstance(batch, DataError):
+        raise batch
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the workers go on until the training process has stopped.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _expect_finite(losses: dict[str, float], norm: float, step: int, out: Path) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from degmix.data import synthetic
 from quick_run import quick_config
 from rich.console import Console
 
 from degmix import train
+from degmix.data import synthetic
 
 
 @pytest.fixture(scope="session")

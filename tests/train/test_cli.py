@@ -60,14 +60,14 @@ def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixtur
     assert "Usage: " in output
 
 
-def test_the_demo_runs_from_a_checkout(tmp_path: Path) -> None:
+def test_the_demo_runs_from_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``python -m degmix demo`` with quick settings, twice: the second replaces the first."""
-    arguments = ("demo", "--out", "runs/demo", "--scenes", 8, *QUICK, "train.steps=2")
-    for _ in range(2):
-        result = run_degmix(*arguments, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        assert result.stderr == ""
     out = tmp_path / "runs/demo"
+    arguments = ("demo", "--scenes", 8, *QUICK, "train.steps=2")
+    assert run_here(capsys, *arguments, "--out", out)[0] == 0
+    result = run_degmix(*arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
     files = ["metrics.json", "predictions.png", "model.safetensors", "config.yaml", "log.jsonl", "data"]
     assert all((out / name).exists() for name in files)
     metrics = json.loads((out / "metrics.json").read_text())

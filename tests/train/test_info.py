@@ -10,28 +10,27 @@ from degmix import build
 from degmix.config import load_config
 from degmix.info import measure
 
+CONFIG = load_config("demo", [*QUICK, "tasks=[semseg, depth]"])
+
 
 def test_parameters_and_weights_are_the_models() -> None:
-    config = load_config("demo", QUICK)
-    cost = measure(config, (32, 48))
-    model = build.build_model(config)
+    cost = measure(CONFIG, (32, 48))
+    model = build.build_model(CONFIG)
     assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert cost.weights_bytes == sum(t.numel() * t.element_size() for t in model.state_dict().values())
     assert sum(parameters for _, parameters, _ in cost.parts) == cost.parameters
 
 
 def test_macs_of_the_parts_add_up_and_grow_with_the_image() -> None:
-    config = load_config("demo", QUICK)
-    small, large = measure(config, (64, 64)), measure(config, (128, 128))
+    small, large = measure(CONFIG, (64, 64)), measure(CONFIG, (128, 128))
     assert sum(macs for _, _, macs in small.parts) == small.macs > 0
     assert large.macs == pytest.approx(4 * small.macs, rel=1e-3)
 
 
 def test_the_memory_estimate_covers_what_autograd_saves() -> None:
     """On a real model the same hooks see the same bytes."""
-    config = load_config("demo", QUICK)
-    cost = measure(config, (32, 48))
-    model = build.build_model(config).train()
+    cost = measure(CONFIG, (32, 48))
+    model = build.build_model(CONFIG).train()
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 

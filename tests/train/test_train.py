@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,15 @@ from degmix.config import config_to_yaml
 
 CPU = torch.device("cpu")
 QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As ``command_environment`` has it: other numbers of threads round sums differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def final_weights(out: Path) -> dict[str, torch.Tensor]:
@@ -67,28 +77,24 @@ def test_same_seed_same_weights_and_another_seed_others(
     assert not torch.equal(weights[name], final_weights(run_folder)[name])
 
 
-def test_killed_and_resumed_equals_uninterrupted(rooms: Path, tmp_path: Path) -> None:
-    """SIGKILL somewhere after the first checkpoint, several times, then resume to the end."""
-    steps = 12
-    overrides = (f"train.steps={steps}", "train.checkpoint_every=2", "train.log_every=1")
+def test_killed_and_resumed_equals_uninterrupted(rooms: Path, tmp_path: Path, one_thread: None) -> None:
+    """SIGKILL between two checkpoints, then resume to the end: the same weights and the same log."""
+    config = quick_config(rooms, "train.steps=12", "train.checkpoint_every=3", "train.log_every=1")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    config = quick_config(rooms, *overrides)
+    train.start(config, whole, CPU, QUIET)
+
     source = tmp_path / "config.yaml"
     source.write_text(config_to_yaml(config))
-    run_to_end("train", "--config", source, "--out", whole, "--device", "cpu")
-
     process = start_process("train", "--config", source, "--out", killed, "--device", "cpu")
-    for wanted in (3, 7):
-        wait_for_line(killed / train.LOG_NAME, wanted, process)
-        process.kill()
-        process.wait()
-        assert not (killed / checkpoint.MODEL_NAME).exists(), "the run ended before it was killed"
-        process = start_process("train", "--resume", killed, "--device", "cpu")
-    assert process.wait(timeout=120) == 0
+    wait_for_line(killed / train.LOG_NAME, 4, process)
+    process.kill()
+    process.communicate()
+    assert not (killed / checkpoint.MODEL_NAME).exists(), "the run ended before it was killed"
+    train.resume(killed, CPU, QUIET)
 
     assert_same_weights(whole, killed)
     assert without_speed(log_lines(killed)) == without_speed(log_lines(whole))
-    assert [line["step"] for line in log_lines(killed)] == list(range(1, steps + 1))
+    assert [line["step"] for line in log_lines(killed)] == list(range(1, 13))
 
 
 def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(rooms: Path, tmp_path: Path) -> None:
@@ -214,10 +220,10 @@ def test_the_learning_rate_falls_polynomially(rooms: Path) -> None:
 
 
 def test_it_learns(rooms: Path, tmp_path: Path) -> None:
-    config = quick_config(rooms, "train.steps=40", "train.log_every=1", "train.batch_size=4")
+    config = quick_config(rooms, "tasks=[depth, sal]", "train.steps=25", "train.log_every=1")
     train.start(config, tmp_path / "run", CPU, QUIET)
-    losses = [line["loss"] for line in log_lines(tmp_path / "run")]
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    losses = [line["losses"]["depth"] for line in log_lines(tmp_path / "run")]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
 def start_process(*arguments: object) -> subprocess.Popen[str]:
@@ -228,12 +234,6 @@ def start_process(*arguments: object) -> subprocess.Popen[str]:
         text=True,
         env=command_environment(),
     )
-
-
-def run_to_end(*arguments: object) -> None:
-    process = start_process(*arguments)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
 
 
 def wait_for_line(path: Path, step: int, process: subprocess.Popen[str]) -> None:
