@@ -184,7 +184,7 @@ def _loader(config: Config, first_step: int) -> DataLoader[dict[str, Tensor]]:
 
 
 class _ErrorsAsValues(Dataset):
-    """A stream that returns a DataError: raised in a worker process, it would arrive as a traceback in text."""
+    """A stream that returns a DataError; raised in a worker process, it would arrive as a traceback."""
 
     def __init__(self, stream: TrainingStream) -> None:
         self.stream = stream

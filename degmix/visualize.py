@@ -152,12 +152,12 @@ def _scale(low: str, high: str, width: int, size: int) -> Image.Image:
     """The colour ramp with its two ends named."""
     font = ImageFont.load_default(size)
     width = max(width, round(font.getlength(low) + font.getlength(high)) + 2 * GAP)
-    key = Image.new("RGB", (width, 2 * size + 10), BACKGROUND)
+    key = Image.new("RGB", (width, 2 * size + 16), BACKGROUND)
     ramp = colours.paint_ramp(np.linspace(0, 1, width)[None].repeat(size, axis=0), 0.0, 1.0)
     key.paste(Image.fromarray(ramp), (0, 4))
     draw = ImageDraw.Draw(key)
-    draw.text((0, size + 6), low, fill=INK, font=font, anchor="lt")
-    draw.text((width, size + 6), high, fill=INK, font=font, anchor="rt")
+    draw.text((0, size + 10), low, fill=INK, font=font, anchor="lt")
+    draw.text((width, size + 10), high, fill=INK, font=font, anchor="rt")
     return key
 
 
