@@ -11,6 +11,7 @@ from rich.console import Console
 
 from degmix import train
 from degmix.data import synthetic
+from degmix_kernels import use_backend
 
 
 @pytest.fixture(scope="session")
@@ -24,5 +25,7 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_folder(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished quick run on the CPU; tests only read it."""
     out = tmp_path_factory.mktemp("run") / "run"
-    train.start(quick_config(rooms), out, torch.device("cpu"), Console(quiet=True))
+    # A fixture of the session is set up outside the one that gives each test its backend.
+    with use_backend("reference"):
+        train.start(quick_config(rooms), out, torch.device("cpu"), Console(quiet=True))
     return out
