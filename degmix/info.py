@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from degmix import build
@@ -45,30 +44,39 @@ class Cost:
 def measure(config: Config, size: tuple[int, int]) -> Cost:
     """Count the cost of a configuration's model at an input size.
 
-    Fake CPU tensors (shapes on the meta device, no memory) take the same path through the model as real ones.
+    The model is built on the meta device and run on fake CPU tensors, which have shapes but no memory and
+    take the same path as real ones.
     """
-    with FakeTensorMode(), use_backend("reference"):
+    with torch.device("meta"):
         model = build.build_model(config, load_weights=False)
-        image = torch.zeros(1, 3, *size)
+    with FakeTensorMode(), use_backend("reference"):
+        parameters = {name: torch.empty(p.shape, requires_grad=True) for name, p in model.named_parameters()}
+        buffers = {name: torch.empty(b.shape, dtype=b.dtype) for name, b in model.named_buffers()}
+        image = torch.empty(1, 3, *size)
+
+        def forward() -> dict[str, Tensor]:
+            return functional_call(model, (parameters, buffers), image)
+
+        model.eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model.eval()(image)
-        saved = _saved_for_backward(lambda: model.train()(image), model)
+            forward()
+        model.train()
+        saved = _saved_for_backward(forward, list(parameters.values()))
     flops = {name: sum(by_op.values()) for name, by_op in counter.get_flop_counts().items()}
     parts = [("backbone", model.backbone)]
     parts += [(f"head.{name}", child) for name, child in model.head.named_children()]
     # The counter names modules after the class of the model they are in.
     prefix = type(model).__name__
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    parameters = _count(model)
     return Cost(
         parts=[
             (name, _count(module), _flops_of(flops, f"{prefix}.{name}", module) // 2)
             for name, module in parts
         ],
-        parameters=parameters,
+        parameters=_count(model),
         macs=flops["Global"] // 2,
         weights_bytes=weights,
-        training_bytes=weights + 2 * 4 * parameters + saved,
+        training_bytes=weights + 2 * 4 * _count(model) + saved,
     )
 
 
@@ -96,9 +104,9 @@ def _flops_of(flops: dict[str, int], name: str, module: nn.Module) -> int:
     return sum(_flops_of(flops, f"{name}.{child}", inner) for child, inner in module.named_children())
 
 
-def _saved_for_backward(forward: Callable[[], Any], model: nn.Module) -> int:
-    """Bytes of the distinct tensors that autograd keeps for the backward pass, weights aside."""
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+def _saved_for_backward(forward: Callable[[], object], parameters: Sequence[Tensor]) -> int:
+    """Bytes of the distinct tensors that autograd keeps for the backward pass, the parameters aside."""
+    weights = {parameter.untyped_storage()._cdata for parameter in parameters}
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -107,8 +115,6 @@ def _saved_for_backward(forward: Callable[[], Any], model: nn.Module) -> int:
             storages[storage._cdata] = storage  # held, so that no later storage takes its place
         return tensor
 
-    hooks: AbstractContextManager = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks:
-        outputs = forward()
-    del outputs
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
     return sum(storage.nbytes() for storage in storages.values())

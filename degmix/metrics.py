@@ -105,8 +105,8 @@ class DepthRMSE:
 class NormalsMeanError:
     """Mean angle in degrees, ``2·atan2(|p − g|, |p + g|)``, over all valid pixels pooled."""
 
-    GRID = 512
-    """True directions are counted in cells of this inverse width (0.1°) for ``best_constant``."""
+    GRID = 256
+    """True directions are counted in cells of this inverse width (0.2°) for ``best_constant``."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -149,7 +149,7 @@ class NormalsMeanError:
             torch.cat((most_frequent, mean, axes)),
             key=lambda start: _mean_angle(start, directions, weights),
         )
-        return min(_descend(start, directions, weights) for start in starts[:3])
+        return min(_descend(start, directions, weights) for start in starts[:2])
 
 
 def _mean_angle(direction: Tensor, directions: Tensor, weights: Tensor) -> float:

@@ -33,7 +33,13 @@ def degmix_command(*arguments: object) -> list[str]:
 def command_environment() -> dict[str, str]:
     """One thread, so that tests side by side do not fight for cores; no interpreter, as users have it."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "TRITON_INTERPRET": "0",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+    }
 
 
 def run_degmix(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
