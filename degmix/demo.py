@@ -23,7 +23,7 @@ from degmix.visualize import prediction_sheet
 
 DATA_NAME = "data"
 PICTURE_NAME = "predictions.png"
-SCENES = 192
+SCENES = 160
 VAL_FRACTION = 1 / 8
 EXAMPLES = 4
 
