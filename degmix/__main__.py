@@ -11,8 +11,8 @@ EXTRA = {"PIL", "click", "rich", "safetensors", "scipy", "timm", "typer", "yaml"
 
 def main() -> NoReturn:
     """Run the command line, or say what has to be installed for it."""
-    # OpenMP reads this when PyTorch is loaded. Threads that spin while they wait make a training step on a CPU
-    # many times slower as soon as another program wants a core.
+    # OpenMP reads this when PyTorch is loaded. Threads that spin while they wait make a training step on a
+    # CPU many times slower as soon as another program wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from degmix.cli import run

@@ -31,7 +31,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Make data sets.")
 app.add_typer(data_app, name="data")
-console = Console()
+console = Console(markup=False, highlight=False)  # paths may hold brackets and numbers
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; the GPU if there is one by default.")]
 CheckpointFile = Annotated[Path, typer.Option("--checkpoint", help="A model.safetensors or checkpoint.pt.")]
@@ -126,7 +126,7 @@ def predict_command(
     for path, stem in zip(images, predict.output_stems(images), strict=True):
         predictions = predict.predict(model, predict.image_tensor(predict.load_image(path)))
         written = predict.write_predictions(out, stem, predictions, labels, legend)
-        console.print(f"{path} → {', '.join(str(file) for file in written)}", soft_wrap=True, highlight=False)
+        console.print(f"{path} → {', '.join(str(file) for file in written)}", soft_wrap=True)
 
 
 @app.command("info")
@@ -142,11 +142,10 @@ def info_command(
     height, width = _size(size) if size else loaded.data.size
     cost = info.measure(loaded, (height, width))
     console.print(info.cost_table(cost, f"{config}: one image of {height}×{width}"))
-    console.print(info.NOTE, highlight=False)
+    console.print(info.NOTE)
     console.print(
         f"Weights: {cost.weights_bytes / 2**20:.1f} MiB. Training with one image: at least "
         f"{cost.training_bytes / 2**20:.0f} MiB (weights, gradients, momentum, what float32 autograd saves).",
-        highlight=False,
     )
 
 
@@ -191,7 +190,7 @@ def run() -> NoReturn:
     try:
         app()
     except Interrupted as stopped:
-        console.print(str(stopped), soft_wrap=True, highlight=False)
+        console.print(str(stopped), soft_wrap=True)
         sys.exit(INTERRUPTED)
     except USER_ERRORS as error:
         Console(stderr=True).print(

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from degmix.checkpoint import atomic_file
@@ -102,7 +103,7 @@ def results_table(results: Mapping[str, Result], title: str) -> Table:
         table.add_row(
             TASKS[name].title,
             f"{result.metric} {'↓' if result.lower_is_better else '↑'}",
-            f"[{colour}]{_number(result.value, result.unit)}[/]",
+            Text(_number(result.value, result.unit), style=colour),
             _number(result.best_constant, result.unit),
         )
     return table
