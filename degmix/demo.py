@@ -16,6 +16,7 @@ from degmix.data import synthetic
 from degmix.data.nyud import NYUD
 from degmix.data.transforms import normalize
 from degmix.evaluate import METRICS_NAME, Result, evaluate, results_table, write_metrics
+from degmix.losses import IGNORE
 from degmix.predict import predict
 from degmix.progress import stage
 from degmix.tasks import Labels
@@ -72,7 +73,13 @@ def run(
 
 def draw_examples(path: Path, model: torch.nn.Module, dataset: NYUD, labels: Labels) -> None:
     """Write the sheet of image, ground truth and prediction for samples spread over the data set."""
-    chosen = [dataset[i] for i in np.linspace(0, len(dataset) - 1, EXAMPLES).round().astype(int)]
+    samples = list(dataset)
+    # Rooms without people have no label for their parts; they are shown only if there are no others.
+    peopled = [
+        sample for sample in samples if "human_parts" in sample and sample["human_parts"].min() < IGNORE
+    ]
+    samples = peopled or samples
+    chosen = [samples[i] for i in np.linspace(0, len(samples) - 1, EXAMPLES).round().astype(int)]
     predictions = [predict(model, normalize(sample["image"])) for sample in chosen]
     sheet = prediction_sheet(
         [(sample["image"] * 255).round().byte().movedim(0, -1).numpy() for sample in chosen],
