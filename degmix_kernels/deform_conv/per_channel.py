@@ -141,18 +141,18 @@ def plan_backward_samples(
     )
 
 
-def weight_splits(batch: int, channels: int, out_channels: int, pixels: int, programs: int) -> int:
+def weight_splits(batch: int, out_channels: int, pixels: int, programs: int) -> int:
     """Into how many shares of the pixels the weight gradient is split.
 
     Args:
         batch: images.
-        channels: input channels.
         out_channels: output channels.
         pixels: output pixels of one image.
         programs: programs per share.
     """
     busy = triton.cdiv(WEIGHT_PROGRAMS, programs)
-    small = int(WEIGHT_PARTIALS * batch * channels * pixels / (out_channels * channels))
+    # Column buffer: batch · channels · pixels; one set of sums: out_channels · channels (fewer with groups).
+    small = int(WEIGHT_PARTIALS * batch * pixels / out_channels)
     return max(1, min(busy, small))
 
 
@@ -169,7 +169,7 @@ def plan_backward_weight(
         * triton.cdiv(sizes["group_channels"], block_channels)
         * sizes["groups"]
     )
-    splits = weight_splits(input.shape[0], weight.shape[1], weight.shape[0], sizes["out_pixels"], programs)
+    splits = weight_splits(input.shape[0], weight.shape[0], sizes["out_pixels"], programs)
     partial = weight.new_empty((splits, *weight.shape), dtype=torch.float32)
     plan = Launch(
         kernels.backward_weight,

@@ -39,9 +39,9 @@ def deform_conv2d(
         padded = functional.pad(input.to(compute), (2, 1, 2, 1)).flatten(2)
         padded = padded.view(batch, offset_groups, channels // offset_groups, (height + 3) * (width + 3))
         # dim 2 is (dy, dx)
-        offsets = offset.to(compute).view(batch, offset_groups, taps, 2, out_height, out_width)
-        masks = None if mask is None else mask.to(compute).view(batch, offset_groups, taps, 1, pixels)
-        weights = weight.to(compute).view(groups, out_channels // groups, group_channels, taps)
+        offsets = offset.to(compute).reshape(batch, offset_groups, taps, 2, out_height, out_width)
+        masks = None if mask is None else mask.to(compute).reshape(batch, offset_groups, taps, 1, pixels)
+        weights = weight.to(compute).reshape(groups, out_channels // groups, group_channels, taps)
         first_row = torch.arange(out_height, device=input.device).mul(stride[0]).sub(padding[0])[:, None]
         first_column = torch.arange(out_width, device=input.device).mul(stride[1]).sub(padding[1])
 

@@ -1,0 +1,403 @@
+"""Deformable convolution: the reference against torchvision, the per-channel kernels against both."""
+
+from __future__ import annotations
+
+import warnings
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+import degmix_kernels.deform_conv.per_channel as per_channel
+from degmix_kernels import DeformConv2d, DeformMix, deform_conv2d, deform_mix, launch, use_backend
+from degmix_kernels.deform_conv import kernels, reference
+from degmix_kernels.testing import assert_close, relative_l2
+
+F64 = torch.float64
+
+
+def draw(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = F64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=F64).to(dtype) for shape in shapes]
+
+
+def gradients(output: Tensor, inputs: list[Tensor | None], grad: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(output, [each for each in inputs if each is not None], grad))
+
+
+def per_channel_call(
+    device: torch.device, dtype: torch.dtype = torch.float32, batch: int = 2, channels: int = 3
+) -> dict[str, Tensor]:
+    """Arguments of a small per-channel call: 5×6 maps, 4 out channels."""
+    shapes = {
+        "input": (batch, channels, 5, 6),
+        "offset": (batch, 2 * channels, 5, 6),
+        "weight": (4, channels, 1, 1),
+        "bias": (4,),
+        "mask": (batch, channels, 5, 6),
+    }
+    values = draw(3, *shapes.values(), dtype=dtype)
+    return {name: value.to(device) for name, value in zip(shapes, values, strict=True)}
+
+
+# --- the reference -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [0, 6, 33])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_reference_is_torchvisions(batch: int, masked: bool, permuted: bool, torchvision: ModuleType) -> None:
+    """torchvision's own test case: 6 → 2 channels, 3×2 kernel, all parameters different on the two axes."""
+    geometry = {"stride": (2, 1), "padding": (1, 0), "dilation": (2, 1)}
+    shape = functional.conv2d(torch.zeros(1, 6, 5, 4), torch.zeros(2, 6, 3, 2), None, **geometry).shape[2:]
+    tensors = draw(batch, (batch, 6, 5, 4), (batch, 36, *shape), (2, 3, 3, 2), (2,), (batch, 18, *shape))
+    if permuted:
+        tensors = [
+            t if t.dim() < 4 else t.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2) for t in tensors
+        ]
+    input, offset, weight, bias, mask = (tensor.requires_grad_() for tensor in tensors)
+    mask = mask if masked else None
+    ours = deform_conv2d(input, offset, weight, bias, mask=mask, **geometry)
+    theirs = torchvision.ops.deform_conv2d(input, offset, weight, bias, mask=mask, **geometry)
+    assert_close(ours, theirs, 18)
+    grad = torch.ones_like(ours)
+    leaves = [input, offset, weight, bias, mask]
+    for mine, other in zip(gradients(ours, leaves, grad), gradients(theirs, leaves, grad), strict=True):
+        assert_close(mine, other, 18 * max(batch, 1))
+
+
+def test_reference_weight_gradient_of_a_large_map(torchvision: ModuleType) -> None:
+    """A shape at which torchvision's weight gradient once was wrong."""
+    input, offset, weight = draw(0, (8, 9, 1000, 110), (8, 2, 1000, 110), (1, 9, 1, 1), dtype=torch.float32)
+    weight.requires_grad_()
+    with use_backend("reference"):
+        ours = deform_conv2d(input, offset, weight)
+    theirs = torchvision.ops.deform_conv2d(input, offset, weight)
+    grad = torch.ones_like(ours)
+    (mine,), (other,) = gradients(ours, [weight], grad), gradients(theirs, [weight], grad)
+    assert_close(mine, other.double(), 8 * 1000 * 110)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_reference_gradcheck(masked: bool) -> None:
+    input, offset, weight, bias, mask = draw(
+        1, (2, 4, 5, 4), (2, 24, 3, 3), (4, 2, 3, 2), (4,), (2, 12, 3, 3)
+    )
+    leaves = [t.requires_grad_() for t in (input, offset, weight, bias, mask)]
+
+    def call(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+        return reference.deform_conv2d(
+            input, offset, weight, bias, (2, 1), (1, 0), 1, mask if masked else None
+        )
+
+    # 6 taps and 12 channels: 2 offset groups beside 2 groups of channels
+    assert torch.autograd.gradcheck(call, leaves[: 5 if masked else 4] + ([] if masked else [mask.detach()]))
+
+
+# --- the per-channel kernels -------------------------------------------------------------------------------
+
+SPECIAL = st.sampled_from([0.0, -1.0, 1.0, -0.5, 4.0, 5.0, 6.0, -2.0, 1e-7, -1e-7, 3e4, -3e4, 1e30, -1e30])
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    batch=st.integers(1, 2),
+    channels=st.integers(1, 5),
+    out_channels=st.integers(1, 5),
+    height=st.integers(1, 5),
+    width=st.integers(1, 5),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    masked=st.booleans(),
+    special=st.lists(SPECIAL, min_size=1, max_size=12),
+    seed=st.integers(0, 99),
+)
+def test_per_channel_property(
+    device: torch.device,
+    torchvision: ModuleType,
+    batch: int,
+    channels: int,
+    out_channels: int,
+    height: int,
+    width: int,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    masked: bool,
+    special: list[float],
+    seed: int,
+) -> None:
+    """Values and every gradient, at coordinates on integers, on -1, on the far edge and far outside."""
+    size = ((height + 2 * padding[0] - 1) // stride[0] + 1, (width + 2 * padding[1] - 1) // stride[1] + 1)
+    shapes = [(batch, channels, height, width), (batch, 2 * channels, *size), (out_channels, channels, 1, 1)]
+    shapes += [(out_channels,), (batch, channels, *size)]
+    tensors = draw(seed, *shapes, dtype=torch.float32)
+    tensors[1] = tensors[1].mul(3)
+    flat = tensors[1].view(-1)
+    flat[: len(special)] = torch.tensor(special)[: flat.numel()]  # a view: sets the first offsets
+    leaves = [tensor.to(device).requires_grad_() for tensor in tensors]
+    exact = [tensor.double().requires_grad_() for tensor in tensors]
+    if not masked:
+        leaves[4] = exact[4] = None
+    with use_backend("triton"):
+        output = deform_conv2d(*leaves[:4], stride, padding, 1, leaves[4])
+    grad = draw(seed, output.shape, dtype=torch.float32)[0]
+    actual = [output, *gradients(output, leaves, grad.to(device))]
+    for oracle in (reference.deform_conv2d, torchvision.ops.deform_conv2d):
+        expected = oracle(*exact[:4], stride, padding, 1, exact[4])
+        for mine, other in zip(actual, [expected, *gradients(expected, exact, grad.double())], strict=True):
+            # At -1e-7 from an integer the gradient jumps: torchvision rounds in fp64, we round nothing.
+            assert_close(mine, other, batch * size[0] * size[1] + channels, torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_undefined_offsets(backend: str, device: torch.device) -> None:
+    """NaN spoils its own pixel only; infinities are samples outside the map, with zero gradients."""
+    given = per_channel_call(device)
+    offset = given["offset"].clone()
+    offset[0, 0, 1, 2], offset[0, 3, 2, 2], offset[1, 4, 0, 0], offset[1, 5, 0, 1] = (
+        torch.nan, torch.nan, torch.inf, -torch.inf,
+    )  # fmt: skip
+    finite = offset.nan_to_num(nan=0, posinf=1e4, neginf=-1e4)
+    results = []
+    for values in (offset, finite):
+        leaves = [given[name].clone().requires_grad_() for name in ("input", "weight")]
+        values = values.clone().requires_grad_()
+        with use_backend(backend):
+            output = deform_conv2d(leaves[0], values, leaves[1])
+        grads = gradients(output, [leaves[0], values], torch.ones_like(output))
+        results.append((output, *grads))
+    (output, grad_input, grad_offset), (expected, _, expected_offset) = results
+    undefined = torch.zeros_like(output, dtype=torch.bool)
+    undefined[0, :, 1, 2] = undefined[0, :, 2, 2] = True
+    assert output[undefined].isnan().all()
+    assert torch.equal(output[~undefined], expected[~undefined])
+    assert not grad_input.isnan().any()
+    nan = grad_offset.isnan()
+    assert nan.nonzero().tolist() == [[0, 0, 1, 2], [0, 1, 1, 2], [0, 2, 2, 2], [0, 3, 2, 2]]
+    assert torch.equal(grad_offset[~nan], expected_offset[~nan])
+    assert grad_offset[1, 4:, 0, 0].tolist() == [0, 0]
+
+
+def test_64_bit_addresses(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = per_channel_call(device)
+    huge = torch.empty(2, 256, 2048, 4096, device="meta")
+    assert launch.needs_64_bit(given["input"], None, huge)
+    assert not launch.needs_64_bit(huge[:, :255, :2047, :2047].contiguous()[:1], given["offset"])
+    results = []
+    for wide in (False, True):
+        monkeypatch.setattr(per_channel, "needs_64_bit", lambda *tensors, wide=wide: wide)
+        leaves = {name: value.clone().requires_grad_() for name, value in given.items()}
+        with use_backend("triton"):
+            output = deform_conv2d(**leaves)
+        results.append([output, *gradients(output, list(leaves.values()), torch.ones_like(output))])
+    for narrow, wide in zip(*results, strict=True):
+        assert torch.allclose(narrow, wide, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (("input",), ["backward_samples"]),
+        (("offset",), ["backward_samples"]),
+        (("mask",), ["backward_samples"]),
+        (("weight",), ["backward_weight"]),
+        (("bias",), []),
+        (("input", "weight"), ["backward_samples", "backward_weight"]),
+    ],
+)
+def test_no_work_for_unwanted_gradients(
+    wanted: tuple[str, ...], expected: list[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = per_channel_call(device)
+    for name in wanted:
+        given[name].requires_grad_()
+    with use_backend("triton"):
+        output = deform_conv2d(**given)
+    launches = []
+    monkeypatch.setattr(per_channel, "run", lambda plan, device: launches.append(plan))
+    torch.autograd.grad(output, [given[name] for name in wanted], torch.ones_like(output))
+    assert [plan.kernel.__name__ for plan in launches] == expected
+    for plan in launches:
+        for name in ("input", "offset", "mask"):
+            if f"grad_{name}_ptr" in plan.arguments:
+                assert (plan.arguments[f"grad_{name}_ptr"] is not None) == (name in wanted)
+
+
+def test_registered_op(device: torch.device) -> None:
+    given = per_channel_call(device)
+    order = ("input", "offset", "weight", "bias", "mask")
+    leaves = [given[name].requires_grad_() for name in order]
+    torch.library.opcheck(per_channel.per_channel_op.forward, (*leaves, 1, 1, 0, 0))
+    detached = [leaf.detach() for leaf in leaves]
+    grad = torch.ones(2, 4, 5, 6, device=device)
+    arguments = (grad, *detached[:3], detached[4], 1, 1, 0, 0, [True, False, True, True, True], False)
+    torch.library.opcheck(per_channel.per_channel_op.backward, arguments)
+
+
+def test_deterministic_input_gradient(device: torch.device) -> None:
+    """Fixed point is at least as exact as fp32, whatever the magnitude; a gradient of infinity gives NaN."""
+    given = per_channel_call(device)
+    for magnitude in (1e-20, 1.0, 1e20):
+        grads = []
+        for deterministic in (False, True):
+            leaf = given["input"].clone().requires_grad_()
+            torch.use_deterministic_algorithms(deterministic)
+            try:
+                with use_backend("triton"):
+                    output = deform_conv2d(**given | {"input": leaf})
+            finally:
+                torch.use_deterministic_algorithms(False)
+            grad = draw(5, output.shape, dtype=torch.float32)[0].to(device) * magnitude
+            grads += gradients(output, [leaf], grad)
+        exact = given["input"].double().requires_grad_()
+        others = {name: given[name].double() for name in given if name != "input"}
+        expected = gradients(reference.deform_conv2d(exact, **others), [exact], grad.double())[0]
+        assert_close(grads[1], expected, 120)
+        assert relative_l2(grads[1], expected) <= 1.2 * relative_l2(grads[0], expected)
+    assert per_channel.fixed_point_scale(grad * torch.inf, given["weight"], None, 1).isnan()
+    assert per_channel.fixed_point_scale(grad * 0, given["weight"], None, 1) == 2.0**126
+
+
+def test_partial_sums_stay_small() -> None:
+    """At most a twentieth of the column buffer, and always at least one share."""
+    splits = per_channel.weight_splits(batch=8, out_channels=256, pixels=107 * 140, programs=8)
+    assert splits * 256 <= 8 * 107 * 140 / 20 < (splits + 1) * 256
+    assert per_channel.weight_splits(batch=1, out_channels=256, pixels=1, programs=8) == 1
+    assert per_channel.weight_splits(batch=0, out_channels=3, pixels=9, programs=8) == 1
+
+
+def test_offsets_of_the_inputs_dtype(device: torch.device) -> None:
+    given = per_channel_call(device, torch.bfloat16)
+    given["offset"].requires_grad_()
+    with use_backend("triton"):
+        output = deform_conv2d(**given)
+    (grad,) = gradients(output, [given["offset"]], torch.ones_like(output))
+    exact = {name: value.detach().double().requires_grad_() for name, value in given.items()}
+    expected = reference.deform_conv2d(**exact)
+    assert_close(output, expected, 4)
+    assert grad.dtype == torch.bfloat16
+    assert_close(grad, gradients(expected, [exact["offset"]], torch.ones_like(expected))[0], 4)
+
+
+def test_double_runs_the_reference(device: torch.device) -> None:
+    given = per_channel_call(device, F64)
+    assert torch.equal(deform_conv2d(**given), reference.deform_conv2d(**given))
+
+
+def test_general_shapes_say_that_they_run_the_reference(device: torch.device) -> None:
+    input, offset, weight = (t.to(device) for t in draw(0, (1, 4, 5, 5), (1, 18, 5, 5), (2, 4, 3, 3)))
+    with use_backend("triton"), pytest.warns(UserWarning, match="no Triton kernel yet"):
+        deform_conv2d(input, offset, weight, padding=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        deform_conv2d(input, offset, weight, padding=1)
+
+
+# --- the public faces --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"input": torch.zeros(3, 5, 6)}, ValueError, "input: expected 4 dimensions"),
+        ({"input": torch.zeros(2, 3, 5, 6, dtype=torch.int32)}, TypeError, "input: .*floating-point"),
+        ({"input": [1.0]}, TypeError, "input: expected a tensor, got list"),
+        ({"input": torch.zeros(2, 0, 5, 6)}, ValueError, "input: expected at least one channel"),
+        ({"weight": torch.zeros(4, 3, 1)}, ValueError, "weight: expected 4 dimensions"),
+        ({"weight": torch.zeros(4, 3, 1, 1, dtype=F64)}, TypeError, "weight: expected dtype torch.float32"),
+        ({"weight": torch.zeros(4, 2, 1, 1)}, ValueError, "weight: .*divides"),
+        ({"weight": torch.zeros(4, 1, 1, 1)}, ValueError, "weight: .*divisible"),
+        ({"weight": torch.zeros(0, 3, 1, 1)}, ValueError, "weight: expected no empty dimension"),
+        ({"weight": torch.zeros(4, 3, 9, 9)}, ValueError, "input: .*no smaller than the kernel"),
+        ({"weight": torch.zeros(4, 3, 1, 1, device="meta")}, TypeError, "weight: expected device"),
+        ({"offset": torch.zeros(2, 5, 5, 6)}, ValueError, "offset: .*channels"),
+        ({"offset": torch.zeros(2, 0, 5, 6)}, ValueError, "offset: .*channels"),
+        ({"offset": torch.zeros(2, 4, 5, 6)}, ValueError, "offset: .*divide"),
+        ({"offset": torch.zeros(2, 6, 5, 5)}, ValueError, r"offset: expected shape \(2, 6, 5, 6\)"),
+        ({"offset": torch.zeros(1, 6, 5, 6)}, ValueError, r"offset: expected shape \(2, 6, 5, 6\)"),
+        ({"offset": torch.zeros(2, 6, 5, 6, dtype=F64)}, TypeError, "offset: expected dtype"),
+        ({"offset": torch.zeros(2, 6, 5, 6, device="meta")}, TypeError, "offset: expected device"),
+        ({"mask": torch.zeros(2, 2, 5, 6)}, ValueError, r"mask: expected shape \(2, 3, 5, 6\)"),
+        ({"mask": torch.zeros(2, 3, 5, 5)}, ValueError, r"mask: expected shape \(2, 3, 5, 6\)"),
+        ({"mask": torch.zeros(2, 3, 5, 6).half()}, TypeError, "mask: expected dtype"),
+        ({"bias": torch.zeros(3)}, ValueError, r"bias: expected shape \(4,\), got \(3,\)"),
+        ({"bias": torch.zeros(4, 1)}, ValueError, "bias: expected 1 dimensions"),
+        ({"stride": 0}, ValueError, "stride: expected at least 1, got 0"),
+        ({"stride": (1, -1)}, ValueError, "stride: expected at least 1"),
+        ({"stride": (1, 1, 1)}, TypeError, "stride: expected an integer or a pair"),
+        ({"stride": 1.5}, TypeError, "stride: expected an integer or a pair"),
+        ({"padding": -1}, ValueError, "padding: expected at least 0"),
+        ({"dilation": 0}, ValueError, "dilation: expected at least 1"),
+    ],
+)
+def test_bad_arguments(changes: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        deform_conv2d(**per_channel_call(torch.device("cpu")) | changes)
+
+
+def test_deform_mix_refuses_other_shapes() -> None:
+    x, offset, weight = draw(0, (1, 3, 4, 4), (1, 6, 4, 4), (2, 3, 1, 1))
+    with pytest.raises(ValueError, match="activation: expected one of"):
+        deform_mix(x, offset, weight, activation="tanh")
+    with pytest.raises(ValueError, match="offset: expected shape"):
+        deform_mix(x, offset[:, :2], weight)
+    with pytest.raises(ValueError, match="weight: expected shape"):
+        deform_mix(x, offset, torch.zeros(2, 3, 3, 3, dtype=F64))
+
+
+def test_deform_mix_activations() -> None:
+    x, offset, weight, bias = draw(0, (1, 3, 4, 4), (1, 6, 4, 4), (2, 3, 1, 1), (2,))
+    product = deform_conv2d(x, offset, weight, bias)
+    for name, function in {"gelu": functional.gelu, "relu": torch.relu, "silu": functional.silu}.items():
+        assert torch.equal(deform_mix(x, offset, weight, bias, name), function(product))
+    assert torch.equal(deform_mix(x, offset, weight, bias, "identity"), product)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"in_channels": 6, "out_channels": 4, "kernel_size": 3},
+        {"in_channels": 6, "out_channels": 4, "kernel_size": (3, 2), "stride": 2, "groups": 2, "bias": False},
+        {"in_channels": 6, "out_channels": 4, "kernel_size": 1, "padding": (1, 0), "dilation": 2},
+    ],
+)
+def test_module_is_torchvisions(arguments: dict, torchvision: ModuleType) -> None:
+    torch.manual_seed(0)
+    ours = DeformConv2d(**arguments)
+    torch.manual_seed(0)
+    theirs = torchvision.ops.DeformConv2d(**arguments)
+    assert repr(ours) == repr(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    ours.load_state_dict(theirs.state_dict())
+    size = functional.conv2d(
+        torch.zeros(1, 6, 7, 8), ours.weight, None, ours.stride, ours.padding, ours.dilation, ours.groups
+    ).shape[2:]
+    taps = ours.weight[0, 0].numel()
+    input, offset, mask = draw(
+        1, (2, 6, 7, 8), (2, 4 * taps, *size), (2, 2 * taps, *size), dtype=torch.float32
+    )
+    assert_close(ours(input, offset, mask), theirs(input, offset, mask).double(), 6 * taps)
+
+
+def test_deform_mix_module() -> None:
+    module = DeformMix(3, 2)
+    assert repr(module) == "DeformMix(3, 2, activation='gelu')"
+    x, offset = draw(0, (1, 3, 4, 4), (1, 6, 4, 4), dtype=torch.float32)
+    assert torch.equal(module(x, offset), deform_mix(x, offset, module.weight, module.bias))
+    with pytest.raises(ValueError, match="in_channels"):
+        DeformMix(0, 2)
+    with pytest.raises(ValueError, match="out_channels"):
+        DeformConv2d(4, 3, 1, groups=2)
+
+
+def test_kernels_are_the_ones_planned() -> None:
+    """The compile check sees every kernel of the file that is launched."""
+    planned = {plan.kernel.__name__ for plan in per_channel.plan_examples(torch.float32)}
+    assert planned == {"forward", "backward_samples", "backward_weight"}
+    assert all(hasattr(kernels, name) for name in planned)
