@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from degmix.data.transforms import SCALES
 from degmix.losses import EDGE_POSITIVE_WEIGHT
 from degmix.tasks import TASKS
 
@@ -35,12 +36,14 @@ class DataConfig:
         root: folder in the NYUD-v2 layout.
         classes: the names of the semantic classes: "nyud", "synthetic", or a list of names.
         size: height and width of a training crop.
+        scales: range of the random scale before the crop.
         workers: processes that read samples; 0 reads them in the training process.
     """
 
     root: str = "data/NYUDv2"
     classes: str | tuple[str, ...] = "nyud"
     size: tuple[int, int] = (425, 560)
+    scales: tuple[float, float] = SCALES
     workers: int = 4
 
 
@@ -147,6 +150,12 @@ class Config:
             _expect(value >= 1, key, "at least 1", str(value))
         for key, number in (("data.workers", self.data.workers), ("train.seed", self.train.seed)):
             _expect(number >= 0, key, "at least 0", str(number))
+        _expect(
+            0 < self.data.scales[0] <= self.data.scales[1],
+            "data.scales",
+            "a positive range, lower end first",
+            str(list(self.data.scales)),
+        )
         _expect(self.train.lr > 0, "train.lr", "a positive number", str(self.train.lr))
         _expect(
             0 < self.loss.edge_positive < 1,

@@ -164,7 +164,7 @@ def _loader(config: Config, first_step: int) -> DataLoader[dict[str, Tensor]]:
     settings = config.train
     stream = TrainingStream(
         build.open_split(config, "train"),
-        training_transform(config.data.size),
+        training_transform(config.data.size, config.data.scales),
         seed=settings.seed,
         batch_size=settings.batch_size,
         start_step=first_step * settings.accumulate,

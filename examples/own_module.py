@@ -1,8 +1,8 @@
 """Use one op in a module of your own: a residual block whose every channel looks where it wants.
 
 A 3×3 convolution predicts one (dy, dx) pair per channel and pixel; the per-channel deformable convolution
-reads each channel at its displaced position and mixes the channels. On a GPU this is one Triton kernel forward
-and two backward; on a CPU the same call runs the plain-PyTorch reference.
+reads each channel at its displaced position and mixes the channels. On a GPU this is one Triton kernel
+forward and two backward; on a CPU the same call runs the plain-PyTorch reference.
 
     python examples/own_module.py
 """

@@ -6,9 +6,8 @@ python examples/predict_picture.py runs/demo/model.safetensors PICTURE.jpg
 import argparse
 from pathlib import Path
 
-from degmix.predict import image_tensor, load_image, predict, write_predictions
-
 from degmix import build, checkpoint
+from degmix.predict import image_tensor, load_image, predict, write_predictions
 
 
 def main() -> None:

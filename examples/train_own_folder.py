@@ -16,10 +16,10 @@ python examples/train_own_folder.py FOLDER model.backbone=tiny data.size=[240,32
 import argparse
 from pathlib import Path
 
-from degmix.config import load_config
 from rich.console import Console
 
 from degmix import train
+from degmix.config import load_config
 from degmix.data.nyud import LABELS
 
 

@@ -19,7 +19,7 @@ from degmix.data.nyud import IGNORE, Sample
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-SCALES = (0.5, 2.0)
+SCALES = (0.5, 2.0)  # the paper's range of factors
 LARGEST_SHARE = 0.75  # of one class in a crop
 CROP_TRIES = 10
 
@@ -101,7 +101,9 @@ def largest_share(semseg: Tensor) -> float:
     return float(counts.max()) / max(int(counts.sum()), 1)
 
 
-def scale_and_crop(sample: Sample, size: tuple[int, int], rng: np.random.Generator) -> Sample:
+def scale_and_crop(
+    sample: Sample, size: tuple[int, int], rng: np.random.Generator, scales: tuple[float, float] = SCALES
+) -> Sample:
     """Resize by a random factor, then take a random window of at most ``size``.
 
     Depth is divided by the factor: a picture twice as large is the same room seen from half as far. Only the
@@ -109,7 +111,7 @@ def scale_and_crop(sample: Sample, size: tuple[int, int], rng: np.random.Generat
     it.
     """
     height, width = sample["image"].shape[-2:]
-    factor = rng.uniform(*SCALES)
+    factor = rng.uniform(*scales)
     scaled = max(round(height * factor), 1), max(round(width * factor), 1)
     window = min(size[0], scaled[0]), min(size[1], scaled[1])
     for _ in range(CROP_TRIES):
@@ -181,11 +183,12 @@ def expect_size(size: tuple[int, int]) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def training_transform(size: tuple[int, int]) -> Transform:
+def training_transform(size: tuple[int, int], scales: tuple[float, float] = SCALES) -> Transform:
     """Random scale, crop, flip and photometric distortion, then normalise and pad to exactly ``size``.
 
     Args:
         size: (height, width) of the result.
+        scales: range of the random scale.
 
     Returns:
         A function of a sample and the generator that decides everything random; it leaves its argument
@@ -194,7 +197,7 @@ def training_transform(size: tuple[int, int]) -> Transform:
     size = expect_size(size)
 
     def transform(sample: Sample, rng: np.random.Generator) -> Sample:
-        result = scale_and_crop(sample, size, rng)
+        result = scale_and_crop(sample, size, rng, scales)
         if rng.random() < 0.5:
             result = flip(result)
         result["image"] = normalize(distort(result["image"], rng))

@@ -82,12 +82,11 @@ def test_normals_and_depth_keep_agreeing(monkeypatch, factor, mirrored):
 
     Nearest sampling moves each depth by up to half a source pixel, so the plane's exact depth is sampled.
     """
-    monkeypatch.setattr(transforms, "SCALES", (factor, factor))
     sample = plane_sample()
     height, width = sample["depth"].shape[-2:]
     monkeypatch.setattr(transforms, "nearest", exact_plane)
     del sample["edge"]
-    result = scale_and_crop(sample, (1000, 1000), np.random.default_rng(0))
+    result = scale_and_crop(sample, (1000, 1000), np.random.default_rng(0), (factor, factor))
     scaled_height, scaled_width = result["depth"].shape[-2:]
     assert (scaled_height, scaled_width) == (round(height * factor), round(width * factor))
     if mirrored:
@@ -132,12 +131,11 @@ def test_sampling_is_torchs_interpolation(size, scaled):
     assert (nearest(image, rows, columns) == exact).float().mean() > 0.9
 
 
-def test_a_crop_is_a_window_of_the_whole(monkeypatch):
+def test_a_crop_is_a_window_of_the_whole():
     """Only the window is computed, and it is the window of the resized image."""
-    monkeypatch.setattr(transforms, "SCALES", (1.5, 1.5))
     sample = plane_sample()
-    window = scale_and_crop(sample, (20, 30), np.random.default_rng(1))
-    whole = scale_and_crop(sample, (1000, 1000), np.random.default_rng(1))
+    window = scale_and_crop(sample, (20, 30), np.random.default_rng(1), (1.5, 1.5))
+    whole = scale_and_crop(sample, (1000, 1000), np.random.default_rng(1), (1.5, 1.5))
     rows = whole["image"].unfold(1, 20, 1).unfold(2, 30, 1)
     matches = (rows == window["image"][:, None, None]).flatten(3).all(dim=3).all(dim=0).nonzero()
     assert len(matches) == 1

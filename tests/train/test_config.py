@@ -66,6 +66,7 @@ def test_overrides_change_single_values() -> None:
         ("train.amp=1", "demo.yaml: train.amp: expected true or false, got 1"),
         ("data.size=96", "demo.yaml: data.size: expected a list of 2 × an integer, got 96"),
         ("data.size=[96, a]", 'demo.yaml: data.size[1]: expected an integer, got "a"'),
+        ("data.scales=[2, 1]", "data.scales: expected a positive range, lower end first, got [2.0, 1.0]"),
         ("data.size=[0, 64]", "demo.yaml: data.size: expected at least 1, got 0"),
         (
             "tasks=[depht]",
