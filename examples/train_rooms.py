@@ -9,12 +9,12 @@ The same as ``degmix demo``, spelled out. On a GPU the model runs its Triton ker
 import argparse
 from pathlib import Path
 
-from degmix.config import load_config
-from degmix.evaluate import evaluate, results_table
 from rich.console import Console
 
 from degmix import build, checkpoint, train
+from degmix.config import load_config
 from degmix.data import synthetic
+from degmix.evaluate import evaluate, results_table
 
 
 def main() -> None:
