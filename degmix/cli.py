@@ -36,7 +36,7 @@ console = Console(markup=False, highlight=False)  # paths may hold brackets and 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; the GPU if there is one by default.")]
 CheckpointFile = Annotated[Path, typer.Option("--checkpoint", help="A model.safetensors or checkpoint.pt.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Changes, such as train.lr=0.01.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, such as train.lr=0.01.")
 ]
 PRESETS_HELP = f"A YAML file, or a preset: {', '.join(preset_names())}."
 

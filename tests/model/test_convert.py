@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from degmix import DeGMix, DeGMixHead
+from degmix import DeGMix, DeGMixHead, cli
+from degmix.checkpoint import load_model
 from degmix.convert import convert_state_dict
 
 TASKS = {"semseg": 5, "depth": 1, "edge": 1}
@@ -119,6 +120,27 @@ def test_lightning_checkpoint_of_a_full_model(timm):
     model.load_state_dict(converted)
     again = convert_state_dict(mine | published(model.head, "released", "head."))
     assert sorted(again) == sorted(model.state_dict())
+
+
+def test_convert_command_leaves_a_model_that_predicts_the_same(timm, tmp_path):
+    torch.manual_seed(0)
+    model = DeGMix("resnet18", TASKS, attention="released", dim=8).eval()
+    prefix = "backbone.model."
+    theirs = {
+        "backbone." + name.removeprefix(prefix): value
+        for name, value in model.state_dict().items()
+        if name.startswith(prefix)
+    }
+    state = theirs | published(model.head, "released", "head.")
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "theirs.ckpt")
+    changes = ["tasks=[semseg, depth, edge]", "data.classes=[a, b, c, d, e]", "model.backbone=resnet18"]
+    changes += ["model.attention=released", "model.dim=8", "model.depth=2"]
+    cli.convert_command(tmp_path / "theirs.ckpt", tmp_path / "ours.safetensors", "demo", changes)
+    ours, _ = load_model(tmp_path / "ours.safetensors")
+    image = torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        expected, got = model(image), ours(image)
+    assert all(torch.equal(got[task], expected[task]) for task in TASKS)
 
 
 def test_unknown_names_are_named():
