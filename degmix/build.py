@@ -56,7 +56,7 @@ def build_model(config: Config, *, load_weights: bool = True) -> degmix.DeGMix:
             dim=model.dim,
             heads=model.heads,
         )
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise ConfigError(f"model: {error}") from error
 
 

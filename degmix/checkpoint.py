@@ -76,9 +76,9 @@ def restore_state(
     load_weights(path, model, state["model"])
     try:
         optimizer.load_state_dict(state["optimizer"])
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: its optimizer state does not fit the model: {error}") from error
-    torch.set_rng_state(state["rng"])
+        torch.set_rng_state(state["rng"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: its optimizer or generator state does not fit: {error}") from error
     # A run may move to a machine with other GPUs; their generators then start anew.
     if len(state["cuda_rng"]) == torch.cuda.device_count() > 0:
         torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -95,7 +95,19 @@ def read_state(path: Path) -> tuple[dict[str, Any], Config]:
     expected = {"format", "config", "step", "model", "optimizer", "rng", "cuda_rng"}
     if not isinstance(state, dict) or state.get("format") != FORMAT or not expected <= state.keys():
         raise CheckpointError(f"{path}: expected a checkpoint of degmix train, got another kind of file")
-    return state, config_from_json(state["config"], str(path))
+    kinds = {"config": str, "step": int, "model": dict, "optimizer": dict, "rng": Tensor, "cuda_rng": list}
+    for name, kind in kinds.items():
+        if not isinstance(state[name], kind):
+            got = type(state[name]).__name__
+            raise CheckpointError(f"{path}: {name}: expected {kind.__name__}, got {got}")
+    if not all(isinstance(tensor, Tensor) for tensor in state["model"].values()):
+        raise CheckpointError(f"{path}: model: expected tensors by name, got other values too")
+    config = config_from_json(state["config"], str(path))
+    if not 0 <= state["step"] <= config.train.steps:
+        raise CheckpointError(
+            f"{path}: step: expected 0 to the run's {config.train.steps}, got {state['step']}"
+        )
+    return state, config
 
 
 def load_model(path: Path, expected_tasks: Mapping[str, int] | None = None) -> tuple[nn.Module, Config]:

@@ -96,6 +96,8 @@ def evaluate_command(
     device: Device = "",
 ) -> None:
     """Measure a model on a data set, beside the best constant prediction."""
+    if out is not None and not out.parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {out.parent}")
     expected = build.channels(load_config(config)) if config else None
     model, model_config = checkpoint.load_model(checkpoint_path, expected)
     if data is not None:
@@ -162,7 +164,7 @@ def convert_command(
     model = build.build_model(loaded, load_weights=False)
     try:
         tensors = convert_state_dict(tree.get("state_dict", tree))
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: expected a state dict of the authors' model ({error})") from None
     checkpoint.load_weights(source, model, tensors)
     checkpoint.save_model(out, model, loaded)

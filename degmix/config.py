@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from degmix.losses import EDGE_POSITIVE_WEIGHT
 from degmix.tasks import TASKS
 
 PRESETS = Path(__file__).parent / "presets"
+LARGEST_RATE = 1e30  # far beyond any use, and still a float32
 
 
 class ConfigError(ValueError):
@@ -148,15 +150,36 @@ class Config:
             ("train.log_every", self.train.log_every),
         ):
             _expect(value >= 1, key, "at least 1", str(value))
-        for key, number in (("data.workers", self.data.workers), ("train.seed", self.train.seed)):
+        for key, number in (
+            ("data.workers", self.data.workers),
+            ("train.seed", self.train.seed),
+            ("train.weight_decay", self.train.weight_decay),
+            ("train.power", self.train.power),
+            *((f"loss.weights.{task}", weight) for task, weight in self.loss.weights.items()),
+        ):
             _expect(number >= 0, key, "at least 0", str(number))
+        _expect(self.train.seed < 2**63, "train.seed", "less than 2**63", str(self.train.seed))
+        _expect(0 <= self.train.momentum < 1, "train.momentum", "from 0 to below 1", str(self.train.momentum))
+        _expect(
+            0 < self.train.lr <= LARGEST_RATE,
+            "train.lr",
+            f"a positive number up to {LARGEST_RATE}",
+            str(self.train.lr),
+        )
+        # BatchNorm needs two values of a channel; the coarsest map is at 1/32.
+        coarsest = math.prod(-(-side // 32) for side in self.data.size)
+        _expect(
+            self.train.batch_size * coarsest > 1,
+            "train.batch_size",
+            f"at least 2 for crops as small as {self.data.size[0]}×{self.data.size[1]}",
+            str(self.train.batch_size),
+        )
         _expect(
             0 < self.data.scales[0] <= self.data.scales[1],
             "data.scales",
             "a positive range, lower end first",
             str(list(self.data.scales)),
         )
-        _expect(self.train.lr > 0, "train.lr", "a positive number", str(self.train.lr))
         _expect(
             0 < self.loss.edge_positive < 1,
             "loss.edge_positive",
@@ -189,7 +212,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         tree = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: expected a YAML text file, got bytes that are not UTF-8") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML lets its constructors' errors out
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     tree = {} if tree is None else tree
     for override in overrides:
@@ -247,7 +270,7 @@ def _override(tree: object, override: str) -> None:
         raise ConfigError(f"{override}: expected key=value, as in train.lr=0.01")
     try:
         value = yaml.load(text, _StrictLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"{key}: expected a value in YAML, got {text!r}") from None
     *parents, last = key.split(".")
     for parent in parents:
@@ -284,18 +307,16 @@ def _convert(value: object, wanted: Any, key: str) -> Any:
         }
     elif wanted is float and not isinstance(value, bool):
         # YAML 1.1 reads 1e-3 as a string.
-        if isinstance(value, (int, float)) or (isinstance(value, str) and _is_number(value)):
+        if isinstance(value, (int, float, str)) and _is_finite(value):
             return float(value)
     elif isinstance(wanted, type) and type(value) is wanted:
         return value
-    raise ConfigError(f"{key}: expected {_describe(wanted)}, got {json.dumps(value, default=str)}")
+    raise ConfigError(f"{key}: expected {_describe(wanted)}, got {_show(value)}")
 
 
 def _convert_section(value: object, section: Any, key: str) -> Any:
     if not isinstance(value, dict):
-        raise ConfigError(
-            f"{key or 'the file'}: expected a section of keys, got {json.dumps(value, default=str)}"
-        )
+        raise ConfigError(f"{key or 'the file'}: expected a section of keys, got {_show(value)}")
     wanted = typing.get_type_hints(section)
     for name in value:
         if name not in wanted:
@@ -311,12 +332,19 @@ def _convert_section(value: object, section: Any, key: str) -> Any:
     )
 
 
-def _is_number(text: str) -> bool:
+def _is_finite(value: float | str) -> bool:
     try:
-        float(text)
-    except ValueError:
+        return math.isfinite(float(value))
+    except (ValueError, OverflowError):
         return False
-    return True
+
+
+def _show(value: object) -> str:
+    """A value as its author wrote it, or nearly so where JSON cannot hold it."""
+    try:
+        return json.dumps(value, default=str)
+    except (ValueError, TypeError, RecursionError):
+        return repr(value)
 
 
 def _describe(wanted: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from degmix import build, checkpoint, train
-from degmix.config import Config, load_config
+from degmix.config import ConfigError, load_config
 from degmix.data import synthetic
 from degmix.data.nyud import NYUD
 from degmix.data.transforms import normalize
@@ -27,6 +27,16 @@ PICTURE_NAME = "predictions.png"
 SCENES = 160
 VAL_FRACTION = 1 / 8
 EXAMPLES = 4
+NAMES = {
+    DATA_NAME,
+    PICTURE_NAME,
+    METRICS_NAME,
+    train.CONFIG_NAME,
+    train.LOG_NAME,
+    checkpoint.CHECKPOINT_NAME,
+    checkpoint.MODEL_NAME,
+}
+"""What a demo leaves."""
 
 
 def run(
@@ -46,16 +56,26 @@ def run(
     """
     config = load_config("demo", overrides).with_data_root(out / DATA_NAME)
     build.build_model(config)  # a mistake in the configuration shows before anything is written
-    _make_room(out, config)
+    _expect_own(out)
+    if config.data.classes != "synthetic" or any(change.startswith("data.root=") for change in overrides):
+        raise ConfigError(
+            "data.root, data.classes: the demo renders its own rooms; see degmix train --config demo"
+        )
+    # Rendered beside the folder, so that an earlier demo's files stay until there is something new.
+    rendered = out.with_name(f".{out.name}.rooms")
+    shutil.rmtree(rendered, ignore_errors=True)
     with stage(console, "rendering", scenes) as advance:
         synthetic.write(
-            out / DATA_NAME,
+            rendered,
             count=scenes,
             size=config.data.size,
             seed=config.train.seed,
             val_fraction=VAL_FRACTION,
             progress=lambda done, _: advance(done, ""),
         )
+    _make_room(out)
+    train.write_config(out, config)  # first, as it marks the folder as a demo's
+    rendered.rename(out / DATA_NAME)
     train.start(config, out, device, console)
 
     model, config = checkpoint.load_model(out / checkpoint.MODEL_NAME)
@@ -91,21 +111,22 @@ def draw_examples(path: Path, model: torch.nn.Module, dataset: NYUD, labels: Lab
         sheet.save(file, "PNG")
 
 
-def _make_room(out: Path, config: Config) -> None:
-    """Make ``out`` an empty run folder with the configuration, removing an earlier demo's files only."""
-    names = {DATA_NAME, train.CONFIG_NAME, train.LOG_NAME, METRICS_NAME, PICTURE_NAME}
-    names |= {checkpoint.CHECKPOINT_NAME, checkpoint.MODEL_NAME}
+def _expect_own(out: Path) -> None:
+    """Refuse a folder with anything in it but an earlier demo's files."""
     present = (
         {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.exists() else set()
     )
-    if present and (train.CONFIG_NAME not in present or present - names):
-        other = ", ".join(sorted(present - names)) or "no " + train.CONFIG_NAME
+    if present and (train.CONFIG_NAME not in present or present - NAMES):
+        other = ", ".join(sorted(present - NAMES)) or "no " + train.CONFIG_NAME
         raise train.TrainingError(f"{out}: expected a new folder or an earlier demo's, found {other}")
-    for name in present:
+
+
+def _make_room(out: Path) -> None:
+    """Make ``out`` a folder without an earlier demo's files."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in NAMES:
         path = out / name
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink()
-    out.mkdir(parents=True, exist_ok=True)
-    train.write_config(out, config)
+            path.unlink(missing_ok=True)

@@ -61,10 +61,9 @@ def evaluate(
     """
     device = next(model.parameters()).device
     metrics = {name: TASKS[name].metric(channels) for name, channels in tasks.items()}
-    transform = evaluation_transform()
     with stage(console, "evaluating", len(dataset)) as advance:
         for index in range(len(dataset)):
-            sample = transform(dataset[index])
+            sample = evaluation_transform(dataset[index])
             logits = model(sample["image"][None].to(device))
             for name, metric in metrics.items():
                 metric.update(TASKS[name].predict(logits[name].float()), sample[name][None].to(device))

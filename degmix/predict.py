@@ -28,19 +28,31 @@ def load_image(path: Path) -> NDArray[np.uint8]:
         ImageError: if the file is missing or no readable picture.
     """
     if not path.is_file():
-        raise ImageError(f"{path}: no such image")
+        raise ImageError(f"{path}: {'expected an image, got a folder' if path.is_dir() else 'no such image'}")
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16"):
+            if image.mode == "F" or (image.mode == "I" and not _is_16_bit(image)):
+                raise ImageError(
+                    f"{path}: expected 8 or 16 bits a channel, got an image of mode {image.mode}"
+                )
+            if image.mode.startswith("I"):
                 return (np.asarray(image) // 257).astype(np.uint8)[..., None].repeat(3, axis=2)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.asarray(image.convert("RGB"))
+    except ImageError:
+        raise
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow's decoders raise any of these on damaged files.
         raise ImageError(f"{path}: not a readable image ({error})") from None
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    """Whether a picture of 32-bit integers holds 16-bit values, as older Pillows read 16-bit PNGs."""
+    darkest, brightest = image.getextrema()
+    return darkest >= 0 and 255 < brightest <= 65535
 
 
 def image_tensor(image: NDArray[np.uint8]) -> Tensor:

@@ -7,6 +7,7 @@ generators, so a resumed run computes what the uninterrupted one would have, on 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import signal
@@ -95,7 +96,9 @@ def _train(
     settings = config.train
     device = next(model.parameters()).device
     losses_of = build.build_losses(config)
-    batches = iter(_loader(config, first_step))
+    batches = _batches(config, first_step)
+    # Read before anything is written: most of what is wrong with a data set shows in its first batch.
+    batches = itertools.chain([next(batches)], batches) if first_step < settings.steps else batches
     out.mkdir(parents=True, exist_ok=True)
     write_config(out, config)
     log = _open_log(out / LOG_NAME, first_step)
@@ -113,7 +116,7 @@ def _train(
 
             step_losses = torch.zeros(len(config.tasks), device=device)
             for _ in range(settings.accumulate):
-                batch = _on_device(next(batches), device)
+                batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
                 with torch.autocast(
                     device.type, torch.bfloat16, enabled=settings.amp and device.type == "cuda"
                 ):
@@ -206,10 +209,12 @@ def _collate(names: tuple[str, ...], samples: list[Sample | DataError]) -> dict[
     return {name: torch.stack([sample[name] for sample in samples]) for name in names}
 
 
-def _on_device(batch: dict[str, Tensor] | DataError, device: torch.device) -> dict[str, Tensor]:
-    if isinstance(batch, DataError):
-        raise batch
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+def _batches(config: Config, first_step: int) -> Iterator[dict[str, Tensor]]:
+    """Training batches from ``first_step`` on; raises the DataError of one that cannot be read."""
+    for batch in _loader(config, first_step):
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
 def _ignore_interrupts(worker: int) -> None:

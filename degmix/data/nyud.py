@@ -32,8 +32,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from degmix.data.errors import DataError
-
-IGNORE = 255
+from degmix.losses import IGNORE
 
 CLASSES: tuple[str, ...] = (
     "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture",
@@ -123,7 +122,8 @@ def read_array(path: Path) -> np.ndarray:
         array = array[..., 0]
     if array.ndim != 2:
         raise DataError(f"{path}: expected an array of 2 dimensions, got shape {array.shape}")
-    return array.astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+        return array.astype(np.float32)
 
 
 def read_image(path: Path) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from degmix.data.errors import DataError
-from degmix.data.nyud import IGNORE, Sample
+from degmix.data.nyud import Sample
+from degmix.losses import IGNORE
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -40,12 +41,6 @@ def normalize(image: Tensor) -> Tensor:
     """Subtract ImageNet's mean and divide by its standard deviation. ``image`` (…, 3, H, W) in [0, 1]."""
     mean, std = (image.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (image - mean) / std
-
-
-def denormalize(image: Tensor) -> Tensor:
-    """Undo :func:`normalize`."""
-    mean, std = (image.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return image * std + mean
 
 
 def positions(start: int, length: int, scaled: int, size: int) -> Tensor:
@@ -206,12 +201,6 @@ def training_transform(size: tuple[int, int], scales: tuple[float, float] = SCAL
     return transform
 
 
-def evaluation_transform(size: tuple[int, int] | None = None) -> Callable[..., Sample]:
-    """Normalise; images keep their size, or are padded to ``size`` if smaller. Nothing is random."""
-    size = None if size is None else expect_size(size)
-
-    def transform(sample: Sample, rng: np.random.Generator | None = None) -> Sample:
-        result = {**sample, "image": normalize(sample["image"])}
-        return result if size is None else pad(result, size)
-
-    return transform
+def evaluation_transform(sample: Sample) -> Sample:
+    """Normalise; images keep their size and nothing is random. Leaves its argument unchanged."""
+    return {**sample, "image": normalize(sample["image"])}

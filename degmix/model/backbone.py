@@ -85,6 +85,12 @@ def build(timm: ModuleType, name: str, pretrained: bool) -> nn.Module:
     family = timm.models.model_entrypoint(architecture).__module__.rpartition(".")[2]
     try:
         return timm.create_model(name, pretrained=pretrained, features_only=True, **OPTIONS.get(family, {}))
+    except OSError as error:  # of the hub, when there is no network
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"backbone {name!r}: its pretrained weights cannot be downloaded ({reason}); "
+            "a file of them can be given as weights"
+        ) from error
     except (TypeError, RuntimeError, AssertionError, AttributeError, NotImplementedError) as error:
         raise ValueError(f"backbone {name!r}: timm cannot give its feature maps ({error})") from error
 
@@ -182,7 +188,7 @@ def import_timm() -> ModuleType:
     """timm, or an ``ImportError`` that says how to get it."""
     try:
         import timm
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch build
         raise ImportError(
             f"backbones other than 'tiny' need timm: pip install 'degmix[train]' ({error})"
         ) from error
@@ -210,8 +216,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"weights: expected a checkpoint of tensors only, got {path} ({reason})") from error
+        raise ValueError(
+            f"weights: expected a checkpoint of tensors only, got {path}; nothing of it was run"
+        ) from error
     for nested in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(nested), dict):
             loaded = loaded[nested]

@@ -110,11 +110,11 @@ def deform_mix(
 
 def checked_pair(argument: str, value: object, minimum: int) -> tuple[int, int]:
     """The pair behind an integer or a pair of integers, each at least ``minimum``."""
-    integers = (value,) if isinstance(value, int) else value
+    integers = (value, value) if isinstance(value, int) else value
     if (
         not isinstance(integers, tuple | list)
+        or len(integers) != 2
         or not all(isinstance(each, int) and not isinstance(each, bool) for each in integers)
-        or (len(integers) != 2 and value is not integers[0])
     ):
         raise TypeError(f"{argument}: expected an integer or a pair of integers, got {value!r}")
     checks.expect(min(integers) >= minimum, argument, f"at least {minimum}", value)

@@ -328,6 +328,7 @@ def test_general_shapes_say_that_they_run_the_reference(device: torch.device) ->
         ({"bias": torch.zeros(4, 1)}, ValueError, "bias: expected 1 dimensions"),
         ({"stride": 0}, ValueError, "stride: expected at least 1, got 0"),
         ({"stride": (1, -1)}, ValueError, "stride: expected at least 1"),
+        ({"stride": ()}, TypeError, "stride: expected an integer or a pair"),
         ({"stride": (1, 1, 1)}, TypeError, "stride: expected an integer or a pair"),
         ({"stride": 1.5}, TypeError, "stride: expected an integer or a pair"),
         ({"padding": -1}, ValueError, "padding: expected at least 0"),

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from quick_run import quick_config
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from degmix import build, checkpoint
+from degmix import build, checkpoint, train
 from degmix.checkpoint import CheckpointError
 
 
@@ -146,3 +147,38 @@ def test_a_kill_during_a_write_leaves_the_old_file(tmp_path: Path) -> None:
         file.write(b"new")
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("config", 5, "config: expected str, got int"),
+        ("step", "a", "step: expected int, got str"),
+        ("step", 10**9, "step: expected 0 to the run's 6, got 1000000000"),
+        ("model", 3, "model: expected dict, got int"),
+        ("model", {"a": 1}, "model: expected tensors by name"),
+        ("optimizer", 3, "optimizer: expected dict, got int"),
+        ("optimizer", {}, "optimizer or generator state does not fit"),
+        ("rng", torch.zeros(3), "optimizer or generator state does not fit"),
+        ("cuda_rng", None, "cuda_rng: expected list, got NoneType"),
+    ],
+)
+def test_damaged_fields_are_named(
+    run_folder: Path, field: str, value: object, message: str, tmp_path: Path
+) -> None:
+    state = torch.load(run_folder / checkpoint.CHECKPOINT_NAME, weights_only=True)
+    torch.save({**state, field: value}, tmp_path / checkpoint.CHECKPOINT_NAME)
+    with pytest.raises(CheckpointError, match=message):
+        train.resume(tmp_path, torch.device("cpu"), Console(quiet=True))
+
+
+def test_a_restored_state_draws_the_same_random_numbers(rooms: Path, tmp_path: Path) -> None:
+    """Backbones with stochastic depth draw from the global generator."""
+    config = quick_config(rooms)
+    model = build.build_model(config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    path = tmp_path / checkpoint.CHECKPOINT_NAME
+    checkpoint.save_state(path, model, optimizer, 1, config)
+    expected = torch.rand(3)
+    checkpoint.restore_state(path, checkpoint.read_state(path)[0], model, optimizer)
+    assert torch.equal(torch.rand(3), expected)

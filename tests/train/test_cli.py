@@ -117,6 +117,52 @@ def test_info_counts_without_allocating(capsys: pytest.CaptureFixture[str]) -> N
     assert "MiB" in output
 
 
+def test_convert_refuses_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"linear1.0.weight": torch.zeros(1)}, tmp_path / "other.ckpt")
+    arguments = (tmp_path / "other.ckpt", tmp_path / "out.safetensors", "--config", "demo")
+    code, _, errors = run_here(capsys, "convert", *arguments)
+    assert_one_sentence(code, errors, "other.ckpt: expected", "a published DeGMix head")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("change", ["data.root=elsewhere", "data.classes=[a, b]", "data.size=[8, 8]"])
+def test_a_demo_that_cannot_run_leaves_the_earlier_one_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    earlier = tmp_path / "demo"
+    earlier.mkdir()
+    for name in ("config.yaml", "metrics.json"):
+        (earlier / name).write_text("old")
+    code, _, errors = run_here(capsys, "demo", change, "--out", earlier, "--scenes", 8)
+    assert_one_sentence(code, errors)
+    assert {path.name: path.read_text() for path in earlier.iterdir()} == {
+        "config.yaml": "old",
+        "metrics.json": "old",
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_data_that_cannot_be_read_leaves_no_run(
+    rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(rooms, data)
+    for path in (data / "images").glob("*.png"):
+        path.write_bytes(b"no picture")
+    changes = (*QUICK, f"data.root={data}")
+    code, _, errors = run_here(capsys, "train", "--config", "demo", "--out", tmp_path / "run", *changes)
+    assert_one_sentence(code, errors, "images")
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_looks_for_its_output_folder_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--checkpoint", tmp_path / "absent.safetensors", "--out", tmp_path / "nowhere" / "m.json")
+    code, _, errors = run_here(capsys, "evaluate", *arguments)
+    assert_one_sentence(code, errors, "there is no folder", "nowhere")
+
+
 def test_convert_refuses_what_is_no_state_dict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save([1, 2], tmp_path / "list.ckpt")
     code, _, errors = run_here(

@@ -66,6 +66,17 @@ def test_overrides_change_single_values() -> None:
         ("train.amp=1", "demo.yaml: train.amp: expected true or false, got 1"),
         ("data.size=96", "demo.yaml: data.size: expected a list of 2 × an integer, got 96"),
         ("data.size=[96, a]", 'demo.yaml: data.size[1]: expected an integer, got "a"'),
+        ("train.momentum=-1", "train.momentum: expected from 0 to below 1, got -1.0"),
+        ("train.momentum=.nan", "train.momentum: expected a number, got NaN"),
+        ("train.lr=.inf", "train.lr: expected a number, got Infinity"),
+        ("train.lr=1e300", "train.lr: expected a positive number up to 1e+30, got 1e+300"),
+        ("train.weight_decay=-1", "train.weight_decay: expected at least 0, got -1.0"),
+        ("train.power=-1", "train.power: expected at least 0, got -1.0"),
+        ("train.seed=18446744073709551616", "less than 2**63, got 18446744073709551616"),
+        ("train.steps=2020-13-45", "train.steps: expected a value in YAML, got '2020-13-45'"),
+        ("train.steps=!!int abc", "train.steps: expected a value in YAML, got '!!int abc'"),
+        ("train.steps=&a [*a]", "train.steps: expected an integer, got [[...]]"),
+        ("loss.weights={semseg: -1}", "loss.weights.semseg: expected at least 0, got -1.0"),
         ("data.scales=[2, 1]", "data.scales: expected a positive range, lower end first, got [2.0, 1.0]"),
         ("data.size=[0, 64]", "demo.yaml: data.size: expected at least 1, got 0"),
         (
@@ -77,7 +88,7 @@ def test_overrides_change_single_values() -> None:
         ("train=3", "demo.yaml: train: expected a section of keys, got 3"),
         ("train.lr.x=3", "train.lr.x: unknown key: train.lr is a value, not a section"),
         ("model.weights=3", "demo.yaml: model.weights: expected text or null, got 3"),
-        ("train.lr=-1", "demo.yaml: train.lr: expected a positive number, got -1.0"),
+        ("train.lr=-1", "demo.yaml: train.lr: expected a positive number up to 1e+30, got -1.0"),
         ("train.lr", "train.lr: expected key=value, as in train.lr=0.01"),
         ("train.lr=[", "train.lr: expected a value in YAML, got '['"),
     ],
@@ -118,3 +129,8 @@ def test_an_unknown_preset_lists_the_known_ones() -> None:
         ConfigError, match=r"demmo: no such configuration file or preset \(presets: demo, nyud_"
     ):
         load_config("demmo")
+
+
+def test_one_image_too_small_for_batch_norm_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"train\.batch_size: .* crops as small as 32×32"):
+        load_config("demo", ["data.size=[32, 32]", "train.batch_size=1"])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from degmix import build, checkpoint
 from degmix.losses import IGNORE
-from degmix.predict import image_tensor, load_image, output_stems, predict, write_predictions
+from degmix.predict import ImageError, image_tensor, load_image, output_stems, predict, write_predictions
 from degmix.tasks import TASKS, Labels
 from degmix.visualize import depth_range, legend, paint, prediction_sheet
 
@@ -116,3 +116,15 @@ def test_the_sheet_shows_every_image_and_task(rooms: Path, run_folder: Path) -> 
     two = prediction_sheet([image] * 2, [target] * 2, [prediction] * 2, build.labels(config))
     assert two.width == one.width > 7 * 48
     assert two.height > one.height
+
+
+@pytest.mark.parametrize("values", [np.full((4, 5), 0.5, np.float32), np.full((4, 5), 2**20, np.int32)])
+def test_pictures_of_floats_and_of_32_bit_integers_are_refused(values: np.ndarray, tmp_path: Path) -> None:
+    Image.fromarray(values).save(tmp_path / "wide.tiff")
+    with pytest.raises(ImageError, match="expected 8 or 16 bits a channel"):
+        load_image(tmp_path / "wide.tiff")
+
+
+def test_a_folder_is_not_an_image(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="expected an image, got a folder"):
+        load_image(tmp_path)
