@@ -166,7 +166,7 @@ def test_evaluate_looks_for_its_output_folder_first(
 def test_convert_refuses_what_is_no_state_dict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save([1, 2], tmp_path / "list.ckpt")
     code, _, errors = run_here(
-        capsys, "convert", tmp_path / "list.ckpt", tmp_path / "out.safetensors", "--config", "nyud_swin_t"
+        capsys, "convert", tmp_path / "list.ckpt", tmp_path / "out.safetensors", "--config", "demo"
     )
     assert_one_sentence(code, errors, "list.ckpt: expected a state dict")
     assert not (tmp_path / "out.safetensors").exists()
@@ -196,7 +196,7 @@ def test_without_the_extra_the_message_says_what_to_install(tmp_path: Path) -> N
         (["train", "--config", "demo", "data.root=/nowhere"], ["/nowhere", "expected a data folder"]),
         (["train", "--resume", "/nowhere"], ["/nowhere/checkpoint.pt", "no such checkpoint"]),
         (["train", "--config", "demo", "--resume", "x"], ["--resume"]),
-        (["demo", "model.backbone=resnet9000"], ["model", "resnet9000"]),
+        (["demo", "model.backbone=resnet9000"], ["model: backbone"]),
         (["demo", "model.attention=psychic"], ["model", "attention", "psychic", "pixel"]),
         (["demo", "--device", "abacus"], ["--device abacus: cannot be used here"]),
         (["demo", "data.classes=cooking"], ["data.classes", "cooking", "synthetic"]),
