@@ -8,27 +8,7 @@ sums are fp32; only the operands of matrix products are rounded to the input's d
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def multiply(left, right, accumulator, PRECISION: tl.constexpr):
-    """accumulator + left · right in fp32. PRECISION: "ieee" or "tf32" for fp32 operands, or "interpreter"."""
-    if PRECISION == "interpreter":  # which would multiply the bit patterns of bf16 as integers
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), accumulator, input_precision="ieee")
-    return tl.dot(left, right, accumulator, input_precision=PRECISION)
-
-
-@triton.jit
-def split_coordinate(offset, base, size):
-    """Integer part and fraction of base + offset along an axis of ``size`` pixels, as reference._split.
-
-    The range is limited before the conversion to integers, so infinite, huge and NaN offsets give -2, which
-    has no pixel next to it; a NaN stays in the fraction.
-    """
-    outside = (offset < -1 - base) | (offset >= size - base)
-    offset = tl.where(outside, (-2 - base).to(tl.float32), offset)
-    low = tl.floor(offset)
-    defined = low == low
-    return tl.where(defined, tl.where(defined, low, 0.0).to(tl.int32) + base, -2), offset - low
+from degmix_kernels.deform_conv.sampling import blend, multiply, scatter, split_coordinate
 
 
 @triton.jit
@@ -84,14 +64,6 @@ def gather(input_ptr, address, width, valid_00, valid_01, valid_10, valid_11):
     value_10 = tl.load(input_ptr + address + width, mask=valid_10, other=0.0).to(tl.float32)
     value_11 = tl.load(input_ptr + address + width + 1, mask=valid_11, other=0.0).to(tl.float32)
     return value_00, value_01, value_10, value_11
-
-
-@triton.jit
-def blend(value_00, value_01, value_10, value_11, fraction_y, fraction_x):
-    """Bilinear interpolation."""
-    upper = (1 - fraction_x) * value_00 + fraction_x * value_01
-    lower = (1 - fraction_x) * value_10 + fraction_x * value_11
-    return (1 - fraction_y) * upper + fraction_y * lower
 
 
 @triton.jit
@@ -210,14 +182,6 @@ def forward(
         product += tl.load(bias_ptr + out, mask=out_valid, other=0.0).to(tl.float32)
     address = output_address(image, out, pixel, groups * group_out, out_pixels, CHANNELS_LAST)
     tl.store(output_ptr + address, product.to(output_ptr.dtype.element_ty), mask=out_valid & pixel_valid)
-
-
-@triton.jit
-def scatter(grad_input_ptr, address, gradient, valid, scale, FIXED_POINT: tl.constexpr):
-    """Add to the input gradient: fp32, or integers in units of 1 / scale, whose sums know no order."""
-    if FIXED_POINT:
-        gradient = (gradient * scale).to(tl.int64)
-    tl.atomic_add(grad_input_ptr + address, gradient, mask=valid, sem="relaxed")
 
 
 @triton.jit

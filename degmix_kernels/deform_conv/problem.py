@@ -1,0 +1,140 @@
+"""One call of ``deform_conv2d``: its tensors, and every size that follows from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from degmix_kernels import backend
+
+# Programs of a weight gradient that keep a GPU busy. Not the GPU's own number of multiprocessors: sums
+# would then differ between GPUs.
+WEIGHT_PROGRAMS = 512
+# Temporary tensors of a call take at most this part of the column buffer that the op does without.
+TEMPORARY_SHARE = 1 / 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The tensors of one call, shaped as in :func:`degmix_kernels.deform_conv2d`, and its geometry.
+
+    Pairs are (vertical, horizontal). Tensors may be meta tensors: nothing here touches memory.
+    """
+
+    input: Tensor
+    offset: Tensor
+    weight: Tensor
+    mask: Tensor | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @property
+    def batch(self) -> int:
+        """Images."""
+        return self.input.shape[0]
+
+    @property
+    def channels(self) -> int:
+        """Input channels."""
+        return self.input.shape[1]
+
+    @property
+    def group_channels(self) -> int:
+        """Input channels per group of the convolution."""
+        return self.weight.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """Groups of the convolution."""
+        return self.channels // self.group_channels
+
+    @property
+    def group_out(self) -> int:
+        """Output channels per group of the convolution."""
+        return self.weight.shape[0] // self.groups
+
+    @property
+    def taps(self) -> int:
+        """Kernel taps."""
+        return self.weight.shape[2] * self.weight.shape[3]
+
+    @property
+    def offset_groups(self) -> int:
+        """Blocks of input channels that share their offsets."""
+        return self.offset.shape[1] // (2 * self.taps)
+
+    @property
+    def offset_channels(self) -> int:
+        """Input channels per offset group."""
+        return self.channels // self.offset_groups
+
+    @property
+    def segment(self) -> int:
+        """The largest block of channels that never straddles a group or an offset group."""
+        return math.gcd(self.group_channels, self.offset_channels)
+
+    @property
+    def out_pixels(self) -> int:
+        """Output pixels of one image."""
+        return self.offset.shape[2] * self.offset.shape[3]
+
+    @property
+    def columns(self) -> int:
+        """Elements of the column buffer that a convolution by im2col would allocate."""
+        return self.batch * self.channels * self.taps * self.out_pixels
+
+    def sizes(self) -> dict[str, int]:
+        """The run-time sizes every kernel takes, by argument name."""
+        return {
+            "groups": self.groups,
+            "group_channels": self.group_channels,
+            "group_out": self.group_out,
+            "offset_channels": self.offset_channels,
+            "height": self.input.shape[2],
+            "width": self.input.shape[3],
+            "taps": self.taps,
+            "kernel_width": self.weight.shape[3],
+            "out_width": self.offset.shape[3],
+            "out_pixels": self.out_pixels,
+            "stride_y": self.stride[0],
+            "stride_x": self.stride[1],
+            "padding_y": self.padding[0],
+            "padding_x": self.padding[1],
+            "dilation_y": self.dilation[0],
+            "dilation_x": self.dilation[1],
+        }
+
+    def images(self, start: int, stop: int) -> Problem:
+        """The same call on the images from ``start`` up to ``stop``; views, no copies."""
+        return replace(
+            self,
+            input=self.input[start:stop],
+            offset=self.offset[start:stop],
+            mask=None if self.mask is None else self.mask[start:stop],
+        )
+
+    def weight_splits(self, programs: int) -> int:
+        """Into how many shares of the pixels a weight gradient of ``programs`` programs each is split.
+
+        Enough to keep a GPU busy, as long as the fp32 partial sums stay small beside the column buffer.
+        """
+        busy = -(-WEIGHT_PROGRAMS // programs)
+        bytes_of_one = self.weight.numel() * 4
+        small = int(TEMPORARY_SHARE * self.columns * self.input.element_size() / bytes_of_one)
+        return max(1, min(busy, small))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How matrix products treat their operands, see ``sampling.multiply``; PyTorch's flag allows TF32."""
+    if backend.INTERPRETED:
+        return "interpreter"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def block(size: int, largest: int, smallest: int = 16) -> int:
+    """Block size along an axis: a power of two from ``smallest`` (16 for a matrix product) to ``largest``."""
+    return max(smallest, min(largest, 1 << max(size - 1, 0).bit_length()))
