@@ -44,6 +44,8 @@ class Op:
         autocast: names of the arguments cast to the autocast dtype; the output has that dtype too.
         kernels: ``kernels(dtype)`` plans every Triton launch of the op on meta tensors, with the runtime's
             own heuristic; None while the op has only its reference.
+        variant: which of the function's kernels the samples run, if it has several sets of them: each set is
+            then an entry of its own.
     """
 
     name: str
@@ -56,3 +58,9 @@ class Op:
     keeps_layout_of: str | None = None
     autocast: tuple[str, ...] = ()
     kernels: Callable[[torch.dtype], Sequence[Launch]] | None = None
+    variant: str = ""
+
+    @property
+    def label(self) -> str:
+        """Name and variant, as reports and test names show them."""
+        return f"{self.name} ({self.variant})" if self.variant else self.name

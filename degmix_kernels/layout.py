@@ -7,3 +7,8 @@ from torch import Tensor
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether a 4-D tensor is channels_last, and not at the same time contiguous (as with one channel)."""
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor itself if it is contiguous or channels_last, else a contiguous copy."""
+    return tensor if is_channels_last(tensor) else tensor.contiguous()

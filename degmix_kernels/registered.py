@@ -14,30 +14,33 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+Output = Tensor | tuple[Tensor, ...]
+
 
 class RegisteredOp:
     """A differentiable op, callable with positional arguments.
 
     Args:
         name: ``"namespace::name"``; the backward op is registered as ``name + "_backward"``.
-        forward: computes the output; annotated, as ``torch.library.custom_op`` reads its schema from it.
+        forward: computes the output, a tensor or a tuple of tensors; annotated, as
+            ``torch.library.custom_op`` reads its schema from it.
         fake_forward: an empty output for traced inputs.
         setup_context: ``setup_context(ctx, inputs, output)`` saves what the backward pass needs.
         backward: computes gradients; annotated, returns a list of tensors, empty ones where not wanted.
         fake_backward: empty gradients for traced inputs.
-        differentiate: ``differentiate(ctx, grad, backward)`` calls ``backward`` and sorts its results into
-            one gradient or None per forward argument.
+        differentiate: ``differentiate(ctx, backward, *grads)``, with one gradient (or None) per output, calls
+            ``backward`` and sorts its results into one gradient or None per forward argument.
     """
 
     def __init__(
         self,
         name: str,
-        forward: Callable[..., Tensor],
-        fake_forward: Callable[..., Tensor],
-        setup_context: Callable[[Any, tuple[Any, ...], Tensor], None],
+        forward: Callable[..., Output],
+        fake_forward: Callable[..., Output],
+        setup_context: Callable[[Any, tuple[Any, ...], Any], None],
         backward: Callable[..., list[Tensor]],
         fake_backward: Callable[..., list[Tensor]],
-        differentiate: Callable[[Any, Tensor, Callable[..., list[Tensor]]], tuple[Tensor | None, ...]],
+        differentiate: Callable[..., tuple[Tensor | None, ...]],
     ) -> None:
         def refuse(ctx: FunctionCtx, *grads: Tensor) -> None:
             raise RuntimeError(
@@ -52,7 +55,7 @@ class RegisteredOp:
         self.forward = torch.library.custom_op(name, forward, mutates_args=())
         self.forward.register_fake(fake_forward)
         self.forward.register_autograd(
-            lambda ctx, grad: differentiate(ctx, grad, self.backward), setup_context=setup_context
+            lambda ctx, *grads: differentiate(ctx, self.backward, *grads), setup_context=setup_context
         )
 
         class Refusing(torch.autograd.Function):
@@ -70,18 +73,18 @@ class RegisteredOp:
             # Not split into forward and setup_context, as PyTorch would allow: for such functions it looks
             # up the signature of forward in every call.
             @staticmethod
-            def forward(ctx: FunctionCtx, *arguments: Any) -> Tensor:
+            def forward(ctx: FunctionCtx, *arguments: Any) -> Output:
                 output = forward(*arguments)
                 setup_context(ctx, arguments, output)
                 return output
 
             @staticmethod
-            def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-                return differentiate(ctx, grad, Refusing.apply if torch.is_grad_enabled() else backward)
+            def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+                return differentiate(ctx, Refusing.apply if torch.is_grad_enabled() else backward, *grads)
 
         self._eager = Eager.apply
 
-    def __call__(self, *arguments: Any) -> Tensor:
+    def __call__(self, *arguments: Any) -> Any:
         """Run the op on the entrance that fits the caller."""
         if torch.compiler.is_compiling():
             return self.forward(*arguments)

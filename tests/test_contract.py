@@ -22,8 +22,8 @@ from degmix_kernels.contract import Op, Sample
 from degmix_kernels.registry import OPS
 from degmix_kernels.testing import assert_close, poisoned_empty
 
-every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-every_kernel_op = pytest.mark.parametrize("op", [op for op in OPS if op.kernels], ids=lambda op: op.name)
+every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.label)
+every_kernel_op = pytest.mark.parametrize("op", [op for op in OPS if op.kernels], ids=lambda op: op.label)
 every_dtype = pytest.mark.parametrize(
     "dtype", KERNEL_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
 )
@@ -158,7 +158,7 @@ def test_expanded_inputs_and_gradients(op: Op, device: torch.device) -> None:
     check(op, sample, arguments, output, grad, torch.float32)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op.keeps_layout_of], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [op for op in OPS if op.keeps_layout_of], ids=lambda op: op.label)
 def test_channels_last(op: Op, device: torch.device) -> None:
     sample = first(op, device)
     name = op.keeps_layout_of

@@ -337,7 +337,7 @@ def _backward(
     return results
 
 
-def _differentiate(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, backward: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, offset, weight, mask = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:5])
     gradients = backward(grad, input, offset, weight, mask, *ctx.geometry, wanted, ctx.deterministic)

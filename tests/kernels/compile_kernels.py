@@ -11,7 +11,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -51,8 +53,8 @@ def source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def resources(compiled: triton.compiler.CompiledKernel, target: GPUTarget) -> dict[str, int | bool]:
-    """Registers per thread, bytes or registers spilled, shared memory, use of matrix instructions."""
+def resources(compiled: triton.compiler.CompiledKernel, target: GPUTarget) -> dict[str, Any]:
+    """Registers per thread, bytes or registers spilled, shared memory, use of matrix instructions, widths."""
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         counts = {key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in ("vgpr_count", "agpr_count")}
@@ -76,7 +78,19 @@ def resources(compiled: triton.compiler.CompiledKernel, target: GPUTarget) -> di
         "spilled": spilled,
         "shared": compiled.metadata.shared,
         "matrix": matrix,
+        **({} if target.backend == "hip" else widths(compiled.asm["ptx"])),
     }
+
+
+def widths(ptx: str) -> dict[str, dict[int, int]]:
+    """Bits per thread → number of instructions, for loads from and reductions into global memory."""
+    counts = {}
+    for name, instruction in {"loads": r"ld\.global", "reductions": r"(?:red|atom)\.global"}.items():
+        found = re.findall(rf"\b{instruction}[.\w:]*?(?:\.v(\d))?\.(?:noftz\.)?[bfsu](\d+)\b", ptx)
+        counts[name] = dict(Counter(int(count or 1) * int(bits) for count, bits in found))
+    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?, (\d+)", ptx)
+    counts["loads"] = dict(Counter(counts["loads"]) + Counter(8 * int(size) for size in copies))
+    return counts
 
 
 def main(backend: str, arch: str) -> None:
@@ -96,7 +110,7 @@ def main(backend: str, arch: str) -> None:
                 options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
                 compiled = triton.compile(specialised, target=target, options=options)
                 line = {
-                    "op": op.name,
+                    "op": op.label,
                     "kernel": launch.kernel.__name__,
                     "dtype": str(dtype).removeprefix("torch."),
                     "constants": dict(launch.constants),
