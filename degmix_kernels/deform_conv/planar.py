@@ -1,0 +1,343 @@
+"""Launch plans of the planar deformable convolution: few channels per offset group or per group, or both.
+
+``autograd.py`` allocates, plans here and runs the plans. Nothing here touches memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from degmix_kernels import layout
+from degmix_kernels.deform_conv import planar_backward_kernels, planar_kernels
+from degmix_kernels.deform_conv.problem import Problem, block, precision
+from degmix_kernels.epilogue import Epilogue, Statistics
+from degmix_kernels.launch import Launch, needs_64_bit
+
+# A span of groups larger than this shares no tiles: its block diagonal products would be mostly zeros.
+LARGEST_SPAN = 32
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Block sizes of a launch."""
+
+    out: int
+    groups: int
+    within: int
+    pixels: int
+
+    @property
+    def rows(self) -> int:
+        """Channels of a tile."""
+        return self.groups * self.within
+
+    def constants(self, problem: Problem) -> dict[str, Any]:
+        """The kernel's constants that follow."""
+        return {
+            "PACKED": self.within == problem.offset_channels,
+            "BLOCK_OUT": self.out,
+            "BLOCK_GROUPS": self.groups,
+            "BLOCK_WITHIN": self.within,
+            "BLOCK_PIXELS": self.pixels,
+        }
+
+
+def _touched(length: int, step: int, size: int) -> int:
+    """The most blocks of ``size`` that an interval of ``length`` meets if it starts at a multiple of ``step``."""
+    return (size - math.gcd(step, size) + length - 1) // size + 1
+
+
+def _tile(problem: Problem, rows: int) -> tuple[int, int]:
+    """Offset groups and channels of each in a tile of ``rows``; padding takes less than half of it."""
+    within = block(problem.offset_channels, rows, smallest=1)
+    return rows // within, within
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Groups of the convolution that share the programs of the forward pass and of the weight gradient.
+
+    One group if it has 16 channels, else as many as it takes to fill a tile: whole offset groups of them, if
+    that is possible.
+    """
+
+    groups: int
+    count: int
+    channels: int
+
+    @classmethod
+    def of(cls, problem: Problem, largest_out: int) -> _Span:
+        group = problem.group_channels
+        unit = math.lcm(group, problem.offset_channels)
+        unit = unit if unit <= LARGEST_SPAN else group
+        wanted = unit * triton.cdiv(16, unit) // group if group < 16 else 1
+        groups = max(1, min(problem.groups, wanted, largest_out // problem.group_out))
+        return cls(groups, triton.cdiv(problem.groups, groups), groups * group)
+
+    def tiles(self, problem: Problem, blocks: _Blocks) -> tuple[int, int]:
+        """Tiles of a span: sets of offset groups, and blocks of channels within one."""
+        offset_groups = _touched(self.channels, self.channels, problem.offset_channels)
+        sets = triton.cdiv(min(problem.offset_groups, offset_groups), blocks.groups)
+        within = min(self.channels, problem.offset_channels)
+        return sets, 1 if blocks.groups > 1 else triton.cdiv(within, blocks.within)
+
+
+def _layouts(problem: Problem, output: Tensor) -> dict[str, Any]:
+    """The constants that tell the kernels what the tensors look like."""
+    mask = problem.mask
+
+    def image(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[:1]
+
+    return {
+        "INPUT_LAST": layout.is_channels_last(problem.input),
+        "OFFSET_LAST": layout.is_channels_last(problem.offset),
+        "MASK_LAST": mask is not None and layout.is_channels_last(mask),
+        "OUTPUT_LAST": layout.is_channels_last(output),
+        "PRECISION": precision(problem.input.dtype),
+        # Kernels add the image's own start, in 64 bits always.
+        "INDEX_64": needs_64_bit(*(image(tensor) for tensor in (problem.input, problem.offset, mask, output))),
+    }
+
+
+def plan_forward(
+    problem: Problem,
+    bias: Tensor | None,
+    output: Tensor,
+    activation: str = "identity",
+    pre: Tensor | None = None,
+    statistics: Statistics | None = None,
+) -> Launch:
+    """Plan ``output = activation(deform_conv2d(...))``.
+
+    Args:
+        problem: the call; its tensors dense, planar or channels_last; its weight contiguous, or channels_last,
+            which is faster with several taps.
+        bias: (Cout,) or None.
+        output: to be filled, planar or channels_last.
+        activation: one of ``epilogue.ACTIVATIONS``.
+        pre: to be filled with the output's value before the activation, laid out as the output; or None.
+        statistics: to be filled, from ``new_statistics``; or None.
+    """
+    blocks = _forward_blocks(problem)
+    span = _Span.of(problem, blocks.out)
+    sets, within_steps = span.tiles(problem, blocks)
+    out_blocks = triton.cdiv(span.groups * problem.group_out, blocks.out)
+    pixel_blocks = triton.cdiv(problem.out_pixels, blocks.pixels)
+    return Launch(
+        planar_kernels.forward,
+        problem.batch * pixel_blocks * span.count * out_blocks,
+        {
+            "input_ptr": problem.input,
+            "offset_ptr": problem.offset,
+            "mask_ptr": problem.mask,
+            "weight_ptr": problem.weight,
+            "bias_ptr": bias,
+            "output_ptr": output,
+            "pre_ptr": pre,
+            "means_ptr": None if statistics is None else statistics.means,
+            "squares_ptr": None if statistics is None else statistics.squares,
+            **problem.sizes(),
+            "span_groups": span.groups,
+            "spans": span.count,
+            "out_blocks": out_blocks,
+            "within_steps": within_steps,
+            "steps": sets * within_steps * problem.taps,
+        },
+        {
+            "ACTIVATION": activation,
+            **_layouts(problem, output),
+            "WEIGHT_LAST": layout.is_channels_last(problem.weight),
+            "SPANS": span.groups > 1,
+            **blocks.constants(problem),
+        },
+        num_warps=8 if blocks.out * blocks.pixels >= 4096 else 4,
+    )
+
+
+def _forward_blocks(problem: Problem) -> _Blocks:
+    """Block sizes of the forward pass."""
+    # Every block of out channels gathers the samples again, so it is as large as registers allow. Exact fp32
+    # products keep their operands in registers, too.
+    wide = problem.input.dtype != torch.float32
+    largest = 256 if wide else 128
+    span = _Span.of(problem, largest)
+    return _Blocks(
+        block(span.groups * problem.group_out, largest),
+        *_tile(problem, 16),  # 32 rows spill under Triton 3.6 on sm_80
+        block(problem.out_pixels, 64 if wide else 32),
+    )
+
+
+def new_statistics(problem: Problem) -> Statistics:
+    """Room for the statistics that ``plan_forward`` gathers."""
+    pixels = _forward_blocks(problem).pixels
+    shape = (problem.batch * triton.cdiv(problem.out_pixels, pixels), problem.weight.shape[0])
+    parts = (problem.weight.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    return Statistics(*parts, pixels)
+
+
+def plan_backward_samples(
+    problem: Problem,
+    grad: Tensor,
+    grad_input: Tensor | None,
+    grad_offset: Tensor | None,
+    grad_mask: Tensor | None,
+    scale: Tensor | None,
+    epilogue: Epilogue | None = None,
+) -> Launch:
+    """Plan the gradients of input, offset and mask, each None if not wanted.
+
+    Args:
+        problem: as for ``plan_forward``.
+        grad: gradient of the output, planar or channels_last.
+        grad_input: zeros laid out as the input, to be added to: fp32, or int64 with a scale.
+        grad_offset: to be filled, laid out as the offset.
+        grad_mask: to be filled, laid out as the mask.
+        scale: from ``fixed_point_scale``, for the deterministic input gradient; else None.
+        epilogue: what the forward pass ended with; None if with nothing.
+    """
+    epilogue = epilogue or Epilogue()
+    # The scatter keeps four corners of every sample alive, in registers: 8 samples per thread fit, 16 spill.
+    rows = block(problem.group_channels, 64 if problem.input.dtype != torch.float32 else 32)
+    groups, within = _tile(problem, rows)
+    # Conv groups that a tile's channels belong to.
+    length, step = (groups * problem.offset_channels,) * 2
+    if groups == 1:
+        length, step = within, math.gcd(problem.offset_channels, within)
+    span = min(problem.groups, _touched(length, step, problem.group_channels))
+    blocks = _Blocks(block(span * problem.group_out, 32), groups, within, block(problem.out_pixels, 32))
+    sets = triton.cdiv(problem.offset_groups, groups)
+    pixel_blocks = triton.cdiv(problem.out_pixels, blocks.pixels)
+    return Launch(
+        planar_backward_kernels.backward_samples,
+        problem.batch * pixel_blocks * sets,
+        {
+            "grad_ptr": grad,
+            **epilogue.arguments(),
+            "input_ptr": problem.input,
+            "offset_ptr": problem.offset,
+            "mask_ptr": problem.mask,
+            "weight_ptr": problem.weight,
+            "grad_input_ptr": grad_input,
+            "grad_offset_ptr": grad_offset,
+            "grad_mask_ptr": grad_mask,
+            "scale_ptr": scale,
+            **problem.sizes(),
+            "span_groups": span,
+            "blocks": sets,
+            "within_steps": triton.cdiv(problem.offset_channels, within),
+            "out_steps": triton.cdiv(span * problem.group_out, blocks.out),
+        },
+        {
+            "ACTIVATION": epilogue.activation,
+            "FIXED_POINT": scale is not None,
+            **_layouts(problem, grad),
+            "WEIGHT_LAST": layout.is_channels_last(problem.weight),
+            "SPANS": span > 1,
+            **blocks.constants(problem),
+        },
+        num_warps=8 if blocks.rows * blocks.pixels >= 2048 else 4,
+    )
+
+
+def plan_backward_weight(
+    problem: Problem, grad: Tensor, epilogue: Epilogue | None = None, bias: bool = False
+) -> tuple[Launch, Tensor, Tensor | None]:
+    """Plan the gradient of the weight and, if wanted, of the bias, and allocate their partial sums.
+
+    Args:
+        problem: as for ``plan_forward``.
+        grad: gradient of the output, planar or channels_last.
+        epilogue: what the forward pass ended with; None if with nothing.
+        bias: whether the gradient of the bias is wanted.
+
+    Returns:
+        The plan, the weight's partial sums for ``finish_weight``, and the bias's, (splits, Cout), or None. All
+        zeros without images.
+    """
+    epilogue = epilogue or Epilogue()
+    largest = 256 if problem.input.dtype != torch.float32 else 128
+    span = _Span.of(problem, largest)
+    blocks = _Blocks(
+        block(span.groups * problem.group_out, largest),
+        *_tile(problem, block(span.channels, 32)),
+        block(problem.out_pixels, 32),
+    )
+    sets, within_steps = span.tiles(problem, blocks)
+    out_blocks = triton.cdiv(span.groups * problem.group_out, blocks.out)
+    programs = out_blocks * sets * within_steps * problem.taps * span.count
+    splits = problem.weight_splits(programs)
+    out_channels, group_channels = problem.weight.shape[:2]
+    new = problem.weight.new_empty if problem.batch > 0 else problem.weight.new_zeros
+    partial = new((splits, problem.taps, out_channels, group_channels), dtype=torch.float32)
+    bias_partial = new((splits, out_channels), dtype=torch.float32) if bias else None
+    pixel_blocks = triton.cdiv(problem.out_pixels, blocks.pixels)
+    plan = Launch(
+        planar_backward_kernels.backward_weight,
+        programs * splits if problem.batch > 0 else 0,
+        {
+            "grad_ptr": grad,
+            **epilogue.arguments(),
+            "input_ptr": problem.input,
+            "offset_ptr": problem.offset,
+            "mask_ptr": problem.mask,
+            "partial_ptr": partial,
+            "bias_partial_ptr": bias_partial,
+            "batch": problem.batch,
+            "share": triton.cdiv(problem.batch * pixel_blocks, splits),
+            **problem.sizes(),
+            "span_groups": span.groups,
+            "spans": span.count,
+            "out_blocks": out_blocks,
+            "within_steps": within_steps,
+            "tiles": sets * within_steps,
+        },
+        {
+            "ACTIVATION": epilogue.activation,
+            **_layouts(problem, grad),
+            "SPANS": span.groups > 1,
+            **blocks.constants(problem),
+        },
+        num_warps=8 if blocks.out * blocks.rows >= 4096 else 4,
+    )
+    return plan, partial, bias_partial
+
+
+def finish_weight(partial: Tensor, problem: Problem) -> Tensor:
+    """The gradient of the weight, in its shape and dtype, from the partial sums of ``plan_backward_weight``."""
+    weight = problem.weight
+    return partial.sum(0).permute(1, 2, 0).reshape(weight.shape).to(weight.dtype)
+
+
+def fixed_point_scale(problem: Problem, grad: Tensor, epilogue: Epilogue | None = None) -> Tensor:
+    """The power of two at which no sum of the deterministic input gradient can leave 62 bits.
+
+    The gradient of a sample is at most max|dz| · max over channels and taps of Σ|weight| · max|mask|, and
+    every output pixel adds at most that much, once per tap, to an input pixel. NaN if any of these is not
+    finite: all of the input gradient is then NaN.
+    """
+    weight = problem.weight.detach().double().abs()
+    per_channel = weight.reshape(problem.groups, problem.group_out, -1, problem.taps).sum((1, 3)).amax()
+    bound = _largest(grad)
+    if epilogue is not None:
+        if epilogue.constant is not None:
+            bound = bound + _largest(epilogue.constant)
+        if epilogue.linear is not None:
+            bound = bound + _largest(epilogue.linear) * _largest(epilogue.pre)  # |act(z)| ≤ |z|
+        bound = bound * 1.2  # no activation is steeper
+    bound = bound * per_channel * problem.out_pixels
+    if problem.mask is not None:
+        bound = bound * _largest(problem.mask)
+    exponent = (61 - bound.log2()).floor().clamp(-126, 126)
+    return torch.where(bound.isfinite(), exponent.exp2(), torch.nan).float()
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    return tensor.detach().abs().amax().double()

@@ -1,0 +1,357 @@
+"""The planar kernels of the deformable convolution, driven through their plans, against the fp64 reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from degmix_kernels.activation import activate
+from degmix_kernels.deform_conv import planar, planar_backward_kernels, planar_kernels, reference
+from degmix_kernels.deform_conv.problem import Problem
+from degmix_kernels.epilogue import Epilogue, Statistics, finish_statistics
+from degmix_kernels.launch import run
+from degmix_kernels.testing import assert_close, poisoned_empty, relative_l2
+
+F64 = torch.float64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; ``last`` names the tensors that are channels_last."""
+
+    channels: int
+    out: int
+    offset_groups: int
+    groups: int = 1
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    size: tuple[int, int] = (4, 5)
+    batch: int = 2
+    masked: bool = False
+    dtype: torch.dtype = torch.float32
+    offset_dtype: torch.dtype = torch.float32
+    last: str = ""
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        return tuple(
+            (self.size[i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i]
+            + 1
+            for i in (0, 1)
+        )
+
+    @property
+    def reduction(self) -> int:
+        pixels = self.batch * math.prod(self.out_size)
+        return self.channels // self.groups * math.prod(self.kernel) + pixels + self.out // self.groups
+
+    def draw(self, device: torch.device) -> dict[str, Tensor]:
+        """input, offset, mask, weight, bias and a gradient, in the dtypes and layouts of the case."""
+        generator = torch.Generator().manual_seed(0)
+        taps = math.prod(self.kernel)
+        shapes = {
+            "input": (self.batch, self.channels, *self.size),
+            "offset": (self.batch, 2 * self.offset_groups * taps, *self.out_size),
+            "mask": (self.batch, self.offset_groups * taps, *self.out_size),
+            "weight": (self.out, self.channels // self.groups, *self.kernel),
+            "bias": (self.out,),
+            "grad": (self.batch, self.out, *self.out_size),
+        }
+        drawn = {}
+        for name, shape in shapes.items():
+            values = torch.randn(shape, generator=generator)
+            values = values * 1.5 if name == "offset" else values
+            values = values.to(device, self.offset_dtype if name == "offset" else self.dtype)
+            if name in self.last.split():
+                values = values.contiguous(memory_format=torch.channels_last)
+            drawn[name] = values
+        if not self.masked:
+            drawn["mask"] = None
+        return drawn
+
+    def problem(self, tensors: dict[str, Tensor]) -> Problem:
+        names = ("input", "offset", "weight", "mask")
+        return Problem(*(tensors[name] for name in names), self.stride, self.padding, self.dilation)
+
+    def exact(self, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reference's output and its leaves, in fp64."""
+        leaves = {
+            name: tensors[name].detach().double().contiguous().requires_grad_()
+            for name in ("input", "offset", "mask", "weight", "bias")
+            if tensors[name] is not None
+        }
+        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        return reference.deform_conv2d(**leaves, **geometry), leaves
+
+
+CASES = {
+    "per-channel 1x1": Case(20, 17, 20, kernel=(1, 1), padding=(0, 0), masked=True),
+    "per-channel 1x1 channels_last": Case(
+        3, 2, 3, kernel=(1, 1), padding=(0, 0), masked=True, last="input offset mask grad"
+    ),
+    "per-channel 3x3": Case(5, 3, 5),
+    "8 groups of 1": Case(8, 4, 8, kernel=(2, 1), masked=True),
+    "8 groups of 3": Case(24, 4, 8, kernel=(1, 2), dtype=torch.bfloat16, batch=1),
+    "8 groups of 4": Case(32, 18, 8, kernel=(1, 3), masked=True, last="weight offset", dtype=torch.float16),
+    "8 groups of 5": Case(40, 4, 8, kernel=(1, 2), batch=1, last="input"),
+    "8 groups of 8": Case(64, 4, 8, kernel=(2, 1), batch=1, last="grad mask", masked=True),
+    "16 groups of 1": Case(16, 4, 16, kernel=(1, 2), dtype=torch.bfloat16, offset_dtype=torch.bfloat16),
+    "16 groups of 3": Case(48, 4, 16, kernel=(1, 2), batch=1),
+    "16 groups of 4": Case(64, 4, 16, kernel=(1, 1), padding=(0, 0), batch=1),
+    "16 groups of 5": Case(80, 4, 16, kernel=(1, 1), padding=(0, 0), batch=1, size=(3, 3)),
+    "16 groups of 8": Case(128, 4, 16, kernel=(1, 1), padding=(0, 0), batch=1, size=(3, 3)),
+    "depthwise": Case(35, 35, 7, groups=35, kernel=(1, 2), masked=True),
+    "depthwise, one offset group": Case(19, 38, 1, groups=19, kernel=(2, 1), last="input weight"),
+    "groups across offset groups": Case(
+        6, 4, 3, groups=2, kernel=(3, 2), stride=(2, 1), padding=(1, 0), dilation=(2, 1), size=(6, 5), masked=True
+    ),
+    "17 channels per offset group": Case(34, 17, 2, groups=17, kernel=(1, 2), masked=True),
+    "65 channels per offset group": Case(65, 65, 1, groups=65, kernel=(1, 1), padding=(0, 0), size=(2, 3)),
+    "groups of 24, offset groups of 16": Case(48, 4, 3, groups=2, kernel=(1, 2), batch=1),
+    "more than a block of out channels": Case(3, 270, 3, kernel=(1, 1), padding=(0, 0), size=(2, 3), batch=1),
+    "more than a block of pixels": Case(2, 2, 2, kernel=(1, 1), padding=(0, 0), size=(7, 11)),
+    "one pixel": Case(1, 1, 1, size=(1, 1), batch=1),
+}
+
+
+def gradients(
+    problem: Problem,
+    grad: Tensor,
+    epilogue: Epilogue | None = None,
+    deterministic: bool = False,
+    bias: bool = False,
+) -> dict[str, Tensor]:
+    """All gradients, as the kernels compute them."""
+    device = grad.device
+    results = {"offset": torch.empty_like(problem.offset)}
+    if problem.mask is not None:
+        results["mask"] = torch.empty_like(problem.mask)
+    scale = planar.fixed_point_scale(problem, grad, epilogue) if deterministic else None
+    sums = torch.zeros_like(problem.input, dtype=torch.int64 if deterministic else torch.float32)
+    run(
+        planar.plan_backward_samples(
+            problem, grad, sums, results["offset"], results.get("mask"), scale, epilogue
+        ),
+        device,
+    )
+    results["input"] = sums.double() / scale if deterministic else sums
+    plan, partial, bias_partial = planar.plan_backward_weight(problem, grad, epilogue, bias)
+    run(plan, device)
+    results["weight"] = planar.finish_weight(partial, problem)
+    if bias:
+        results["bias"] = bias_partial.sum(0)
+    return results
+
+
+def compare(actual: dict[str, Tensor], leaves: dict[str, Tensor], case: Case) -> None:
+    for name, value in actual.items():
+        assert_close(value, leaves[name].grad, case.reduction, case.dtype, name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name: str, device: torch.device) -> None:
+    case = CASES[name]
+    tensors = case.draw(device)
+    problem = case.problem(tensors)
+    expected, leaves = case.exact(tensors)
+    expected.backward(tensors["grad"].double())
+    with poisoned_empty():
+        output = torch.empty_like(tensors["grad"])
+        run(planar.plan_forward(problem, tensors["bias"], output), device)
+        assert_close(output, expected, case.reduction)
+        compare(gradients(problem, tensors["grad"]), leaves, case)
+
+
+@pytest.mark.parametrize("name", ["per-channel 1x1", "groups across offset groups", "8 groups of 5"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_addresses_of_both_widths(
+    name: str, wide: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planar, "needs_64_bit", lambda *tensors: wide)
+    test_values_and_gradients(name, device)
+    tensors = CASES[name].draw(device)
+    plan = planar.plan_forward(CASES[name].problem(tensors), None, tensors["grad"])
+    assert plan.constants["INDEX_64"] == wide
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu", "identity"])
+def test_epilogue(activation: str, device: torch.device) -> None:
+    """Activation, the value before it, statistics far from 0, and the gradient of all of them."""
+    case = replace(CASES["per-channel 1x1"], size=(7, 11), out=6, last="grad" * (activation == "relu"))
+    tensors = case.draw(device)
+    problem = case.problem(tensors)
+    constant, linear = torch.linspace(-1, 2, 6, device=device), torch.linspace(1, -1, 6, device=device)
+    expected_pre, leaves = case.exact(tensors)
+    expected = activate(expected_pre, activation)
+    loss = (tensors["grad"].double() * expected).sum((0, 2, 3)) + constant.double() * expected.sum((0, 2, 3))
+    loss = loss + linear.double() * expected.square().sum((0, 2, 3)) / 2
+    loss.sum().backward()
+    with poisoned_empty():
+        output, pre = torch.empty_like(tensors["grad"]), torch.empty_like(tensors["grad"])
+        statistics = planar.new_statistics(problem)
+        run(planar.plan_forward(problem, tensors["bias"], output, activation, pre, statistics), device)
+        mean, variance = finish_statistics(statistics, problem.out_pixels)
+        assert_close(output, expected, case.reduction)
+        assert_close(pre, expected_pre, case.reduction)
+        assert_close(mean, expected.mean((0, 2, 3)), case.reduction)
+        assert_close(variance, expected.var((0, 2, 3), unbiased=False), case.reduction)
+        epilogue = Epilogue(activation, pre, constant, linear)
+        compare(gradients(problem, tensors["grad"], epilogue, bias=True), leaves, case)
+
+
+def test_epilogue_in_half_precision_and_small_groups(device: torch.device) -> None:
+    case = replace(CASES["groups across offset groups"], dtype=torch.bfloat16)
+    tensors = case.draw(device)
+    problem = case.problem(tensors)
+    expected_pre, leaves = case.exact(tensors)
+    expected = activate(expected_pre, "gelu")
+    expected.backward(tensors["grad"].double())
+    with poisoned_empty():
+        output, pre = torch.empty_like(tensors["grad"]), torch.empty_like(tensors["grad"])
+        statistics = planar.new_statistics(problem)
+        run(planar.plan_forward(problem, tensors["bias"], output, "gelu", pre, statistics), device)
+        assert_close(output, expected, case.reduction)
+        mean, variance = finish_statistics(statistics, problem.out_pixels)
+        assert_close(mean, expected.mean((0, 2, 3)), case.reduction, case.dtype)
+        assert_close(variance, expected.var((0, 2, 3), unbiased=False), case.reduction, case.dtype)
+        compare(gradients(problem, tensors["grad"], Epilogue("gelu", pre), bias=True), leaves, case)
+
+
+def test_statistics_far_from_zero(device: torch.device) -> None:
+    """A mean of a thousand standard deviations leaves the variance its digits."""
+    case = replace(CASES["more than a block of pixels"], size=(7, 17))
+    tensors = case.draw(device)
+    tensors["bias"] = tensors["bias"].sign() * 3e3
+    problem = case.problem(tensors)
+    output, statistics = torch.empty_like(tensors["grad"]), planar.new_statistics(problem)
+    run(planar.plan_forward(problem, tensors["bias"], output, statistics=statistics), device)
+    mean, variance = finish_statistics(statistics, problem.out_pixels)
+    expected = case.exact(tensors)[0]
+    assert (expected.mean((0, 2, 3)).abs() > 1e3 * expected.std((0, 2, 3))).all()
+    assert relative_l2(mean, expected.mean((0, 2, 3))) < 1e-6
+    # Values near 3000 have fp32 steps of 2e-4, a ten-thousandth of the deviation.
+    assert relative_l2(variance, expected.var((0, 2, 3), unbiased=False)) < 1e-4
+
+
+def test_chan_formula_of_unequal_parts() -> None:
+    values = torch.randn(3, 10, 2, dtype=F64, generator=torch.Generator().manual_seed(0)) + 1e3
+    parts = [image[start : start + 4] for image in values for start in (0, 4, 8)]
+    statistics = Statistics(
+        torch.stack([part.mean(0) for part in parts]).float(),
+        torch.stack([(part - part.mean(0)).square().sum(0) for part in parts]).float(),
+        4,
+    )
+    mean, variance = finish_statistics(statistics, 10)
+    flat = values.flatten(0, 1)
+    assert relative_l2(mean, flat.mean(0)) < 1e-7
+    assert relative_l2(variance, flat.var(0, unbiased=False)) < 1e-3
+    assert all(part.isnan().all() for part in finish_statistics(planar.new_statistics(_empty_batch()), 20))
+
+
+def _empty_batch() -> Problem:
+    case = replace(CASES["per-channel 3x3"], batch=0)
+    return case.problem(case.draw(torch.device("cpu")))
+
+
+def test_batch_0_plans_no_programs() -> None:
+    problem = _empty_batch()
+    grad = torch.empty(0, 3, 4, 5)
+    plan, partial, bias_partial = planar.plan_backward_weight(problem, grad, bias=True)
+    assert plan.programs == 0
+    assert not partial.any()
+    assert not bias_partial.any()
+    assert planar.plan_forward(problem, None, grad).programs == 0
+    assert planar.plan_backward_samples(problem, grad, None, problem.offset, None, None).programs == 0
+
+
+@pytest.mark.parametrize("name", ["8 groups of 3", "groups across offset groups", "per-channel 1x1"])
+def test_fixed_point_input_gradient(name: str, device: torch.device) -> None:
+    case = replace(CASES[name], dtype=torch.float32)
+    tensors = case.draw(device)
+    expected, leaves = case.exact(tensors)
+    pre = expected.detach().to(tensors["grad"]).contiguous()
+    linear = torch.full((case.out,), 3.0, device=device)
+    loss = torch.nn.functional.gelu(expected)
+    for magnitude in (1e-15, 1.0, 1e15):
+        grad = tensors["grad"] * magnitude
+        for leaf in leaves.values():
+            leaf.grad = None
+        y = loss.detach()
+        loss.backward(grad.double() + linear.double()[:, None, None] * magnitude * y, retain_graph=True)
+        epilogue = Epilogue("gelu", pre, None, linear * magnitude)
+        actual = gradients(case.problem(tensors), grad, epilogue, deterministic=True)
+        assert_close(actual["input"], leaves["input"].grad, case.reduction, case.dtype)
+    assert planar.fixed_point_scale(case.problem(tensors), grad * torch.inf).isnan()
+    assert planar.fixed_point_scale(case.problem(tensors), grad * 0) == 2.0**126
+
+
+@pytest.mark.parametrize("name", ["per-channel 1x1", "depthwise", "groups across offset groups", "8 groups of 3"])
+def test_undefined_values_stay_where_they_belong(name: str, device: torch.device) -> None:
+    """NaN in an input, an offset, a gradient spoil exactly what they spoil in the reference; so do infinities."""
+    case = replace(CASES[name], dtype=torch.float32, size=(6, 7))
+    tensors = case.draw(device)
+    tensors["input"][0, 1, 2, 2] = torch.nan
+    tensors["input"][0, case.channels - 1, 0, 0] = torch.inf
+    tensors["offset"][0, 0, 1, 1] = torch.nan
+    tensors["offset"][0, -1, 0, 0] = torch.nan
+    tensors["offset"][1 % case.batch, 2, 0, 0] = torch.inf
+    tensors["offset"][1 % case.batch, 1, 0, 1] = -torch.inf
+    tensors["grad"][0, 0, 0, 1] = torch.nan
+    tensors["grad"][0, case.out - 1, 1, 0] = -torch.inf
+    expected, leaves = case.exact(tensors)
+    expected.backward(tensors["grad"].double())
+    problem = case.problem(tensors)
+    with poisoned_empty():
+        output = torch.empty_like(tensors["grad"])
+        run(planar.plan_forward(problem, tensors["bias"], output), device)
+        actual = {"output": output, **gradients(problem, tensors["grad"])}
+    wanted = {"output": expected, **{name: leaf.grad for name, leaf in leaves.items()}}
+    for what, value in actual.items():
+        good = wanted[what].isfinite()
+        assert torch.equal(value.isnan(), wanted[what].isnan()), what
+        assert torch.equal(value.isfinite(), good), what
+        assert_close(value[good], wanted[what][good], case.reduction, name=what)
+
+
+def test_activation_of_nan(device: torch.device) -> None:
+    case = Case(1, 1, 1, kernel=(1, 1), padding=(0, 0))
+    tensors = case.draw(device)
+    problem = replace(case.problem(tensors), offset=torch.zeros_like(tensors["offset"]))
+    tensors["input"][0, 0, 1, 1] = torch.nan
+    for activation in ("gelu", "relu", "silu"):
+        output, pre = torch.empty_like(tensors["grad"]), torch.empty_like(tensors["grad"])
+        run(planar.plan_forward(problem, None, output, activation, pre), device)
+        epilogue = Epilogue(activation, pre)
+        grad_mask = gradients(problem, tensors["grad"], epilogue)["input"]
+        for value in (output, pre, grad_mask):
+            assert value.isnan().nonzero().tolist() == [[0, 0, 1, 1]], activation
+
+
+def test_epilogue_needs_what_it_reads() -> None:
+    with pytest.raises(ValueError, match="pre: expected a tensor"):
+        Epilogue("gelu").arguments()
+    assert Epilogue("identity", torch.ones(1)).arguments()["pre_ptr"] is None
+
+
+def test_tiles_waste_less_than_half() -> None:
+    """Rows of all tiles of a span are at most twice its channels, but for the least a matrix product takes."""
+    for offset_channels in range(1, 16):
+        for groups in (1, 8 * offset_channels, 4):
+            case = Case(8 * offset_channels, 8 * offset_channels, 8, groups=groups, kernel=(1, 1))
+            problem = case.problem(case.draw(torch.device("meta")))
+            plan = planar.plan_forward(problem, None, torch.empty(2, case.out, *case.out_size, device="meta"))
+            rows = plan.constants["BLOCK_GROUPS"] * plan.constants["BLOCK_WITHIN"]
+            channels = plan.arguments["span_groups"] * problem.group_channels
+            assert plan.arguments["steps"] * rows <= max(16, 2 * channels), case
+
+
+def test_every_kernel_is_in_the_examples() -> None:
+    planned = {plan.kernel for plan in planar.plan_examples(torch.float32)}
+    backward = planar_backward_kernels.backward_samples, planar_backward_kernels.backward_weight
+    assert planned == {planar_kernels.forward, *backward}
