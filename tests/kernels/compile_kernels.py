@@ -58,9 +58,10 @@ def resources(compiled: triton.compiler.CompiledKernel, target: GPUTarget) -> di
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         counts = {key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in ("vgpr_count", "agpr_count")}
-        spills = re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", text)
+        # Scalar registers spill into lanes of vector registers; only these spill to memory.
+        spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1]
         stack = re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)[1]
-        registers, spilled = counts["vgpr_count"], sum(map(int, spills)) + int(stack)
+        registers, spilled = counts["vgpr_count"], int(spills) + int(stack)
         matrix = "v_mfma" in text
     else:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

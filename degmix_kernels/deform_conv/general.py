@@ -1,0 +1,215 @@
+"""The general deformable convolution on Triton: launch plans. See ``general_kernels``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from degmix_kernels import layout
+from degmix_kernels.deform_conv import general_kernels as kernels
+from degmix_kernels.deform_conv.problem import Problem, block, precision
+from degmix_kernels.launch import Launch, needs_64_bit
+
+# Programs below which a launch leaves parts of a large GPU idle, so that smaller tiles pay.
+BUSY_PROGRAMS = 128
+
+
+def suits(problem: Problem) -> bool:
+    """Whether enough neighbouring channels share offsets and weights for this path."""
+    return problem.segment >= 16
+
+
+def weight_layout(weight: Tensor) -> Tensor:
+    """The weight as the kernels read it, (Cout, kh, kw, group_channels) in memory: a small copy, or itself."""
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+def _block_channels(segment: int, largest: int) -> int:
+    """Channels of a tile: ``largest``, or half of that where the last block would stay mostly empty."""
+    return block(segment, largest if segment % largest == 0 or segment >= 4 * largest else largest // 2)
+
+
+def _pointers(problem: Problem) -> dict[str, Any]:
+    return {
+        "input_ptr": problem.input,
+        "offset_ptr": problem.offset,
+        "mask_ptr": problem.mask,
+        "weight_ptr": problem.weight,
+    }
+
+
+def _layouts(problem: Problem, output: Tensor) -> dict[str, bool]:
+    """How the kernels address this call; ``output`` is the output or its gradient."""
+    return {
+        "OFFSET_LAST": layout.is_channels_last(problem.offset),
+        "MASK_LAST": problem.mask is not None and layout.is_channels_last(problem.mask),
+        "OUTPUT_LAST": layout.is_channels_last(output),
+        "PRECISION": precision(problem.input.dtype),
+        "INDEX_64": needs_64_bit(problem.input, problem.offset, problem.mask, output),
+    }
+
+
+def plan_forward(problem: Problem, bias: Tensor | None, output: Tensor) -> Launch:
+    """Plan the forward kernel; tensors as it wants them, see ``general_kernels.forward``."""
+    sizes = problem.sizes()
+    # Every block of out channels gathers the samples again, so it is as large as registers allow: 64 sums a
+    # thread for the matrix units, 32 where fp32 products keep their operands in registers, too.
+    wide = problem.input.dtype != torch.float32
+    block_out = block(problem.group_out, 256 if wide else 128)
+    block_pixels = block(problem.out_pixels, 64 if wide else 32)
+    block_channels = _block_channels(problem.segment, 32)
+    images = problem.batch * problem.groups
+
+    def programs() -> int:
+        pixel_blocks = triton.cdiv(problem.out_pixels, block_pixels)
+        return images * pixel_blocks * triton.cdiv(problem.group_out, block_out)
+
+    while programs() < BUSY_PROGRAMS and block_out > 32:  # small maps: gathering again beats idling
+        block_out //= 2
+    return Launch(
+        kernels.forward,
+        programs(),
+        {
+            **_pointers(problem),
+            "bias_ptr": bias,
+            "output_ptr": output,
+            "segment": problem.segment,
+            "segments": problem.group_channels // problem.segment,
+            **sizes,
+        },
+        {
+            **_layouts(problem, output),
+            "BLOCK_OUT": block_out,
+            "BLOCK_CHANNELS": block_channels,
+            "BLOCK_PIXELS": block_pixels,
+        },
+        num_warps=8 if block_out * block_pixels >= 8192 else 4,
+    )
+
+
+def plan_backward_samples(
+    problem: Problem,
+    grad: Tensor,
+    grad_input: Tensor | None,
+    grad_offset: Tensor | None,
+    grad_mask: Tensor | None,
+    scale: Tensor | None,
+) -> Launch:
+    """Plan the gradients of input, offset and mask; see ``general_kernels.backward_samples``."""
+    sizes = problem.sizes()
+    wide = problem.input.dtype != torch.float32
+    block_pixels = block(problem.out_pixels, 64 if wide else 32)
+    # The scatter keeps four corners of every sample alive, in registers. With 16 channels, 4 samples a thread,
+    # two programs or more fit a multiprocessor and hide each other's latencies; 32 spill on sm_100.
+    block_channels = 16
+    held = problem.groups == 1 and problem.group_out <= 256 and wide
+    block_out = block(problem.group_out, 256 if held else 64 if wide else 16)
+    return Launch(
+        kernels.backward_samples,
+        problem.batch * problem.offset_groups * triton.cdiv(problem.out_pixels, block_pixels),
+        {
+            "grad_output_ptr": grad,
+            **_pointers(problem),
+            "grad_input_ptr": grad_input,
+            "grad_offset_ptr": grad_offset,
+            "grad_mask_ptr": grad_mask,
+            "scale_ptr": scale,
+            "segment": problem.segment,
+            "segments": problem.offset_channels // problem.segment,
+            **sizes,
+        },
+        {
+            **_layouts(problem, grad),
+            "FIXED_POINT": scale is not None,
+            "HELD": held,
+            "BLOCK_OUT": block_out,
+            "BLOCK_CHANNELS": block_channels,
+            "BLOCK_PIXELS": block_pixels,
+        },
+        num_warps=8 if wide else 4,
+    )
+
+
+def plan_backward_weight(problem: Problem, grad: Tensor) -> tuple[Launch, Tensor]:
+    """Plan the weight gradient and allocate its partial sums; see ``general_kernels.backward_weight``."""
+    sizes = problem.sizes()
+    wide = problem.input.dtype != torch.float32
+    block_out = block(problem.group_out, 256 if wide else 128)
+    block_channels = _block_channels(problem.segment, 64 if wide else 32)
+    block_pixels = block(problem.out_pixels, 32 if wide else 16)
+    programs = (
+        triton.cdiv(problem.group_out, block_out)
+        * problem.taps
+        * triton.cdiv(problem.segment, block_channels)
+        * (problem.channels // problem.segment)
+    )
+    splits = problem.weight_splits(programs)
+    partial = problem.weight.new_empty((splits, problem.weight.numel()), dtype=torch.float32)
+    plan = Launch(
+        kernels.backward_weight,
+        programs * splits,
+        {
+            "grad_output_ptr": grad,
+            **{name: value for name, value in _pointers(problem).items() if name != "weight_ptr"},
+            "partial_ptr": partial,
+            "batch": problem.batch,
+            "share": triton.cdiv(problem.batch * triton.cdiv(problem.out_pixels, block_pixels), splits),
+            "segment": problem.segment,
+            **sizes,
+        },
+        {
+            **_layouts(problem, grad),
+            "BLOCK_OUT": block_out,
+            "BLOCK_CHANNELS": block_channels,
+            "BLOCK_PIXELS": block_pixels,
+        },
+        num_warps=8 if block_out * block_channels >= 8192 else 4,
+    )
+    return plan, partial
+
+
+def finish_weight(sums: Tensor, weight: Tensor) -> Tensor:
+    """The weight's gradient from its fp32 sums, in the kernels' order."""
+    out_channels, group_channels, height, width = weight.shape
+    return sums.view(out_channels, height, width, group_channels).permute(0, 3, 1, 2).to(weight.dtype)
+
+
+def plan_examples(dtype: torch.dtype) -> list[Launch]:
+    """Every kind of launch of this path, planned on meta tensors: what the compile check compiles."""
+
+    def empty(*shape: int, of: torch.dtype = dtype, last: bool = False) -> Tensor:
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        return torch.empty(shape, dtype=of, device="meta", memory_format=memory_format)
+
+    # batch, channels, out channels, size, groups, offset groups, with mask, all channels_last
+    cases = [(32, 256, 256, 56, 1, 1, True, False), (2, 64, 64, 200, 1, 1, False, True)]
+    if dtype == torch.bfloat16:  # a ragged call; more than 2³¹ elements
+        cases += [(2, 72, 72, 28, 1, 2, True, False), (32, 256, 256, 512, 1, 1, False, False)]
+    else:  # groups and offset groups side by side, a large kernel
+        cases += [(2, 96, 192, 56, 2, 3, True, True)]
+    plans = []
+    for batch, channels, out_channels, size, groups, offset_groups, modulated, last in cases:
+        weight = empty(out_channels, channels // groups, 3, 3, last=True)
+        problem = Problem(
+            empty(batch, channels, size, size, last=True),
+            empty(batch, 18 * offset_groups, size, size, of=torch.float32, last=last),
+            weight,
+            empty(batch, 9 * offset_groups, size, size, last=last) if modulated else None,
+            (1, 1), (1, 1), (1, 1),
+        )  # fmt: skip
+        grad = empty(batch, out_channels, size, size, last=last)
+        sums = problem.input.float()
+        plans.append(plan_forward(problem, empty(out_channels), grad))
+        plans.append(plan_backward_weight(problem, grad)[0])
+        gradients = (sums, problem.offset, problem.mask)
+        plans.append(plan_backward_samples(problem, grad, *gradients, None))
+    # The deterministic input gradient.
+    plans.append(
+        plan_backward_samples(
+            problem, grad, sums.long(), problem.offset, problem.mask, empty(of=torch.float32)
+        )
+    )
+    return plans
