@@ -3,7 +3,7 @@
 from degmix_kernels.attention import GatedAttention, LinearAttention, gated_attention, linear_attention
 from degmix_kernels.backend import can_run, use_backend
 from degmix_kernels.channel_mix import BatchNorm2d, ChannelMix, channel_mix
-from degmix_kernels.deform_conv import DeformConv2d, DeformMix, deform_conv2d, deform_mix
+from degmix_kernels.deform_conv import DeformConv2d, DeformMix, deform_conv2d, deform_mix, replace_deform_conv
 from degmix_kernels.gating import GatedMLP, SpatialGatingUnit, gated_mlp, spatial_gating_unit
 from degmix_kernels.task_attention import TaskAttention, task_attention
 
@@ -24,6 +24,7 @@ __all__ = [
     "gated_attention",
     "gated_mlp",
     "linear_attention",
+    "replace_deform_conv",
     "spatial_gating_unit",
     "task_attention",
     "use_backend",

@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 
+def enabled(device: torch.device) -> bool:
+    """Whether autocast is on for the device; never for meta tensors, of which PyTorch refuses to tell."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def cast_inputs(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast half and single precision tensors to the autocast dtype if autocast is on for the device.
 
     Doubles, integers and None pass through, as does everything outside an autocast region.
     """
-    if not torch.is_autocast_enabled(device.type):
+    if not enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device.type)
     return tuple(
@@ -26,6 +31,6 @@ def cast_inputs(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor |
 
 def disabled(device: torch.device) -> AbstractContextManager[object]:
     """A region in which autocast leaves the op's own arithmetic alone; references run inside it."""
-    if torch.is_autocast_enabled(device.type):
+    if enabled(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -7,6 +7,9 @@ that holds formats nothing and ``torch.compile`` does not fix a size because of 
 
 from __future__ import annotations
 
+from numbers import Integral
+
+import torch
 from torch import Tensor
 
 
@@ -17,9 +20,11 @@ def expect(condition: bool, argument: str, expected: str, got: object) -> None:
 
 
 def expect_tensor(argument: str, value: object, dims: int | None = None) -> None:
-    """Raise unless the value is a floating-point tensor, with ``dims`` dimensions if given."""
+    """Raise unless the value is a dense floating-point tensor, with ``dims`` dimensions if given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{argument}: expected a dense tensor, got layout {value.layout}")
     if not value.is_floating_point():
         raise TypeError(f"{argument}: expected a floating-point tensor, got {value.dtype}")
     if dims is not None:
@@ -43,6 +48,18 @@ def expect_like(argument: str, value: Tensor, other_argument: str, other: Tensor
     expect_device(argument, value, other_argument, other)
     if value.dtype != other.dtype:
         raise TypeError(f"{argument}: expected dtype {other.dtype} as {other_argument}, got {value.dtype}")
+
+
+def is_integer(value: object) -> bool:
+    """Whether the value is an integer, NumPy's included; a bool is none."""
+    return isinstance(value, (int, Integral)) and not isinstance(value, bool)
+
+
+def expect_integer(argument: str, value: object, minimum: int) -> None:
+    """Raise unless the value is an integer and at least ``minimum``."""
+    if not is_integer(value):
+        raise TypeError(f"{argument}: expected an integer, got {value!r}")
+    expect(value >= minimum, argument, f"at least {minimum}", value)
 
 
 def expect_choice(argument: str, value: object, choices: tuple[object, ...]) -> None:

@@ -34,7 +34,7 @@ class DeformConv2d(nn.Module):
         bias: whether a bias is learned.
 
     Raises:
-        TypeError: for a size that is no integer or pair of integers.
+        TypeError: for a size that is no integer (or pair of integers, where one may be given).
         ValueError: for sizes out of range, or channels that ``groups`` does not divide.
     """
 
@@ -50,8 +50,10 @@ class DeformConv2d(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        checks.expect_integer("groups", groups, 1)
         for name, channels in {"in_channels": in_channels, "out_channels": out_channels}.items():
-            checks.expect(channels > 0 and channels % groups == 0, name, f"a multiple of {groups=}", channels)
+            checks.expect_integer(name, channels, 1)
+            checks.expect(channels % groups == 0, name, f"a multiple of {groups=}", channels)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = checked_pair("kernel_size", kernel_size, 1)
@@ -102,6 +104,7 @@ class DeformMix(nn.Module):
         bias: whether a bias is learned.
 
     Raises:
+        TypeError: for a channel count that is no integer.
         ValueError: for a channel count below 1 or an unknown activation.
     """
 
@@ -110,7 +113,7 @@ class DeformMix(nn.Module):
     ) -> None:
         super().__init__()
         for name, channels in {"in_channels": in_channels, "out_channels": out_channels}.items():
-            checks.expect(channels > 0, name, "at least 1", channels)
+            checks.expect_integer(name, channels, 1)
         checks.expect_choice("activation", activation, tuple(ACTIVATIONS))
         self.in_channels = in_channels
         self.out_channels = out_channels

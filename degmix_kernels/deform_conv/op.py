@@ -8,7 +8,7 @@ from torch import Tensor
 from degmix_kernels import autocast, backend, checks, layout
 from degmix_kernels.activation import ACTIVATIONS, activate
 from degmix_kernels.deform_conv import reference
-from degmix_kernels.deform_conv.reference import as_pair
+from degmix_kernels.launch import INT32_MAX
 
 if backend.HAS_TRITON:
     from degmix_kernels.deform_conv.per_channel import per_channel_op
@@ -58,6 +58,10 @@ def deform_conv2d(
     """
     for name, value in {"input": input, "offset": offset, "weight": weight}.items():
         checks.expect_tensor(name, value, dims=4)
+    if mask is not None:
+        checks.expect_tensor("mask", mask, dims=4)
+    if bias is not None:
+        checks.expect_tensor("bias", bias, dims=1)
     input, weight, bias, mask = autocast.cast_inputs(input.device, input, weight, bias, mask)
     stride, padding, dilation = (
         checked_pair("stride", stride, 1),
@@ -110,15 +114,12 @@ def deform_mix(
 
 def checked_pair(argument: str, value: object, minimum: int) -> tuple[int, int]:
     """The pair behind an integer or a pair of integers, each at least ``minimum``."""
-    integers = (value, value) if isinstance(value, int) else value
-    if (
-        not isinstance(integers, tuple | list)
-        or len(integers) != 2
-        or not all(isinstance(each, int) and not isinstance(each, bool) for each in integers)
-    ):
+    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(pair) != 2 or not all(checks.is_integer(each) for each in pair):
         raise TypeError(f"{argument}: expected an integer or a pair of integers, got {value!r}")
-    checks.expect(min(integers) >= minimum, argument, f"at least {minimum}", value)
-    return as_pair(value)
+    checks.expect(min(pair) >= minimum, argument, f"at least {minimum}", value)
+    checks.expect(max(pair) <= INT32_MAX, argument, f"at most {INT32_MAX}", value)  # as coordinates are
+    return int(pair[0]), int(pair[1])
 
 
 def check_arguments(
@@ -172,11 +173,9 @@ def check_arguments(
     )
     checks.expect_shape("offset", offset, (batch, 2 * offset_groups * taps, *out_size))
     if mask is not None:
-        checks.expect_tensor("mask", mask, dims=4)
         checks.expect_like("mask", mask, "input", input)
         checks.expect_shape("mask", mask, (batch, offset_groups * taps, *out_size))
     if bias is not None:
-        checks.expect_tensor("bias", bias, dims=1)
         checks.expect_like("bias", bias, "input", input)
         checks.expect_shape("bias", bias, (out_channels,))
     return offset_groups

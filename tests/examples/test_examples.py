@@ -44,7 +44,7 @@ def test_own_module_learns_where_to_look():
 
 
 def test_swap_op_keeps_the_outputs(torchvision):
-    assert "replaced 1 layer(s)" in run_example("swap_op.py")
+    assert "replaced 1 deformable convolution: deform" in run_example("swap_op.py")
 
 
 def test_train_rooms(rooms):

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from deform_conv_cases import F64, draw, gradients, per_channel_call
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,33 +17,6 @@ import degmix_kernels.deform_conv.per_channel as per_channel
 from degmix_kernels import DeformConv2d, DeformMix, deform_conv2d, deform_mix, launch, use_backend
 from degmix_kernels.deform_conv import kernels, reference
 from degmix_kernels.testing import assert_close, relative_l2
-
-F64 = torch.float64
-
-
-def draw(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = F64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=F64).to(dtype) for shape in shapes]
-
-
-def gradients(output: Tensor, inputs: list[Tensor | None], grad: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(output, [each for each in inputs if each is not None], grad))
-
-
-def per_channel_call(
-    device: torch.device, dtype: torch.dtype = torch.float32, batch: int = 2, channels: int = 3
-) -> dict[str, Tensor]:
-    """Arguments of a small per-channel call: 5×6 maps, 4 out channels."""
-    shapes = {
-        "input": (batch, channels, 5, 6),
-        "offset": (batch, 2 * channels, 5, 6),
-        "weight": (4, channels, 1, 1),
-        "bias": (4,),
-        "mask": (batch, channels, 5, 6),
-    }
-    values = draw(3, *shapes.values(), dtype=dtype)
-    return {name: value.to(device) for name, value in zip(shapes, values, strict=True)}
-
 
 # --- the reference -----------------------------------------------------------------------------------------
 
@@ -298,46 +272,6 @@ def test_general_shapes_say_that_they_run_the_reference(device: torch.device) ->
 
 
 # --- the public faces --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"input": torch.zeros(3, 5, 6)}, ValueError, "input: expected 4 dimensions"),
-        ({"input": torch.zeros(2, 3, 5, 6, dtype=torch.int32)}, TypeError, "input: .*floating-point"),
-        ({"input": [1.0]}, TypeError, "input: expected a tensor, got list"),
-        ({"input": torch.zeros(2, 0, 5, 6)}, ValueError, "input: expected at least one channel"),
-        ({"weight": torch.zeros(4, 3, 1)}, ValueError, "weight: expected 4 dimensions"),
-        ({"weight": torch.zeros(4, 3, 1, 1, dtype=F64)}, TypeError, "weight: expected dtype torch.float32"),
-        ({"weight": torch.zeros(4, 2, 1, 1)}, ValueError, "weight: .*divides"),
-        ({"weight": torch.zeros(4, 1, 1, 1)}, ValueError, "weight: .*divisible"),
-        ({"weight": torch.zeros(0, 3, 1, 1)}, ValueError, "weight: expected no empty dimension"),
-        ({"weight": torch.zeros(4, 3, 9, 9)}, ValueError, "input: .*no smaller than the kernel"),
-        ({"weight": torch.zeros(4, 3, 1, 1, device="meta")}, TypeError, "weight: expected device"),
-        ({"offset": torch.zeros(2, 5, 5, 6)}, ValueError, "offset: .*channels"),
-        ({"offset": torch.zeros(2, 0, 5, 6)}, ValueError, "offset: .*channels"),
-        ({"offset": torch.zeros(2, 4, 5, 6)}, ValueError, "offset: .*divide"),
-        ({"offset": torch.zeros(2, 6, 5, 5)}, ValueError, r"offset: expected shape \(2, 6, 5, 6\)"),
-        ({"offset": torch.zeros(1, 6, 5, 6)}, ValueError, r"offset: expected shape \(2, 6, 5, 6\)"),
-        ({"offset": torch.zeros(2, 6, 5, 6, dtype=F64)}, TypeError, "offset: expected dtype"),
-        ({"offset": torch.zeros(2, 6, 5, 6, device="meta")}, TypeError, "offset: expected device"),
-        ({"mask": torch.zeros(2, 2, 5, 6)}, ValueError, r"mask: expected shape \(2, 3, 5, 6\)"),
-        ({"mask": torch.zeros(2, 3, 5, 5)}, ValueError, r"mask: expected shape \(2, 3, 5, 6\)"),
-        ({"mask": torch.zeros(2, 3, 5, 6).half()}, TypeError, "mask: expected dtype"),
-        ({"bias": torch.zeros(3)}, ValueError, r"bias: expected shape \(4,\), got \(3,\)"),
-        ({"bias": torch.zeros(4, 1)}, ValueError, "bias: expected 1 dimensions"),
-        ({"stride": 0}, ValueError, "stride: expected at least 1, got 0"),
-        ({"stride": (1, -1)}, ValueError, "stride: expected at least 1"),
-        ({"stride": ()}, TypeError, "stride: expected an integer or a pair"),
-        ({"stride": (1, 1, 1)}, TypeError, "stride: expected an integer or a pair"),
-        ({"stride": 1.5}, TypeError, "stride: expected an integer or a pair"),
-        ({"padding": -1}, ValueError, "padding: expected at least 0"),
-        ({"dilation": 0}, ValueError, "dilation: expected at least 1"),
-    ],
-)
-def test_bad_arguments(changes: dict, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        deform_conv2d(**per_channel_call(torch.device("cpu")) | changes)
 
 
 def test_deform_mix_refuses_other_shapes() -> None:

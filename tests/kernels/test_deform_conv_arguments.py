@@ -1,0 +1,183 @@
+"""Deformable convolution: what it refuses, in which words, and what it takes although it looks odd."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+from deform_conv_cases import F64, gradients, per_channel_call
+from launches import recorded_launches
+
+from degmix_kernels import DeformConv2d, deform_conv2d, use_backend
+from degmix_kernels.deform_conv import reference
+from degmix_kernels.testing import assert_close
+
+META = torch.device("meta")
+NUMBERS = "expected an integer or a pair of integers"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        # Too few or too many dimensions, an unbatched input among them
+        ({"input": torch.zeros(3, 5, 6)}, ValueError, r"input: expected 4 dimensions, got .*\[3, 5, 6\]"),
+        ({"input": torch.zeros(1, 2, 3, 5, 6)}, ValueError, "input: expected 4 dimensions"),
+        ({"offset": torch.zeros(6, 5, 6)}, ValueError, "offset: expected 4 dimensions"),
+        ({"weight": torch.zeros(4, 3, 1)}, ValueError, "weight: expected 4 dimensions"),
+        ({"mask": torch.zeros(3, 5, 6)}, ValueError, "mask: expected 4 dimensions"),
+        ({"bias": torch.zeros(4, 1)}, ValueError, "bias: expected 1 dimensions"),
+        # No tensors, or none of dense floating-point numbers
+        ({"input": [1.0]}, TypeError, "input: expected a tensor, got list"),
+        ({"offset": None}, TypeError, "offset: expected a tensor, got NoneType"),
+        ({"weight": 1.0}, TypeError, "weight: expected a tensor, got float"),
+        ({"mask": [1.0]}, TypeError, "mask: expected a tensor, got list"),
+        ({"bias": 1.0}, TypeError, "bias: expected a tensor, got float"),
+        ({"input": torch.zeros(2, 3, 5, 6).int()}, TypeError, r"input: .*floating-point.* got torch\.int32"),
+        ({"input": torch.zeros(2, 3, 5, 6).bool()}, TypeError, "input: .*floating-point"),
+        ({"input": torch.zeros(2, 3, 5, 6).cfloat()}, TypeError, "input: .*floating-point"),
+        ({"offset": torch.zeros(2, 6, 5, 6).int()}, TypeError, "offset: .*floating-point"),
+        ({"weight": torch.zeros(4, 3, 1, 1).long()}, TypeError, "weight: .*floating-point"),
+        ({"mask": torch.zeros(2, 3, 5, 6).bool()}, TypeError, "mask: .*floating-point"),
+        ({"bias": torch.zeros(4).long()}, TypeError, "bias: .*floating-point"),
+        ({"input": torch.zeros(2, 3, 5, 6).to_sparse()}, TypeError, "input: expected a dense tensor"),
+        ({"mask": torch.zeros(2, 3, 5, 6).to_sparse()}, TypeError, "mask: expected a dense tensor"),
+        # Mixed dtypes and devices
+        ({"input": torch.zeros(2, 3, 5, 6).half()}, TypeError, "expected dtype torch.float16 as input"),
+        ({"weight": torch.zeros(4, 3, 1, 1, dtype=F64)}, TypeError, "weight: .*float32 as input.*float64"),
+        ({"offset": torch.zeros(2, 6, 5, 6, dtype=F64)}, TypeError, "offset: .*float32 as input.*float64"),
+        ({"offset": torch.zeros(2, 6, 5, 6).half()}, TypeError, "offset: .*float32 as input.*float16"),
+        ({"mask": torch.zeros(2, 3, 5, 6).half()}, TypeError, "mask: .*float32 as input.*float16"),
+        ({"bias": torch.zeros(4).bfloat16()}, TypeError, "bias: .*float32 as input.*bfloat16"),
+        (
+            {"input": torch.zeros(2, 3, 5, 6, device=META)},
+            TypeError,
+            "expected device meta as input, got cpu",
+        ),
+        ({"weight": torch.zeros(4, 3, 1, 1, device=META)}, TypeError, "weight: expected device cpu as input"),
+        ({"offset": torch.zeros(2, 6, 5, 6, device=META)}, TypeError, "offset: expected device cpu as input"),
+        ({"mask": torch.zeros(2, 3, 5, 6, device=META)}, TypeError, "mask: expected device cpu as input"),
+        ({"bias": torch.zeros(4, device=META)}, TypeError, "bias: expected device cpu as input, got meta"),
+        # Channels
+        ({"input": torch.zeros(2, 0, 5, 6)}, ValueError, "input: expected at least one channel"),
+        ({"weight": torch.zeros(4, 2, 1, 1)}, ValueError, "weight: .*divides.* got 2 for 3 channels"),
+        ({"weight": torch.zeros(4, 6, 1, 1)}, ValueError, "weight: .*divides"),
+        ({"weight": torch.zeros(4, 1, 1, 1)}, ValueError, "weight: .*divisible.* got 4 for 3 groups"),
+        ({"weight": torch.zeros(0, 3, 1, 1)}, ValueError, "weight: expected no empty dimension"),
+        ({"weight": torch.zeros(4, 0, 1, 1)}, ValueError, "weight: expected no empty dimension"),
+        ({"weight": torch.zeros(4, 3, 0, 1)}, ValueError, "weight: expected no empty dimension"),
+        ({"offset": torch.zeros(2, 5, 5, 6)}, ValueError, "offset: .*channels"),
+        ({"offset": torch.zeros(2, 0, 5, 6)}, ValueError, "offset: .*channels"),
+        ({"offset": torch.zeros(2, 4, 5, 6)}, ValueError, "offset: .*divide"),
+        ({"mask": torch.zeros(2, 2, 5, 6)}, ValueError, r"mask: expected shape \(2, 3, 5, 6\), got \(2, 2"),
+        ({"mask": torch.zeros(2, 0, 5, 6)}, ValueError, r"mask: expected shape \(2, 3, 5, 6\)"),
+        ({"bias": torch.zeros(3)}, ValueError, r"bias: expected shape \(4,\), got \(3,\)"),
+        # Batch and size
+        ({"offset": torch.zeros(1, 6, 5, 6)}, ValueError, r"offset: expected shape \(2, 6, 5, 6\), got \(1"),
+        ({"offset": torch.zeros(0, 6, 5, 6)}, ValueError, r"offset: expected shape \(2, 6, 5, 6\)"),
+        ({"offset": torch.zeros(2, 6, 5, 5)}, ValueError, r"offset: expected shape \(2, 6, 5, 6\)"),
+        ({"mask": torch.zeros(1, 3, 5, 6)}, ValueError, r"mask: expected shape \(2, 3, 5, 6\)"),
+        ({"mask": torch.zeros(2, 3, 5, 5)}, ValueError, r"mask: expected shape \(2, 3, 5, 6\)"),
+        ({"padding": 1}, ValueError, r"offset: expected shape \(2, 6, 7, 8\), got \(2, 6, 5, 6\)"),
+        # An empty output
+        ({"weight": torch.zeros(4, 3, 9, 9)}, ValueError, "input: .*no smaller than the kernel"),
+        (
+            {"weight": torch.zeros(4, 3, 3, 3), "dilation": 3},
+            ValueError,
+            "input: .*no smaller than the kernel",
+        ),
+        ({"input": torch.zeros(2, 3, 0, 6)}, ValueError, "input: .*no smaller than the kernel"),
+        # Geometry
+        ({"stride": 0}, ValueError, "stride: expected at least 1, got 0"),
+        ({"stride": (1, -1)}, ValueError, r"stride: expected at least 1, got \(1, -1\)"),
+        ({"stride": 2**31}, ValueError, "stride: expected at most 2147483647, got 2147483648"),
+        ({"stride": ()}, TypeError, f"stride: {NUMBERS}"),
+        ({"stride": (1, 1, 1)}, TypeError, f"stride: {NUMBERS}"),
+        ({"stride": 1.5}, TypeError, f"stride: {NUMBERS}, got 1.5"),
+        ({"stride": True}, TypeError, f"stride: {NUMBERS}, got True"),
+        ({"stride": (True, 1)}, TypeError, f"stride: {NUMBERS}"),
+        ({"stride": "1"}, TypeError, f"stride: {NUMBERS}, got '1'"),
+        ({"stride": None}, TypeError, f"stride: {NUMBERS}, got None"),
+        ({"padding": -1}, ValueError, "padding: expected at least 0, got -1"),
+        ({"padding": (0, -1)}, ValueError, "padding: expected at least 0"),
+        ({"padding": False}, TypeError, f"padding: {NUMBERS}, got False"),
+        ({"padding": "same"}, TypeError, f"padding: {NUMBERS}"),
+        ({"dilation": 0}, ValueError, "dilation: expected at least 1, got 0"),
+        ({"dilation": -1}, ValueError, "dilation: expected at least 1"),
+        ({"dilation": (1, 0)}, ValueError, "dilation: expected at least 1"),
+        ({"dilation": True}, TypeError, f"dilation: {NUMBERS}, got True"),
+        ({"dilation": 2**31}, ValueError, "dilation: expected at most"),
+    ],
+)
+def test_bad_arguments(changes: dict, error: type[Exception], message: str) -> None:
+    """Every one is named before anything is launched, under autocast too."""
+    arguments = per_channel_call(torch.device("cpu")) | changes
+    with use_backend("triton"), recorded_launches() as launches:
+        with pytest.raises(error, match=message):
+            deform_conv2d(**arguments)
+        if "dtype" not in message and "as input" not in message:  # autocast makes single and half alike
+            with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(error, match=message):
+                deform_conv2d(**arguments)
+    assert not launches
+
+
+def test_good_arguments_launch(device: torch.device) -> None:
+    """The call whose variations are refused above is a good one, and so are these."""
+    given = per_channel_call(device)
+    expected = reference.deform_conv2d(**given)
+    one = numpy.int64(1)
+    for changes in ({}, {"stride": [1, 1]}, {"stride": one, "padding": (numpy.int32(0), 0), "dilation": one}):
+        with use_backend("triton"), recorded_launches() as launches:
+            assert_close(deform_conv2d(**given | changes), expected, 4)
+        assert len(launches) == 1
+
+
+def test_shapes_without_memory() -> None:
+    """Meta tensors give the output's shape, dtype and layout, as torchvision's op does."""
+    given = {name: value.to(META) for name, value in per_channel_call(torch.device("cpu")).items()}
+    given["input"] = given["input"].contiguous(memory_format=torch.channels_last)
+    output = deform_conv2d(**given)
+    assert (output.shape, output.dtype, output.device) == ((2, 4, 5, 6), torch.float32, META)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_map_without_pixels(device: torch.device) -> None:
+    """All padding: every sample is off the map, whatever its offset."""
+    offset = torch.tensor([0.0, 1.5, -1.0, torch.inf, 1e30, -2.5], device=device)[:, None, None]
+    leaves = [
+        torch.zeros(1, 3, 0, 5, device=device),
+        offset.expand(1, 6, 2, 7).contiguous(),
+        torch.ones(4, 3, 1, 1, device=device),
+        torch.arange(4.0, device=device),
+    ]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    for backend in ("triton", "reference"):
+        with use_backend(backend):
+            output = deform_conv2d(*leaves, padding=1)
+        assert torch.equal(output, leaves[3].detach()[:, None, None].expand(1, 4, 2, 7))
+        grads = gradients(output, leaves, torch.ones_like(output))
+        assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
+        assert not grads[1].any()
+        assert not grads[2].any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"in_channels": 0}, ValueError, "in_channels: expected at least 1, got 0"),
+        ({"in_channels": 4.0}, TypeError, "in_channels: expected an integer, got 4.0"),
+        ({"out_channels": "4"}, TypeError, "out_channels: expected an integer, got '4'"),
+        ({"in_channels": 4, "out_channels": 3, "groups": 2}, ValueError, "out_channels: .*groups=2, got 3"),
+        ({"groups": 3}, ValueError, "in_channels: expected a multiple of groups=3, got 4"),
+        ({"groups": 0}, ValueError, "groups: expected at least 1, got 0"),
+        ({"groups": -1}, ValueError, "groups: expected at least 1, got -1"),
+        ({"groups": True}, TypeError, "groups: expected an integer, got True"),
+        ({"kernel_size": 0}, ValueError, "kernel_size: expected at least 1, got 0"),
+        ({"kernel_size": (3, 3, 3)}, TypeError, f"kernel_size: {NUMBERS}"),
+        ({"stride": 0}, ValueError, "stride: expected at least 1, got 0"),
+        ({"padding": -1}, ValueError, "padding: expected at least 0, got -1"),
+        ({"dilation": 0}, ValueError, "dilation: expected at least 1, got 0"),
+    ],
+)
+def test_bad_module_arguments(arguments: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        DeformConv2d(**{"in_channels": 4, "out_channels": 4, "kernel_size": 1} | arguments)
