@@ -73,7 +73,7 @@ def finish_statistics(statistics: Statistics, pixels: int) -> tuple[Tensor, Tens
     blocks = -(-pixels // statistics.block)
     images = statistics.means.shape[0] // blocks
     means, squares = (
-        part.double().view(images, blocks, -1) for part in (statistics.means, statistics.squares)
+        part.double().view(images, blocks, part.shape[1]) for part in (statistics.means, statistics.squares)
     )
     counts = torch.full((blocks, 1), float(statistics.block), dtype=torch.float64, device=means.device)
     counts[-1] = pixels - (blocks - 1) * statistics.block

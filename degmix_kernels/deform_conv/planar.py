@@ -341,3 +341,76 @@ def fixed_point_scale(problem: Problem, grad: Tensor, epilogue: Epilogue | None 
 
 def _largest(tensor: Tensor) -> Tensor:
     return tensor.detach().abs().amax().double()
+
+
+def plan_examples(dtype: torch.dtype) -> list[Launch]:
+    """Every kind of launch the planar path makes, planned on meta tensors: what the compile check compiles."""
+    plans = []
+    for example in _EXAMPLES:
+        plans += example.plans(dtype)
+    return plans
+
+
+@dataclass(frozen=True)
+class _Example:
+    """A call worth compiling; ``extras`` are a bias, a mask, and channels_last tensors."""
+
+    shape: tuple[int, int, int, int]
+    out: int
+    offset_groups: int
+    groups: int = 1
+    kernel: int = 3
+    extras: bool = False
+    activation: str = "identity"
+    deterministic: bool = False
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+
+    def plans(self, dtype: torch.dtype) -> list[Launch]:
+        """Forward, gradient of the weight, gradients of the samples."""
+        if dtype not in self.dtypes:
+            return []
+
+        def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=of, device="meta")
+
+        def laid_out(tensor: Tensor) -> Tensor:
+            return tensor.contiguous(memory_format=torch.channels_last) if self.extras else tensor
+
+        batch, channels, height, width = self.shape
+        taps, padding = self.kernel**2, (self.kernel // 2,) * 2
+        # Offsets are fp32, or as narrow as the input.
+        of = dtype if self.extras else torch.float32
+        offset = laid_out(empty(batch, 2 * self.offset_groups * taps, height, width, of=of))
+        mask = laid_out(empty(batch, self.offset_groups * taps, height, width)) if self.extras else None
+        weight = empty(self.out, channels // self.groups, self.kernel, self.kernel)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        input, output = laid_out(empty(*self.shape)), laid_out(empty(batch, self.out, height, width))
+        problem = Problem(input, offset, weight, mask, (1, 1), padding, (1, 1))
+        bias, statistics, epilogue = None, None, None
+        if self.extras or self.activation != "identity":
+            bias = empty(self.out)
+        if self.activation != "identity":
+            statistics, vector = new_statistics(problem), empty(self.out, of=torch.float32)
+            epilogue = Epilogue(self.activation, output, vector, vector)
+        pre = None if epilogue is None else output
+        sums, scale = input.float(), None
+        if self.deterministic:
+            sums, scale = input.long(), empty(of=torch.float32)
+        return [
+            plan_forward(problem, bias, output, self.activation, pre, statistics),
+            plan_backward_weight(problem, output, epilogue, bias is not None)[0],
+            plan_backward_samples(problem, output, sums, offset, mask, scale, epilogue),
+        ]
+
+
+_EXAMPLES = (
+    # DeGMix on NYUD-v2, as deform_mix in training and as a convolution with a deterministic gradient.
+    _Example((8, 256, 107, 140), 256, 256, kernel=1, activation="gelu"),
+    _Example((8, 256, 107, 140), 256, 256, kernel=1, deterministic=True),
+    _Example((2, 96, 56, 56), 96, 96, groups=2, kernel=1, extras=True),
+    # EDVR, BasicVSR++: 8 channels per offset group; depthwise; more than 2³¹ elements in an image.
+    _Example((2, 64, 180, 320), 64, 8, extras=True),
+    _Example((2, 128, 64, 64), 64, 16),
+    _Example((4, 96, 56, 56), 96, 1, groups=96),
+    _Example((1, 256, 2048, 4096), 256, 256, kernel=1, dtypes=(torch.bfloat16,)),
+)

@@ -352,5 +352,6 @@ def backward_weight(
     address = out * group_channels + (channel - weight_group * group_channels)[None, :]
     tl.store(partial_ptr + address, gradient, mask=stored)
     if bias_partial_ptr is not None:
-        address = split.to(tl.int64) * out_channels + out
-        tl.store(bias_partial_ptr + address, grad_bias, mask=out_valid & sums_bias)
+        if sums_bias:
+            address = split.to(tl.int64) * out_channels + out
+            tl.store(bias_partial_ptr + address, grad_bias, mask=out_valid)
