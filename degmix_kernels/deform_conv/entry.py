@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,88 +15,129 @@ from degmix_kernels.deform_conv.module import DeformConv2d, DeformMix
 from degmix_kernels.deform_conv.op import deform_conv2d, deform_mix
 from degmix_kernels.launch import Launch
 
-# batch, channels, out_channels, groups, height, width, stride, padding, mask, bias, offset scale in pixels
-_PER_CHANNEL_SHAPES = (
-    (2, 5, 7, 1, 6, 9, 1, 0, True, True, 2.0),
-    (1, 17, 3, 1, 5, 3, (2, 1), (1, 2), False, False, 30.0),
-    (2, 6, 4, 2, 4, 7, 1, 0, True, False, 1.0),
-    (1, 1, 1, 1, 1, 1, 1, 0, False, True, 0.5),
-    (0, 4, 3, 1, 5, 6, 1, 0, True, True, 1.0),
+
+@dataclass(frozen=True)
+class _Case:
+    """One call, in sizes; pairs are (vertical, horizontal), ``wild`` scales the offsets, in pixels."""
+
+    batch: int
+    channels: int
+    out_channels: int
+    height: int
+    width: int
+    kernel: tuple[int, int] = (1, 1)
+    groups: int = 1
+    offset_groups: int = 1
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    mask: bool = True
+    bias: bool = True
+    wild: float = 2.0
+
+    def sample(self, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Sample:
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+        out_height, out_width = (
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, padding, dilation, kernel, stride in zip(
+                (self.height, self.width), self.padding, self.dilation, self.kernel, self.stride, strict=True
+            )
+        )
+        sampled = self.offset_groups * self.kernel[0] * self.kernel[1]
+        group_channels = self.channels // self.groups
+        arguments = {
+            "input": draw(self.batch, self.channels, self.height, self.width),
+            "offset": draw(self.batch, 2 * sampled, out_height, out_width) * self.wild,
+            "weight": draw(self.out_channels, group_channels, *self.kernel),
+            "bias": draw(self.out_channels) if self.bias else None,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "mask": draw(self.batch, sampled, out_height, out_width) if self.mask else None,
+        }
+        # The weight gradient sums over batch and pixels, the output over channels and taps.
+        pixels, columns = self.batch * out_height * out_width, group_channels * sampled // self.offset_groups
+        return Sample(arguments, max(pixels, columns, self.out_channels))
+
+
+_PER_CHANNEL = (
+    _Case(2, 5, 7, 6, 9, offset_groups=5),
+    _Case(1, 17, 3, 5, 3, offset_groups=17, stride=(2, 1), padding=(1, 2), mask=False, bias=False, wild=30),
+    _Case(2, 6, 4, 4, 7, groups=2, offset_groups=6, bias=False, wild=1),
+    _Case(1, 1, 1, 1, 1, mask=False, wild=0.5),
+    _Case(0, 4, 3, 5, 6, offset_groups=4),
+)
+_SMALL_GROUPS = (
+    _Case(2, 6, 4, 4, 5, (3, 2), 2, 3, (2, 1), (1, 0), (2, 1)),  # torchvision's own test
+    _Case(1, 5, 5, 3, 4, (3, 3), groups=5, offset_groups=1, padding=(1, 1), mask=False, wild=30),  # depthwise
+    _Case(1, 24, 3, 4, 3, (1, 2), offset_groups=2, bias=False),
+    _Case(0, 6, 4, 4, 5, (3, 2), 2, 3, padding=(1, 0)),
+)
+_GENERAL = (
+    _Case(2, 32, 6, 4, 5, (2, 3), groups=2, offset_groups=1, padding=(1, 1), dilation=(1, 2)),
+    _Case(1, 51, 20, 5, 3, (3, 3), offset_groups=3, stride=(2, 1), padding=(1, 1), mask=False, wild=30),
+    _Case(1, 16, 1, 1, 1, bias=False),
+    _Case(0, 16, 3, 4, 4, (3, 3)),
 )
 
 
-def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype).to(device)
+def _samples(cases: tuple[_Case, ...]) -> Callable[..., list[Sample]]:
+    def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
+        return [case.sample(device, dtype, generator) for case in cases]
 
-    samples = []
-    for (
-        batch,
-        channels,
-        out,
-        groups,
-        height,
-        width,
-        stride,
-        padding,
-        mask,
-        bias,
-        scale,
-    ) in _PER_CHANNEL_SHAPES:
-        step, margin = reference.as_pair(stride), reference.as_pair(padding)
-        out_height = (height + 2 * margin[0] - 1) // step[0] + 1
-        out_width = (width + 2 * margin[1] - 1) // step[1] + 1
-        offset = draw(batch, 2 * channels, out_height, out_width) * scale
-        arguments = {
-            "input": draw(batch, channels, height, width),
-            "offset": offset,
-            "weight": draw(out, channels // groups, 1, 1),
-            "bias": draw(out) if bias else None,
-            "stride": stride,
-            "padding": padding,
-            "mask": draw(batch, channels, out_height, out_width) if mask else None,
-        }
-        # The weight gradient sums over batch and pixels, the output over channels.
-        samples.append(Sample(arguments, max(batch * out_height * out_width, channels, out)))
     return samples
 
 
 def _mix_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
     samples = []
-    for sample in _samples(device, dtype, generator):
-        given = sample.arguments
-        if (
-            given["stride"] == 1
-            and given["padding"] == 0
-            and given["weight"].shape[1] == given["input"].shape[1]
-        ):
-            arguments = {name: given[name] for name in ("offset", "weight", "bias")} | {"x": given["input"]}
-            samples.append(Sample(arguments, sample.reduction))
+    for case in _PER_CHANNEL:
+        if case.stride == (1, 1) and case.groups == 1:
+            sample = case.sample(device, dtype, generator)
+            arguments = {name: sample.arguments[name] for name in ("offset", "weight", "bias")}
+            samples.append(Sample(arguments | {"x": sample.arguments["input"]}, sample.reduction))
     return samples
 
 
-def plan_kernels(dtype: torch.dtype) -> list[Launch]:
-    """Every kind of launch of the per-channel path, on meta tensors; none where Triton is not installed."""
+def _plan_planar(dtype: torch.dtype) -> list[Launch]:
+    """Every kind of launch of the planar kernels, on meta tensors; none where Triton is not installed."""
     if not backend.HAS_TRITON:
         return []
-    from degmix_kernels.deform_conv.per_channel import plan_examples
+    from degmix_kernels.deform_conv.planar import plan_examples
 
     return plan_examples(dtype)
 
 
-OPS = (
-    Op(
+def _plan_general(dtype: torch.dtype) -> list[Launch]:
+    """Every kind of launch of the general kernels, on meta tensors; none where Triton is not installed."""
+    if not backend.HAS_TRITON:
+        return []
+    from degmix_kernels.deform_conv.general import plan_examples
+
+    return plan_examples(dtype)
+
+
+def _deform_conv2d(variant: str, cases: tuple[_Case, ...], kernels: Callable[..., list[Launch]]) -> Op:
+    return Op(
         name="deform_conv2d",
         function=deform_conv2d,
         reference=reference.deform_conv2d,
         module=DeformConv2d,
-        samples=_samples,
+        samples=_samples(cases),
         differentiable=("input", "offset", "weight", "bias", "mask"),
         batched=("input", "offset", "mask"),
         keeps_layout_of="input",
         autocast=("input", "weight", "bias", "mask"),
-        kernels=plan_kernels,
-    ),
+        kernels=kernels,
+        variant=variant,
+    )
+
+
+OPS = (
+    _deform_conv2d("general", _GENERAL, _plan_general),
+    _deform_conv2d("per channel", _PER_CHANNEL, _plan_planar),
+    _deform_conv2d("small groups", _SMALL_GROUPS, _plan_planar),
     Op(
         name="deform_mix",
         function=deform_mix,
@@ -104,6 +148,6 @@ OPS = (
         batched=("x", "offset"),
         keeps_layout_of="x",
         autocast=("x", "weight", "bias"),
-        kernels=plan_kernels,
+        kernels=_plan_planar,
     ),
 )

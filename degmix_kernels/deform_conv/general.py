@@ -23,7 +23,7 @@ def suits(problem: Problem) -> bool:
 
 
 def weight_layout(weight: Tensor) -> Tensor:
-    """The weight as the kernels read it, (Cout, kh, kw, group_channels) in memory: a small copy, or itself."""
+    """The weight as the kernels read it, (Cout, kh, kw, group_channels): a small copy, or itself."""
     return weight.contiguous(memory_format=torch.channels_last)
 
 
@@ -43,12 +43,14 @@ def _pointers(problem: Problem) -> dict[str, Any]:
 
 def _layouts(problem: Problem, output: Tensor) -> dict[str, bool]:
     """How the kernels address this call; ``output`` is the output or its gradient."""
+    tensors = (problem.input, problem.offset, problem.mask, output)
     return {
         "OFFSET_LAST": layout.is_channels_last(problem.offset),
         "MASK_LAST": problem.mask is not None and layout.is_channels_last(problem.mask),
         "OUTPUT_LAST": layout.is_channels_last(output),
         "PRECISION": precision(problem.input.dtype),
-        "INDEX_64": needs_64_bit(problem.input, problem.offset, problem.mask, output),
+        # Kernels add the image's own start, in 64 bits always.
+        "INDEX_64": needs_64_bit(*(None if tensor is None else tensor[:1] for tensor in tensors)),
     }
 
 
@@ -102,8 +104,8 @@ def plan_backward_samples(
     sizes = problem.sizes()
     wide = problem.input.dtype != torch.float32
     block_pixels = block(problem.out_pixels, 64 if wide else 32)
-    # The scatter keeps four corners of every sample alive, in registers. With 16 channels, 4 samples a thread,
-    # two programs or more fit a multiprocessor and hide each other's latencies; 32 spill on sm_100.
+    # The scatter keeps four corners of every sample alive, in registers. With 16 channels, 4 samples a
+    # thread, two programs or more fit a multiprocessor and hide each other's latencies; 32 spill on sm_100.
     block_channels = 16
     held = problem.groups == 1 and problem.group_out <= 256 and wide
     block_out = block(problem.group_out, 256 if held else 64 if wide else 16)
@@ -147,10 +149,11 @@ def plan_backward_weight(problem: Problem, grad: Tensor) -> tuple[Launch, Tensor
         * (problem.channels // problem.segment)
     )
     splits = problem.weight_splits(programs)
-    partial = problem.weight.new_empty((splits, problem.weight.numel()), dtype=torch.float32)
+    new = problem.weight.new_empty if problem.batch > 0 else problem.weight.new_zeros
+    partial = new((splits, problem.weight.numel()), dtype=torch.float32)
     plan = Launch(
         kernels.backward_weight,
-        programs * splits,
+        programs * splits if problem.batch > 0 else 0,
         {
             "grad_output_ptr": grad,
             **{name: value for name, value in _pointers(problem).items() if name != "weight_ptr"},
@@ -187,7 +190,7 @@ def plan_examples(dtype: torch.dtype) -> list[Launch]:
     # batch, channels, out channels, size, groups, offset groups, with mask, all channels_last
     cases = [(32, 256, 256, 56, 1, 1, True, False), (2, 64, 64, 200, 1, 1, False, True)]
     if dtype == torch.bfloat16:  # a ragged call; more than 2³¹ elements
-        cases += [(2, 72, 72, 28, 1, 2, True, False), (32, 256, 256, 512, 1, 1, False, False)]
+        cases += [(2, 72, 72, 28, 1, 2, True, False), (1, 256, 256, 4096, 1, 1, False, False)]
     else:  # groups and offset groups side by side, a large kernel
         cases += [(2, 96, 192, 56, 2, 3, True, True)]
     plans = []

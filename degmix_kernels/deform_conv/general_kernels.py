@@ -88,7 +88,7 @@ def gather(input_ptr, address, row, channels, channel_valid, on_00, on_01, on_10
 
 @triton.jit
 def weight_address(out, tap, channel, taps, group_channels):
-    """Address in the channels_last weight; ``out`` counts all out channels, ``channel`` those of the group."""
+    """Address in the channels_last weight; ``out`` counts all out channels, ``channel`` the group's."""
     return (out * taps + tap) * group_channels + channel
 
 
@@ -127,7 +127,7 @@ def forward(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
 ):
-    """output = columns · weightᵀ + bias. One program: BLOCK_PIXELS pixels of an image, BLOCK_OUT out channels.
+    """output = columns · weightᵀ + bias. One program: BLOCK_PIXELS pixels of an image × BLOCK_OUT channels.
 
     Programs that differ in out channels only follow each other: they gather the same samples, from the cache.
     """
@@ -392,7 +392,7 @@ def backward_weight(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
 ):
-    """Partial sums of the weight gradient. One program: BLOCK_OUT × BLOCK_CHANNELS of it at one tap, one split.
+    """Partial sums of the weight gradient. One program: BLOCK_OUT × BLOCK_CHANNELS at one tap, one split.
 
     Programs of the same split follow each other: they read the same pixels of the gradient.
     """

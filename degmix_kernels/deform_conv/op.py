@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from degmix_kernels import autocast, backend, checks, layout
-from degmix_kernels.activation import ACTIVATIONS, activate
+from degmix_kernels.activation import ACTIVATIONS
 from degmix_kernels.deform_conv import reference
 from degmix_kernels.launch import INT32_MAX
 
 if backend.HAS_TRITON:
-    from degmix_kernels.deform_conv.per_channel import per_channel_op
+    from degmix_kernels.deform_conv.autograd import conv_op, mix_op
 
 
 def deform_conv2d(
@@ -26,8 +26,7 @@ def deform_conv2d(
 ) -> Tensor:
     """Deformable convolution, a drop-in for ``torchvision.ops.deform_conv2d`` (v2 with ``mask``, else v1).
 
-    Groups and offset groups follow from the shapes. With one offset group per input channel and a 1×1 kernel
-    (DeGMix's operator) Triton kernels run; every other shape runs the reference so far.
+    Groups and offset groups follow from the shapes, each dividing the channels on its own.
 
     A sample is 0 where it has no pixel within a distance of 1; an offset's gradient at an integer coordinate
     is the right-hand derivative; a NaN offset gives NaN, an infinite one a sample outside the map.
@@ -68,11 +67,9 @@ def deform_conv2d(
         checked_pair("padding", padding, 0),
         checked_pair("dilation", dilation, 1),
     )
-    offset_groups = check_arguments(input, offset, weight, bias, stride, padding, dilation, mask)
-    per_channel = offset_groups == input.shape[1] and weight.shape[2:] == (1, 1)
-    missing = "" if per_channel else "a kernel other than 1×1 or an offset group of several channels"
-    if backend.runs_triton("deform_conv2d", input.device, input.dtype, missing):
-        return per_channel_op(input, offset, weight, bias, mask, *stride, *padding)
+    check_arguments(input, offset, weight, bias, stride, padding, dilation, mask)
+    if backend.runs_triton("deform_conv2d", input.device, input.dtype):
+        return conv_op(input, offset, weight, bias, mask, *stride, *padding, *dilation)
     output = reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
     if layout.is_channels_last(input):
         output = output.contiguous(memory_format=torch.channels_last)
@@ -80,8 +77,13 @@ def deform_conv2d(
 
 
 def deform_mix(
-    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "gelu"
-) -> Tensor:
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "gelu",
+    statistics: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """DeGMix's spatial mixing, ``activation(W · sample(x, offset) + b)``, one offset per channel and pixel.
 
     Autocast, layout and special values are those of :func:`deform_conv2d`.
@@ -92,9 +94,12 @@ def deform_mix(
         weight: (Cout, C, 1, 1).
         bias: (Cout,).
         activation: ``"gelu"`` (exact), ``"relu"``, ``"silu"`` or ``"identity"``.
+        statistics: whether to return what a BatchNorm of the result needs, gathered in the same pass. Both
+            statistics have gradients.
 
     Returns:
-        (N, Cout, H, W), in the dtype of ``x``.
+        (N, Cout, H, W), in the dtype of ``x``; with ``statistics`` that, its mean and biased variance over
+        images and pixels, both (Cout,) in fp32 (fp64 for doubles).
 
     Raises:
         TypeError: for a wrong dtype or device.
@@ -109,7 +114,19 @@ def deform_mix(
     batch, channels, height, width = x.shape
     checks.expect_shape("offset", offset, (batch, 2 * channels, height, width))
     checks.expect_shape("weight", weight, (weight.shape[0], channels, 1, 1))
-    return activate(deform_conv2d(x, offset, weight, bias), activation)
+    x, weight, bias = autocast.cast_inputs(x.device, x, weight, bias)
+    check_arguments(x, offset, weight, bias, (1, 1), (0, 0), (1, 1), None)
+    if backend.runs_triton("deform_mix", x.device, x.dtype):
+        leaves = (tensor for tensor in (x, offset, weight, bias) if tensor is not None)
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in leaves)
+        output, _, mean, variance = mix_op(x, offset, weight, bias, activation, keep, statistics)
+        return (output, mean, variance) if statistics else output
+    result = reference.deform_mix(x, offset, weight, bias, activation, statistics)
+    if layout.is_channels_last(x):
+        output = result[0] if statistics else result
+        output = output.contiguous(memory_format=torch.channels_last)
+        return (output, *result[1:]) if statistics else output
+    return result
 
 
 def checked_pair(argument: str, value: object, minimum: int) -> tuple[int, int]:
@@ -131,8 +148,8 @@ def check_arguments(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     mask: Tensor | None,
-) -> int:
-    """Raise on any inconsistency between the arguments; return the number of offset groups."""
+) -> None:
+    """Raise on any inconsistency between the arguments."""
     batch, channels = input.shape[:2]
     out_channels, group_channels, *kernel = weight.shape
     taps = kernel[0] * kernel[1]
@@ -178,4 +195,3 @@ def check_arguments(
     if bias is not None:
         checks.expect_like("bias", bias, "input", input)
         checks.expect_shape("bias", bias, (out_channels,))
-    return offset_groups

@@ -310,10 +310,9 @@ def plan_backward_weight(
     return plan, partial, bias_partial
 
 
-def finish_weight(partial: Tensor, problem: Problem) -> Tensor:
-    """The gradient of the weight, in its shape and dtype, from the partial sums of ``plan_backward_weight``."""
-    weight = problem.weight
-    return partial.sum(0).permute(1, 2, 0).reshape(weight.shape).to(weight.dtype)
+def finish_weight(sums: Tensor, weight: Tensor) -> Tensor:
+    """The weight's gradient from its fp32 sums, in the kernels' order."""
+    return sums.permute(1, 2, 0).reshape(weight.shape).to(weight.dtype)
 
 
 def fixed_point_scale(problem: Problem, grad: Tensor, epilogue: Epilogue | None = None) -> Tensor:
@@ -340,7 +339,8 @@ def fixed_point_scale(problem: Problem, grad: Tensor, epilogue: Epilogue | None 
 
 
 def _largest(tensor: Tensor) -> Tensor:
-    return tensor.detach().abs().amax().double()
+    """The largest magnitude, without a temporary of the tensor's size; NaN if there is a NaN."""
+    return torch.linalg.vector_norm(tensor.detach(), torch.inf).double()
 
 
 def plan_examples(dtype: torch.dtype) -> list[Launch]:

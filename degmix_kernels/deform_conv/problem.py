@@ -13,8 +13,10 @@ from degmix_kernels import backend
 # Programs of a weight gradient that keep a GPU busy. Not the GPU's own number of multiprocessors: sums
 # would then differ between GPUs.
 WEIGHT_PROGRAMS = 512
-# Temporary tensors of a call take at most this part of the column buffer that the op does without.
-TEMPORARY_SHARE = 1 / 20
+# Temporary tensors take at most 1/20 of the column buffer that the op does without: these shares of it go to
+# a part of the batch that is copied or summed in fp32, and to the partial sums of the weight gradient.
+PART_SHARE = 1 / 32
+WEIGHT_SHARE = 1 / 64
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Problem:
         """
         busy = -(-WEIGHT_PROGRAMS // programs)
         bytes_of_one = self.weight.numel() * 4
-        small = int(TEMPORARY_SHARE * self.columns * self.input.element_size() / bytes_of_one)
+        small = int(WEIGHT_SHARE * self.columns * self.input.element_size() / bytes_of_one)
         return max(1, min(busy, small))
 
 

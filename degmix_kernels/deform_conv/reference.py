@@ -112,7 +112,18 @@ def _blend(padded: Tensor, index: Tensor, fraction_y: Tensor, fraction_x: Tensor
 
 
 def deform_mix(
-    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "gelu"
-) -> Tensor:
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "gelu",
+    statistics: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Plain-PyTorch :func:`degmix_kernels.deform_mix`, with the same arguments (checked there)."""
-    return activate(deform_conv2d(x, offset, weight, bias), activation)
+    with autocast.disabled(x.device):
+        output = activate(deform_conv2d(x, offset, weight, bias), activation)
+        if not statistics:
+            return output
+        exact = output.to(torch.promote_types(output.dtype, torch.float32))
+        mean = exact.mean((0, 2, 3))
+        return output, mean, (exact - mean[:, None, None]).square().mean((0, 2, 3))

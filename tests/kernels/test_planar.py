@@ -143,7 +143,7 @@ def gradients(
     results["input"] = sums.double() / scale if deterministic else sums
     plan, partial, bias_partial = planar.plan_backward_weight(problem, grad, epilogue, bias)
     run(plan, device)
-    results["weight"] = planar.finish_weight(partial, problem)
+    results["weight"] = planar.finish_weight(partial.sum(0), problem.weight)
     if bias:
         results["bias"] = bias_partial.sum(0)
     return results
