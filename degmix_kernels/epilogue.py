@@ -130,6 +130,64 @@ def activate_with_slope(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def store_result(
+    z,  # (channels, pixels), fp32
+    output_ptr,  # of the image
+    pre_ptr,  # of the image, for z, or None
+    channel,  # (channels, 1)
+    channel_valid,
+    pixel_start,
+    channels,
+    pixels,
+    ACTIVATION: tl.constexpr,
+    LAST: tl.constexpr,
+    INDEX_64: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Store act(z), and z if wanted; mean and sum of squared deviations of act(z) over the tile's valid pixels.
+
+    PART pixels are dealt with at a time: addresses, z and act(z) of a whole tile would not fit into registers.
+    """
+    BLOCK: tl.constexpr = z.shape[1]
+    if BLOCK > PART:
+        halves = tl.permute(tl.reshape(z, (z.shape[0], 2, BLOCK // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        mean, squares = store_result(
+            left, output_ptr, pre_ptr, channel, channel_valid, pixel_start, channels, pixels,
+            ACTIVATION, LAST, INDEX_64, STATISTICS, PART,
+        )  # fmt: skip
+        right_start = pixel_start + BLOCK // 2
+        right_mean, right_squares = store_result(
+            right, output_ptr, pre_ptr, channel, channel_valid, right_start, channels, pixels,
+            ACTIVATION, LAST, INDEX_64, STATISTICS, PART,
+        )  # fmt: skip
+        if STATISTICS:  # Chan's formula; the left half is full unless the right one is empty
+            count = tl.maximum(tl.minimum(pixels - right_start, BLOCK // 2), 0)
+            share = count.to(tl.float32) / (BLOCK // 2 + count)
+            difference = tl.where(count > 0, right_mean - mean, 0.0)
+            mean += difference * share
+            squares += tl.where(count > 0, right_squares, 0.0) + difference * difference * share * (BLOCK // 2)
+    else:
+        pixel = pixel_start + tl.arange(0, BLOCK)[None, :]
+        if INDEX_64:
+            pixel = pixel.to(tl.int64)
+        valid = channel_valid & (pixel < pixels)
+        address = pixel * channels + channel if LAST else channel * pixels + pixel
+        if pre_ptr is not None:
+            tl.store(pre_ptr + address, z.to(pre_ptr.dtype.element_ty), mask=valid)
+        result = activate(z, ACTIVATION)
+        tl.store(output_ptr + address, result.to(output_ptr.dtype.element_ty), mask=valid)
+        mean, squares = 0.0, 0.0
+        if STATISTICS:
+            count = tl.maximum(tl.minimum(pixels - pixel_start, BLOCK), 1)
+            mean = tl.sum(tl.where(valid, result, 0.0), axis=1, keep_dims=True) / count
+            deviation = tl.where(valid, result - mean, 0.0)
+            squares = tl.sum(deviation * deviation, axis=1, keep_dims=True)
+    return mean, squares
+
+
+@triton.jit
 def load_gradient(
     grad_ptr,
     pre_ptr,  # z, laid out as the gradient, or None

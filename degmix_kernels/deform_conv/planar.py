@@ -156,6 +156,7 @@ def plan_forward(
             "WEIGHT_LAST": layout.is_channels_last(problem.weight),
             "SPANS": span.groups > 1,
             **blocks.constants(problem),
+            "PART": min(16, blocks.pixels),
         },
         num_warps=8 if blocks.out * blocks.pixels >= 4096 else 4,
     )

@@ -208,8 +208,8 @@ def backward_samples(
             tl.store(grad_mask_ptr + sample_address, grad_mask.to(element), mask=valid)
         if grad_offset_ptr is not None:
             # A coordinate off the map is a constant, whatever gradient arrives there.
-            grad_y = tl.where((low_y < -1) & (fraction_y == fraction_y), 0.0, grad_y)
-            grad_x = tl.where((low_x < -1) & (fraction_x == fraction_x), 0.0, grad_x)
+            grad_y = tl.where((low_y < -1) & (offset_y == offset_y), 0.0, grad_y)
+            grad_x = tl.where((low_x < -1) & (offset_x == offset_x), 0.0, grad_x)
             offset_address = tensor_address(
                 0, (group * taps + tap) * 2, pixel, 2 * offset_groups * taps, out_pixels, OFFSET_LAST
             )
@@ -353,5 +353,5 @@ def backward_weight(
     tl.store(partial_ptr + address, gradient, mask=stored)
     if bias_partial_ptr is not None:
         if sums_bias:
-            address = split.to(tl.int64) * out_channels + out
-            tl.store(bias_partial_ptr + address, grad_bias, mask=out_valid)
+            bias_partial_ptr += split.to(tl.int64) * out_channels
+            tl.store(bias_partial_ptr + out, grad_bias, mask=out_valid)

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from degmix_kernels.deform_conv.planar_tiles import load_offsets, multiply_groups, sample, tile_channels
 from degmix_kernels.deform_conv.sampling import tensor_address
-from degmix_kernels.epilogue import activate
+from degmix_kernels.epilogue import store_result
 
 
 @triton.jit
@@ -58,6 +58,7 @@ def forward(
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_WITHIN: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
+    PART: tl.constexpr,  # pixels that the epilogue takes at a time
 ):
     """output = act(weight · columns + bias). One program: BLOCK_PIXELS pixels, BLOCK_OUT channels of a span.
 
@@ -153,23 +154,15 @@ def forward(
 
     if bias_ptr is not None:
         product += tl.load(bias_ptr + out, mask=out_valid, other=0.0).to(tl.float32)
-    out_pixel = pixel_start + tl.arange(0, BLOCK_PIXELS)[None, :]
-    if INDEX_64:
-        out_pixel = out_pixel.to(tl.int64)
-    stored = out_valid & (out_pixel < out_pixels)
     out_channels = groups * group_out
-    address = tensor_address(0, out, out_pixel, out_channels, out_pixels, OUTPUT_LAST)
     output_ptr += image * out_channels * out_pixels
     if pre_ptr is not None:
         pre_ptr += image * out_channels * out_pixels
-        tl.store(pre_ptr + address, product.to(pre_ptr.dtype.element_ty), mask=stored)
-    result = activate(product, ACTIVATION)
-    tl.store(output_ptr + address, result.to(output_ptr.dtype.element_ty), mask=stored)
+    mean, squares = store_result(
+        product, output_ptr, pre_ptr, out, out_valid, pixel_start, out_channels, out_pixels,
+        ACTIVATION, OUTPUT_LAST, INDEX_64, means_ptr is not None, PART,
+    )  # fmt: skip
     if means_ptr is not None:
-        count = tl.minimum(out_pixels - pixel_start, BLOCK_PIXELS)
-        mean = tl.sum(tl.where(stored, result, 0.0), axis=1, keep_dims=True) / count
-        deviation = tl.where(stored, result - mean, 0.0)
-        squares = tl.sum(deviation * deviation, axis=1, keep_dims=True)
         part = image_block.to(tl.int64) * out_channels + out
         tl.store(means_ptr + part, mean, mask=out_valid)
         tl.store(squares_ptr + part, squares, mask=out_valid)
