@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from degmix_kernels import layout
-from degmix_kernels.deform_conv import general_kernels as kernels
+from degmix_kernels.deform_conv import general_backward_kernels, general_kernels
 from degmix_kernels.deform_conv.problem import Problem, block, precision
 from degmix_kernels.launch import Launch, needs_64_bit
 
@@ -72,7 +72,7 @@ def plan_forward(problem: Problem, bias: Tensor | None, output: Tensor) -> Launc
     while programs() < BUSY_PROGRAMS and block_out > 32:  # small maps: gathering again beats idling
         block_out //= 2
     return Launch(
-        kernels.forward,
+        general_kernels.forward,
         programs(),
         {
             **_pointers(problem),
@@ -100,7 +100,7 @@ def plan_backward_samples(
     grad_mask: Tensor | None,
     scale: Tensor | None,
 ) -> Launch:
-    """Plan the gradients of input, offset and mask; see ``general_kernels.backward_samples``."""
+    """Plan the gradients of input, offset and mask; see ``general_backward_kernels``."""
     sizes = problem.sizes()
     wide = problem.input.dtype != torch.float32
     block_pixels = block(problem.out_pixels, 64 if wide else 32)
@@ -110,7 +110,7 @@ def plan_backward_samples(
     held = problem.groups == 1 and problem.group_out <= 256 and wide
     block_out = block(problem.group_out, 256 if held else 64 if wide else 16)
     return Launch(
-        kernels.backward_samples,
+        general_backward_kernels.backward_samples,
         problem.batch * problem.offset_groups * triton.cdiv(problem.out_pixels, block_pixels),
         {
             "grad_output_ptr": grad,
@@ -136,7 +136,7 @@ def plan_backward_samples(
 
 
 def plan_backward_weight(problem: Problem, grad: Tensor) -> tuple[Launch, Tensor]:
-    """Plan the weight gradient and allocate its partial sums; see ``general_kernels.backward_weight``."""
+    """Plan the weight gradient and allocate its partial sums; see ``general_backward_kernels``."""
     sizes = problem.sizes()
     wide = problem.input.dtype != torch.float32
     block_out = block(problem.group_out, 256 if wide else 128)
@@ -152,7 +152,7 @@ def plan_backward_weight(problem: Problem, grad: Tensor) -> tuple[Launch, Tensor
     new = problem.weight.new_empty if problem.batch > 0 else problem.weight.new_zeros
     partial = new((splits, problem.weight.numel()), dtype=torch.float32)
     plan = Launch(
-        kernels.backward_weight,
+        general_backward_kernels.backward_weight,
         programs * splits if problem.batch > 0 else 0,
         {
             "grad_output_ptr": grad,

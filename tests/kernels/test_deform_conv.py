@@ -1,21 +1,19 @@
-"""Deformable convolution: the reference against torchvision, the per-channel kernels against both."""
+"""Deformable convolution: the reference against torchvision, the public functions and modules."""
 
 from __future__ import annotations
 
-import warnings
 from types import ModuleType
 
 import pytest
 import torch
 from deform_conv_cases import F64, draw, gradients, per_channel_call
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from launches import recorded_launches
 from torch import Tensor
 from torch.nn import functional
 
-import degmix_kernels.deform_conv.per_channel as per_channel
 from degmix_kernels import DeformConv2d, DeformMix, deform_conv2d, deform_mix, launch, use_backend
-from degmix_kernels.deform_conv import kernels, reference
+from degmix_kernels.deform_conv import autograd, planar, reference
+from degmix_kernels.deform_conv.problem import Problem
 from degmix_kernels.testing import assert_close, relative_l2
 
 # --- the reference -----------------------------------------------------------------------------------------
@@ -72,59 +70,7 @@ def test_reference_gradcheck(masked: bool) -> None:
     assert torch.autograd.gradcheck(call, leaves[: 5 if masked else 4] + ([] if masked else [mask.detach()]))
 
 
-# --- the per-channel kernels -------------------------------------------------------------------------------
-
-SPECIAL = st.sampled_from([0.0, -1.0, 1.0, -0.5, 4.0, 5.0, 6.0, -2.0, 1e-7, -1e-7, 3e4, -3e4, 1e30, -1e30])
-
-
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    batch=st.integers(1, 2),
-    channels=st.integers(1, 5),
-    out_channels=st.integers(1, 5),
-    height=st.integers(1, 5),
-    width=st.integers(1, 5),
-    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
-    masked=st.booleans(),
-    special=st.lists(SPECIAL, min_size=1, max_size=12),
-    seed=st.integers(0, 99),
-)
-def test_per_channel_property(
-    device: torch.device,
-    torchvision: ModuleType,
-    batch: int,
-    channels: int,
-    out_channels: int,
-    height: int,
-    width: int,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    masked: bool,
-    special: list[float],
-    seed: int,
-) -> None:
-    """Values and every gradient, at coordinates on integers, on -1, on the far edge and far outside."""
-    size = ((height + 2 * padding[0] - 1) // stride[0] + 1, (width + 2 * padding[1] - 1) // stride[1] + 1)
-    shapes = [(batch, channels, height, width), (batch, 2 * channels, *size), (out_channels, channels, 1, 1)]
-    shapes += [(out_channels,), (batch, channels, *size)]
-    tensors = draw(seed, *shapes, dtype=torch.float32)
-    tensors[1] = tensors[1].mul(3)
-    flat = tensors[1].view(-1)
-    flat[: len(special)] = torch.tensor(special)[: flat.numel()]  # a view: sets the first offsets
-    leaves = [tensor.to(device).requires_grad_() for tensor in tensors]
-    exact = [tensor.double().requires_grad_() for tensor in tensors]
-    if not masked:
-        leaves[4] = exact[4] = None
-    with use_backend("triton"):
-        output = deform_conv2d(*leaves[:4], stride, padding, 1, leaves[4])
-    grad = draw(seed, output.shape, dtype=torch.float32)[0]
-    actual = [output, *gradients(output, leaves, grad.to(device))]
-    for oracle in (reference.deform_conv2d, torchvision.ops.deform_conv2d):
-        expected = oracle(*exact[:4], stride, padding, 1, exact[4])
-        for mine, other in zip(actual, [expected, *gradients(expected, exact, grad.double())], strict=True):
-            # At -1e-7 from an integer the gradient jumps: torchvision rounds in fp64, we round nothing.
-            assert_close(mine, other, batch * size[0] * size[1] + channels, torch.float32)
+# --- the kernels -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
@@ -163,7 +109,7 @@ def test_64_bit_addresses(device: torch.device, monkeypatch: pytest.MonkeyPatch)
     assert not launch.needs_64_bit(huge[:, :255, :2047, :2047].contiguous()[:1], given["offset"])
     results = []
     for wide in (False, True):
-        monkeypatch.setattr(per_channel, "needs_64_bit", lambda *tensors, wide=wide: wide)
+        monkeypatch.setattr(planar, "needs_64_bit", lambda *tensors, wide=wide: wide)
         leaves = {name: value.clone().requires_grad_() for name, value in given.items()}
         with use_backend("triton"):
             output = deform_conv2d(**leaves)
@@ -192,7 +138,7 @@ def test_no_work_for_unwanted_gradients(
     with use_backend("triton"):
         output = deform_conv2d(**given)
     launches = []
-    monkeypatch.setattr(per_channel, "run", lambda plan, device: launches.append(plan))
+    monkeypatch.setattr(autograd, "run", lambda plan, device: launches.append(plan))
     torch.autograd.grad(output, [given[name] for name in wanted], torch.ones_like(output))
     assert [plan.kernel.__name__ for plan in launches] == expected
     for plan in launches:
@@ -205,11 +151,21 @@ def test_registered_op(device: torch.device) -> None:
     given = per_channel_call(device)
     order = ("input", "offset", "weight", "bias", "mask")
     leaves = [given[name].requires_grad_() for name in order]
-    torch.library.opcheck(per_channel.per_channel_op.forward, (*leaves, 1, 1, 0, 0))
+    geometry = (1, 1, 0, 0, 1, 1)
+    torch.library.opcheck(autograd.conv_op.forward, (*leaves, *geometry))
     detached = [leaf.detach() for leaf in leaves]
     grad = torch.ones(2, 4, 5, 6, device=device)
-    arguments = (grad, *detached[:3], detached[4], 1, 1, 0, 0, [True, False, True, True, True], False)
-    torch.library.opcheck(per_channel.per_channel_op.backward, arguments)
+    arguments = (grad, *detached[:3], detached[4], *geometry, [True, False, True, True, True], False)
+    torch.library.opcheck(autograd.conv_op.backward, arguments)
+
+
+def test_registered_mix(device: torch.device) -> None:
+    given = per_channel_call(device)
+    x, offset, weight, bias = (given[name].requires_grad_() for name in ("input", "offset", "weight", "bias"))
+    torch.library.opcheck(autograd.mix_op.forward, (x, offset, weight, bias, "gelu", True, True))
+    output, pre, mean, _ = autograd.mix_op(x, offset, weight, bias, "gelu", True, True)
+    tensors = [tensor.detach() for tensor in (output, mean, mean, x, offset, weight, pre, mean)]
+    torch.library.opcheck(autograd.mix_op.backward, (*tensors, "gelu", [True] * 4, False))
 
 
 def test_deterministic_input_gradient(device: torch.device) -> None:
@@ -232,16 +188,9 @@ def test_deterministic_input_gradient(device: torch.device) -> None:
         expected = gradients(reference.deform_conv2d(exact, **others), [exact], grad.double())[0]
         assert_close(grads[1], expected, 120)
         assert relative_l2(grads[1], expected) <= 1.2 * relative_l2(grads[0], expected)
-    assert per_channel.fixed_point_scale(grad * torch.inf, given["weight"], None, 1).isnan()
-    assert per_channel.fixed_point_scale(grad * 0, given["weight"], None, 1) == 2.0**126
-
-
-def test_partial_sums_stay_small() -> None:
-    """At most a twentieth of the column buffer, and always at least one share."""
-    splits = per_channel.weight_splits(batch=8, out_channels=256, pixels=107 * 140, programs=8)
-    assert splits * 256 <= 8 * 107 * 140 / 20 < (splits + 1) * 256
-    assert per_channel.weight_splits(batch=1, out_channels=256, pixels=1, programs=8) == 1
-    assert per_channel.weight_splits(batch=0, out_channels=3, pixels=9, programs=8) == 1
+    problem = Problem(given["input"], given["offset"], given["weight"], None, (1, 1), (0, 0), (1, 1))
+    assert planar.fixed_point_scale(problem, grad * torch.inf).isnan()
+    assert planar.fixed_point_scale(problem, grad * 0) == 2.0**126
 
 
 def test_offsets_of_the_inputs_dtype(device: torch.device) -> None:
@@ -262,13 +211,69 @@ def test_double_runs_the_reference(device: torch.device) -> None:
     assert torch.equal(deform_conv2d(**given), reference.deform_conv2d(**given))
 
 
-def test_general_shapes_say_that_they_run_the_reference(device: torch.device) -> None:
-    input, offset, weight = (t.to(device) for t in draw(0, (1, 4, 5, 5), (1, 18, 5, 5), (2, 4, 3, 3)))
-    with use_backend("triton"), pytest.warns(UserWarning, match="no Triton kernel yet"):
-        deform_conv2d(input, offset, weight, padding=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        deform_conv2d(input, offset, weight, padding=1)
+def test_parts_of_the_batch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same result, whether the batch is copied and summed as a whole or an image at a time."""
+    shapes = (5, 16, 3, 4), (5, 18, 3, 4), (3, 16, 3, 3), (3,), (5, 9, 3, 4)
+    values = [value.to(device) for value in draw(0, *shapes, dtype=torch.float32)]
+    results = []
+    for share in (1e-9, 0.05, 1e9):
+        monkeypatch.setattr(autograd, "PART_SHARE", share)
+        launches = []
+        monkeypatch.setattr(
+            autograd, "run", lambda plan, device, seen=launches: (seen.append(plan), launch.run(plan, device))
+        )
+        leaves = [value.clone().requires_grad_() for value in values]
+        with use_backend("triton"):
+            output = deform_conv2d(*leaves[:4], padding=1, mask=leaves[4])
+        results.append((launches, [output, *gradients(output, leaves, torch.ones_like(output))]))
+    # Forward launches once per part, backward twice; a copied image is 1/45 of the columns, its sums another.
+    assert [len(launches) for launches, _ in results] == [5 + 10, 3 + 10, 1 + 2]
+    for _, part in results[:2]:
+        for value, whole in zip(part, results[2][1], strict=True):
+            assert_close(value, whole.double(), 60)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_statistics(backend: str, device: torch.device) -> None:
+    """What a BatchNorm needs comes with the result and is differentiable, far from zero, too."""
+    x, offset, weight, bias = per_mix_call(device)
+    leaves = [value.requires_grad_() for value in (x, offset, weight, bias)]
+    exact = [value.detach().double().requires_grad_() for value in leaves]
+    with use_backend(backend):
+        normalised = normalise(*deform_mix(*leaves, statistics=True))
+    expected = normalise(*reference.deform_mix(*exact, statistics=True))
+    plain = reference.deform_mix(*exact)
+    assert relative_l2(functional.batch_norm(plain, None, None, training=True), expected) < 1e-10
+    grad = torch.randn(expected.shape, dtype=F64, generator=torch.Generator().manual_seed(1)).to(device)
+    actual = gradients(normalised, leaves, grad.float())
+    wanted = gradients(expected, exact, grad)
+    # The bias moves every result by about 1000 standard deviations, and fp32 loses that many digits.
+    assert relative_l2(normalised, expected) < 1e-3
+    for mine, other in zip(actual[:3], wanted[:3], strict=True):
+        assert relative_l2(mine, other) < 3e-3
+
+
+def per_mix_call(device: torch.device) -> list[Tensor]:
+    """A call of ``deform_mix`` whose results have a mean about 1000 times their standard deviation."""
+    shapes = (2, 3, 5, 6), (2, 6, 5, 6), (4, 3, 1, 1), (4,)
+    x, offset, weight, bias = (value.to(device) for value in draw(3, *shapes, dtype=torch.float32))
+    return [x, offset * 0.3, weight, bias.abs() * 1000 + 1000]
+
+
+def normalise(output: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """BatchNorm from given statistics."""
+    mean, variance = mean[:, None, None], variance[:, None, None]
+    return (output - mean) / (variance + 1e-5).sqrt()
+
+
+def test_only_a_gradient_keeps_the_value_before_the_activation(device: torch.device) -> None:
+    x, offset, weight, bias = per_mix_call(device)
+    with use_backend("triton"), recorded_launches() as launches:
+        deform_mix(x, offset, weight, bias)
+        with torch.no_grad():
+            deform_mix(x.requires_grad_(), offset, weight, bias)
+        deform_mix(x, offset, weight, bias)
+    assert [plan.arguments["pre_ptr"] is not None for plan in launches] == [False, False, True]
 
 
 # --- the public faces --------------------------------------------------------------------------------------
@@ -329,10 +334,3 @@ def test_deform_mix_module() -> None:
         DeformMix(0, 2)
     with pytest.raises(ValueError, match="out_channels"):
         DeformConv2d(4, 3, 1, groups=2)
-
-
-def test_kernels_are_the_ones_planned() -> None:
-    """The compile check sees every kernel of the file that is launched."""
-    planned = {plan.kernel.__name__ for plan in per_channel.plan_examples(torch.float32)}
-    assert planned == {"forward", "backward_samples", "backward_weight"}
-    assert all(hasattr(kernels, name) for name in planned)
