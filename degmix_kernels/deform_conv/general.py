@@ -88,7 +88,7 @@ def plan_forward(problem: Problem, bias: Tensor | None, output: Tensor) -> Launc
             "BLOCK_CHANNELS": block_channels,
             "BLOCK_PIXELS": block_pixels,
         },
-        num_warps=8 if block_out * block_pixels >= 8192 else 4,
+        num_warps=8 if block_out * block_pixels >= (8192 if wide else 4096) else 4,
     )
 
 
@@ -108,7 +108,7 @@ def plan_backward_samples(
     # thread, two programs or more fit a multiprocessor and hide each other's latencies; 32 spill on sm_100.
     block_channels = 16
     held = problem.groups == 1 and problem.group_out <= 256 and wide
-    block_out = block(problem.group_out, 256 if held else 64 if wide else 16)
+    block_out = block(problem.group_out, 256 if held else 128 if wide else 16)
     return Launch(
         general_backward_kernels.backward_samples,
         problem.batch * problem.offset_groups * triton.cdiv(problem.out_pixels, block_pixels),
@@ -169,7 +169,7 @@ def plan_backward_weight(problem: Problem, grad: Tensor) -> tuple[Launch, Tensor
             "BLOCK_CHANNELS": block_channels,
             "BLOCK_PIXELS": block_pixels,
         },
-        num_warps=8 if block_out * block_channels >= 8192 else 4,
+        num_warps=8 if block_out * block_channels >= 4096 else 4,
     )
     return plan, partial
 

@@ -115,6 +115,7 @@ def main(backend: str, arch: str) -> None:
                     "kernel": launch.kernel.__name__,
                     "dtype": str(dtype).removeprefix("torch."),
                     "constants": dict(launch.constants),
+                    "sizes": {name: n for name, n in launch.arguments.items() if isinstance(n, int)},
                     "num_warps": launch.num_warps,
                     **resources(compiled, target),
                 }

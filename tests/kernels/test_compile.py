@@ -37,3 +37,23 @@ def test_compiles_without_spills(target: tuple[str, str]) -> None:
         assert line["shared"] <= SHARED[target], line
         # Half precision products run on the matrix units of the target's own generation.
         assert line["matrix"] or line["dtype"] == "float32", line
+    if target == ("cuda", "90"):
+        aligned = [line for line in lines if "(general)" in line["op"] and line["sizes"]["segment"] % 32 == 0]
+        assert {line["kernel"] for line in aligned} == {"forward", "backward_samples", "backward_weight"}
+        for line in aligned:
+            check_general_widths(line)
+
+
+def check_general_widths(line: dict) -> None:
+    """Each corner of a sample is one wide load per thread, each part of the input gradient one reduction.
+
+    The other, narrow loads are those of offset (two), mask, bias and the fixed point's scale.
+    """
+    loads = {int(bits): count for bits, count in line["loads"].items()}
+    if line["kernel"] == "backward_samples":  # smaller tiles, so that two programs fit a multiprocessor
+        assert loads.get(64, 0) + loads.get(128, 0) >= 4, line
+        width = 64 if line["constants"]["FIXED_POINT"] else 128  # 64-bit integers have no wider reduction
+        assert set(line["reductions"]) == {str(width)}, line
+    else:
+        assert loads.get(128, 0) >= 4, line
+        assert loads.get(16, 0) <= 2, line
