@@ -47,12 +47,14 @@ class Launch:
 
 def needs_64_bit(*tensors: Tensor | None) -> bool:
     """Whether an element of any tensor lies 2³¹ elements or more from its start."""
-    return any(
-        sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        > INT32_MAX
-        for tensor in tensors
-        if tensor is not None and tensor.numel() > 0
-    )
+    for tensor in tensors:
+        if tensor is not None and tensor.numel() > 0:
+            last = 0
+            for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+                last += (size - 1) * abs(stride)
+            if last > INT32_MAX:
+                return True
+    return False
 
 
 def run(launch: Launch, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from degmix_kernels import layout
 from degmix_kernels.deform_conv import general, planar
-from degmix_kernels.deform_conv.problem import PART_SHARE, Problem
+from degmix_kernels.deform_conv.problem import PART_SHARE, Problem, ceil_div
 from degmix_kernels.epilogue import Epilogue, finish_statistics
 from degmix_kernels.launch import run
 from degmix_kernels.registered import RegisteredOp
@@ -39,15 +39,17 @@ def _parts(problem: Problem, bytes_per_image: int) -> Iterator[tuple[Problem, sl
 
     A part's temporaries take ``PART_SHARE`` of the column buffer at most, or what one image needs.
     """
-    images = problem.batch
-    if bytes_per_image > 0:
+    batch = images = problem.batch
+    if bytes_per_image > 0 and batch > 1:
         budget = PART_SHARE * problem.columns * problem.input.element_size()
-        images = min(problem.batch, max(1, int(budget // bytes_per_image)))
-    if problem.batch == 0:
+        images = min(batch, max(1, int(budget // bytes_per_image)))
+    if images == batch:
+        if batch > 0:
+            yield problem, slice(None)
         return
-    images = -(-problem.batch // -(-problem.batch // images))
-    for start in range(0, problem.batch, images):
-        part = slice(start, min(start + images, problem.batch))
+    images = ceil_div(batch, ceil_div(batch, images))
+    for start in range(0, batch, images):
+        part = slice(start, min(start + images, batch))
         yield problem.images(part.start, part.stop), part
 
 
@@ -60,7 +62,7 @@ def _copied_bytes(problem: Problem, path: ModuleType) -> int:
 
 def _readable(problem: Problem, path: ModuleType) -> Problem:
     """The call with its input in the layout a path reads."""
-    if path is planar:
+    if _copied_bytes(problem, path) == 0:
         return problem
     return replace(problem, input=problem.input.contiguous(memory_format=torch.channels_last))
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from degmix_kernels import layout
 from degmix_kernels.deform_conv import general_backward_kernels, general_kernels
-from degmix_kernels.deform_conv.problem import Problem, block, precision
+from degmix_kernels.deform_conv.problem import Problem, block, ceil_div, precision
 from degmix_kernels.launch import Launch, needs_64_bit
 
 # Programs below which a launch leaves parts of a large GPU idle, so that smaller tiles pay.
@@ -66,8 +65,8 @@ def plan_forward(problem: Problem, bias: Tensor | None, output: Tensor) -> Launc
     images = problem.batch * problem.groups
 
     def programs() -> int:
-        pixel_blocks = triton.cdiv(problem.out_pixels, block_pixels)
-        return images * pixel_blocks * triton.cdiv(problem.group_out, block_out)
+        pixel_blocks = ceil_div(problem.out_pixels, block_pixels)
+        return images * pixel_blocks * ceil_div(problem.group_out, block_out)
 
     while programs() < BUSY_PROGRAMS and block_out > 32:  # small maps: gathering again beats idling
         block_out //= 2
@@ -108,10 +107,14 @@ def plan_backward_samples(
     # thread, two programs or more fit a multiprocessor and hide each other's latencies; 32 spill on sm_100.
     block_channels = 16
     held = problem.groups == 1 and problem.group_out <= 256 and wide
-    block_out = block(problem.group_out, 256 if held else 128 if wide else 16)
+    if held:
+        largest = 256
+    else:  # what the registers of the scatter leave room for
+        largest = 16 if not wide else 64 if scale is None else 128
+    block_out = block(problem.group_out, largest)
     return Launch(
         general_backward_kernels.backward_samples,
-        problem.batch * problem.offset_groups * triton.cdiv(problem.out_pixels, block_pixels),
+        problem.batch * problem.offset_groups * ceil_div(problem.out_pixels, block_pixels),
         {
             "grad_output_ptr": grad,
             **_pointers(problem),
@@ -143,9 +146,9 @@ def plan_backward_weight(problem: Problem, grad: Tensor) -> tuple[Launch, Tensor
     block_channels = _block_channels(problem.segment, 64 if wide else 32)
     block_pixels = block(problem.out_pixels, 32 if wide else 16)
     programs = (
-        triton.cdiv(problem.group_out, block_out)
+        ceil_div(problem.group_out, block_out)
         * problem.taps
-        * triton.cdiv(problem.segment, block_channels)
+        * ceil_div(problem.segment, block_channels)
         * (problem.channels // problem.segment)
     )
     splits = problem.weight_splits(programs)
@@ -159,7 +162,7 @@ def plan_backward_weight(problem: Problem, grad: Tensor) -> tuple[Launch, Tensor
             **{name: value for name, value in _pointers(problem).items() if name != "weight_ptr"},
             "partial_ptr": partial,
             "batch": problem.batch,
-            "share": triton.cdiv(problem.batch * triton.cdiv(problem.out_pixels, block_pixels), splits),
+            "share": ceil_div(problem.batch * ceil_div(problem.out_pixels, block_pixels), splits),
             "segment": problem.segment,
             **sizes,
         },

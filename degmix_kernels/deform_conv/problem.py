@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,57 +35,57 @@ class Problem:
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
-    @property
+    @cached_property
     def batch(self) -> int:
         """Images."""
         return self.input.shape[0]
 
-    @property
+    @cached_property
     def channels(self) -> int:
         """Input channels."""
         return self.input.shape[1]
 
-    @property
+    @cached_property
     def group_channels(self) -> int:
         """Input channels per group of the convolution."""
         return self.weight.shape[1]
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """Groups of the convolution."""
         return self.channels // self.group_channels
 
-    @property
+    @cached_property
     def group_out(self) -> int:
         """Output channels per group of the convolution."""
         return self.weight.shape[0] // self.groups
 
-    @property
+    @cached_property
     def taps(self) -> int:
         """Kernel taps."""
         return self.weight.shape[2] * self.weight.shape[3]
 
-    @property
+    @cached_property
     def offset_groups(self) -> int:
         """Blocks of input channels that share their offsets."""
         return self.offset.shape[1] // (2 * self.taps)
 
-    @property
+    @cached_property
     def offset_channels(self) -> int:
         """Input channels per offset group."""
         return self.channels // self.offset_groups
 
-    @property
+    @cached_property
     def segment(self) -> int:
         """The largest block of channels that never straddles a group or an offset group."""
         return math.gcd(self.group_channels, self.offset_channels)
 
-    @property
+    @cached_property
     def out_pixels(self) -> int:
         """Output pixels of one image."""
         return self.offset.shape[2] * self.offset.shape[3]
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """Elements of the column buffer that a convolution by im2col would allocate."""
         return self.batch * self.channels * self.taps * self.out_pixels
@@ -124,7 +125,7 @@ class Problem:
 
         Enough to keep a GPU busy, as long as the fp32 partial sums stay small beside the column buffer.
         """
-        busy = -(-WEIGHT_PROGRAMS // programs)
+        busy = ceil_div(WEIGHT_PROGRAMS, programs)
         bytes_of_one = self.weight.numel() * 4
         small = int(WEIGHT_SHARE * self.columns * self.input.element_size() / bytes_of_one)
         return max(1, min(busy, small))
@@ -135,6 +136,11 @@ def precision(dtype: torch.dtype) -> str:
     if backend.INTERPRETED:
         return "interpreter"
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def ceil_div(dividend: int, divisor: int) -> int:
+    """The quotient, rounded up. (``triton.cdiv`` takes microseconds outside of kernels.)"""
+    return -(-dividend // divisor)
 
 
 def block(size: int, largest: int, smallest: int = 16) -> int:
