@@ -158,22 +158,28 @@ def plan_forward(
             **blocks.constants(problem),
             "PART": min(16, blocks.pixels),
         },
-        num_warps=8 if blocks.out * blocks.pixels >= 4096 else 4,
+        num_warps=_warps(blocks.out * blocks.pixels, 1024),
     )
 
 
 def _forward_blocks(problem: Problem) -> _Blocks:
     """Block sizes of the forward pass."""
     # Every block of out channels gathers the samples again, so it is as large as registers allow. Exact fp32
-    # products keep their operands in registers, too.
+    # products keep their operands in registers, too. 256 × 64 sums on 16 warps take 32 registers of a thread,
+    # which leaves room for 4 samples, at no more than 128 registers: all warps that an SM has room for. On 8
+    # warps they need 170, 255 with an activation, and leave the SM half empty.
     wide = problem.input.dtype != torch.float32
     largest = 256 if wide else 128
     span = _Span.of(problem, largest)
-    return _Blocks(
-        block(span.groups * problem.group_out, largest),
-        *_tile(problem, 16),  # 32 rows spill under Triton 3.6 on sm_80
-        block(problem.out_pixels, 64 if wide else 32),
-    )
+    out = block(span.groups * problem.group_out, largest)
+    pixels = block(problem.out_pixels, 64 if wide else 32)
+    rows = block(span.channels, 32 if out * pixels >= 16384 else 16)
+    return _Blocks(out, *_tile(problem, rows), pixels)
+
+
+def _warps(elements: int, of_a_warp: int) -> int:
+    """Warps for a tile: 4 to 16."""
+    return max(4, min(16, elements // of_a_warp))
 
 
 def new_statistics(problem: Problem) -> Statistics:
@@ -205,7 +211,8 @@ def plan_backward_samples(
         epilogue: what the forward pass ended with; None if with nothing.
     """
     epilogue = epilogue or Epilogue()
-    # The scatter keeps four corners of every sample alive, in registers: 8 samples per thread fit, 16 spill.
+    # The scatter keeps four corners of every sample alive, in registers: with 4 samples per thread two
+    # programs of 8 warps share an SM (128 registers), with 8 samples one does (217), and 16 spill.
     rows = block(problem.group_channels, 64 if problem.input.dtype != torch.float32 else 32)
     groups, within = _tile(problem, rows)
     # Conv groups that a tile's channels belong to.
@@ -213,7 +220,8 @@ def plan_backward_samples(
     if groups == 1:
         length, step = within, math.gcd(problem.offset_channels, within)
     span = min(problem.groups, _touched(length, step, problem.group_channels))
-    blocks = _Blocks(block(span * problem.group_out, 32), groups, within, block(problem.out_pixels, 32))
+    pixels = block(problem.out_pixels, min(32, 1024 // rows))
+    blocks = _Blocks(block(span * problem.group_out, 32), groups, within, pixels)
     sets = triton.cdiv(problem.offset_groups, groups)
     pixel_blocks = triton.cdiv(problem.out_pixels, blocks.pixels)
     return Launch(
@@ -244,7 +252,7 @@ def plan_backward_samples(
             "SPANS": span > 1,
             **blocks.constants(problem),
         },
-        num_warps=8 if blocks.rows * blocks.pixels >= 2048 else 4,
+        num_warps=_warps(blocks.rows * blocks.pixels, 128),
     )
 
 
@@ -264,13 +272,14 @@ def plan_backward_weight(
         zeros without images.
     """
     epilogue = epilogue or Epilogue()
-    largest = 256 if problem.input.dtype != torch.float32 else 128
-    span = _Span.of(problem, largest)
-    blocks = _Blocks(
-        block(span.groups * problem.group_out, largest),
-        *_tile(problem, block(span.channels, 32)),
-        block(problem.out_pixels, 32),
-    )
+    # The gradient of the output is read, and the activation's slope computed, for every block of channels
+    # again: the more rows the better. 256 × 64 sums on 16 warps leave room for 16 pixels.
+    wide = problem.input.dtype != torch.float32
+    span = _Span.of(problem, 256 if wide else 128)
+    out = block(span.groups * problem.group_out, 256 if wide else 128)
+    rows = block(span.channels, 64 if wide else 32)
+    pixels = block(problem.out_pixels, 16 if out * rows >= 16384 else 32)
+    blocks = _Blocks(out, *_tile(problem, rows), pixels)
     sets, within_steps = span.tiles(problem, blocks)
     out_blocks = triton.cdiv(span.groups * problem.group_out, blocks.out)
     programs = out_blocks * sets * within_steps * problem.taps * span.count
@@ -306,7 +315,7 @@ def plan_backward_weight(
             "SPANS": span.groups > 1,
             **blocks.constants(problem),
         },
-        num_warps=8 if blocks.out * blocks.rows >= 4096 else 4,
+        num_warps=_warps(blocks.out * blocks.rows, 1024 if wide else 512),
     )
     return plan, partial, bias_partial
 
