@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
+
 from torch import Tensor
 
 from degmix_kernels import layout
 from degmix_kernels.deform_conv import planar_backward_kernels, planar_kernels
-from degmix_kernels.deform_conv.problem import Problem, block, precision
+from degmix_kernels.deform_conv.problem import Problem, block, ceil_div, precision
 from degmix_kernels.epilogue import Epilogue, Statistics
 from degmix_kernels.launch import Launch, needs_64_bit
 
@@ -76,16 +76,16 @@ class _Span:
         group = problem.group_channels
         unit = math.lcm(group, problem.offset_channels)
         unit = unit if unit <= LARGEST_SPAN else group
-        wanted = unit * triton.cdiv(16, unit) // group if group < 16 else 1
+        wanted = unit * ceil_div(16, unit) // group if group < 16 else 1
         groups = max(1, min(problem.groups, wanted, largest_out // problem.group_out))
-        return cls(groups, triton.cdiv(problem.groups, groups), groups * group)
+        return cls(groups, ceil_div(problem.groups, groups), groups * group)
 
     def tiles(self, problem: Problem, blocks: _Blocks) -> tuple[int, int]:
         """Tiles of a span: sets of offset groups, and blocks of channels within one."""
         offset_groups = _touched(self.channels, self.channels, problem.offset_channels)
-        sets = triton.cdiv(min(problem.offset_groups, offset_groups), blocks.groups)
+        sets = ceil_div(min(problem.offset_groups, offset_groups), blocks.groups)
         within = min(self.channels, problem.offset_channels)
-        return sets, 1 if blocks.groups > 1 else triton.cdiv(within, blocks.within)
+        return sets, 1 if blocks.groups > 1 else ceil_div(within, blocks.within)
 
 
 def _layouts(problem: Problem, output: Tensor) -> dict[str, Any]:
@@ -102,7 +102,9 @@ def _layouts(problem: Problem, output: Tensor) -> dict[str, Any]:
         "OUTPUT_LAST": layout.is_channels_last(output),
         "PRECISION": precision(problem.input.dtype),
         # Kernels add the image's own start, in 64 bits always.
-        "INDEX_64": needs_64_bit(*(image(tensor) for tensor in (problem.input, problem.offset, mask, output))),
+        "INDEX_64": needs_64_bit(
+            *(image(tensor) for tensor in (problem.input, problem.offset, mask, output))
+        ),
     }
 
 
@@ -128,8 +130,8 @@ def plan_forward(
     blocks = _forward_blocks(problem)
     span = _Span.of(problem, blocks.out)
     sets, within_steps = span.tiles(problem, blocks)
-    out_blocks = triton.cdiv(span.groups * problem.group_out, blocks.out)
-    pixel_blocks = triton.cdiv(problem.out_pixels, blocks.pixels)
+    out_blocks = ceil_div(span.groups * problem.group_out, blocks.out)
+    pixel_blocks = ceil_div(problem.out_pixels, blocks.pixels)
     return Launch(
         planar_kernels.forward,
         problem.batch * pixel_blocks * span.count * out_blocks,
@@ -185,7 +187,7 @@ def _warps(elements: int, of_a_warp: int) -> int:
 def new_statistics(problem: Problem) -> Statistics:
     """Room for the statistics that ``plan_forward`` gathers."""
     pixels = _forward_blocks(problem).pixels
-    shape = (problem.batch * triton.cdiv(problem.out_pixels, pixels), problem.weight.shape[0])
+    shape = (problem.batch * ceil_div(problem.out_pixels, pixels), problem.weight.shape[0])
     parts = (problem.weight.new_empty(shape, dtype=torch.float32) for _ in range(2))
     return Statistics(*parts, pixels)
 
@@ -222,8 +224,8 @@ def plan_backward_samples(
     span = min(problem.groups, _touched(length, step, problem.group_channels))
     pixels = block(problem.out_pixels, min(32, 1024 // rows))
     blocks = _Blocks(block(span * problem.group_out, 32), groups, within, pixels)
-    sets = triton.cdiv(problem.offset_groups, groups)
-    pixel_blocks = triton.cdiv(problem.out_pixels, blocks.pixels)
+    sets = ceil_div(problem.offset_groups, groups)
+    pixel_blocks = ceil_div(problem.out_pixels, blocks.pixels)
     return Launch(
         planar_backward_kernels.backward_samples,
         problem.batch * pixel_blocks * sets,
@@ -241,8 +243,8 @@ def plan_backward_samples(
             **problem.sizes(),
             "span_groups": span,
             "blocks": sets,
-            "within_steps": triton.cdiv(problem.offset_channels, within),
-            "out_steps": triton.cdiv(span * problem.group_out, blocks.out),
+            "within_steps": ceil_div(problem.offset_channels, within),
+            "out_steps": ceil_div(span * problem.group_out, blocks.out),
         },
         {
             "ACTIVATION": epilogue.activation,
@@ -281,14 +283,14 @@ def plan_backward_weight(
     pixels = block(problem.out_pixels, 16 if out * rows >= 16384 else 32)
     blocks = _Blocks(out, *_tile(problem, rows), pixels)
     sets, within_steps = span.tiles(problem, blocks)
-    out_blocks = triton.cdiv(span.groups * problem.group_out, blocks.out)
+    out_blocks = ceil_div(span.groups * problem.group_out, blocks.out)
     programs = out_blocks * sets * within_steps * problem.taps * span.count
     splits = problem.weight_splits(programs)
     out_channels, group_channels = problem.weight.shape[:2]
     new = problem.weight.new_empty if problem.batch > 0 else problem.weight.new_zeros
     partial = new((splits, problem.taps, out_channels, group_channels), dtype=torch.float32)
     bias_partial = new((splits, out_channels), dtype=torch.float32) if bias else None
-    pixel_blocks = triton.cdiv(problem.out_pixels, blocks.pixels)
+    pixel_blocks = ceil_div(problem.out_pixels, blocks.pixels)
     plan = Launch(
         planar_backward_kernels.backward_weight,
         programs * splits if problem.batch > 0 else 0,
@@ -301,7 +303,7 @@ def plan_backward_weight(
             "partial_ptr": partial,
             "bias_partial_ptr": bias_partial,
             "batch": problem.batch,
-            "share": triton.cdiv(problem.batch * pixel_blocks, splits),
+            "share": ceil_div(problem.batch * pixel_blocks, splits),
             **problem.sizes(),
             "span_groups": span.groups,
             "spans": span.count,
