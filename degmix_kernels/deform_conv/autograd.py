@@ -123,7 +123,7 @@ def _gradients(
     if in_place:
         grad_input.zero_()
     elif wants_input:
-        bytes_per_image += problem.input[:1].numel() * (4 if scale is None else 8)
+        bytes_per_image += problem.input[:1].numel() * (4 if scale is None else 8 + 4)
     fused = epilogue is not None  # the bias gradient then sums what the weight's kernel computes anyway
     sums_weight = sums_bias = None
 
