@@ -167,7 +167,9 @@ def store_result(
             share = count.to(tl.float32) / (BLOCK // 2 + count)
             difference = tl.where(count > 0, right_mean - mean, 0.0)
             mean += difference * share
-            squares += tl.where(count > 0, right_squares, 0.0) + difference * difference * share * (BLOCK // 2)
+            squares += tl.where(count > 0, right_squares, 0.0) + difference * difference * share * (
+                BLOCK // 2
+            )
     else:
         pixel = pixel_start + tl.arange(0, BLOCK)[None, :]
         if INDEX_64:

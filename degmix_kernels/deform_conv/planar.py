@@ -160,7 +160,7 @@ def plan_forward(
             **blocks.constants(problem),
             "PART": min(16, blocks.pixels),
         },
-        num_warps=_warps(blocks.out * blocks.pixels, 1024),
+        num_warps=_warps(blocks.out * blocks.pixels, 512),
     )
 
 
@@ -175,7 +175,8 @@ def _forward_blocks(problem: Problem) -> _Blocks:
     span = _Span.of(problem, largest)
     out = block(span.groups * problem.group_out, largest)
     pixels = block(problem.out_pixels, 64 if wide else 32)
-    rows = block(span.channels, 32 if out * pixels >= 16384 else 16)
+    rows = 32 if out * pixels >= 16384 and not needs_64_bit(problem.offset[:1]) else 16
+    rows = block(span.channels, rows)
     return _Blocks(out, *_tile(problem, rows), pixels)
 
 
@@ -215,14 +216,17 @@ def plan_backward_samples(
     epilogue = epilogue or Epilogue()
     # The scatter keeps four corners of every sample alive, in registers: with 4 samples per thread two
     # programs of 8 warps share an SM (128 registers), with 8 samples one does (217), and 16 spill.
-    rows = block(problem.group_channels, 64 if problem.input.dtype != torch.float32 else 32)
+    wide = problem.input.dtype != torch.float32
+    largest, channels = 64 if wide else 32, problem.group_channels
+    # Of several groups, a tile should hold only one: rows divide their channels, if 16 do.
+    rows = block(channels if problem.groups == 1 else channels & -channels, largest)
     groups, within = _tile(problem, rows)
     # Conv groups that a tile's channels belong to.
     length, step = (groups * problem.offset_channels,) * 2
     if groups == 1:
         length, step = within, math.gcd(problem.offset_channels, within)
     span = min(problem.groups, _touched(length, step, problem.group_channels))
-    pixels = block(problem.out_pixels, min(32, 1024 // rows))
+    pixels = block(problem.out_pixels, min(32, (1024 if wide else 512) // rows))
     blocks = _Blocks(block(span * problem.group_out, 32), groups, within, pixels)
     sets = ceil_div(problem.offset_groups, groups)
     pixel_blocks = ceil_div(problem.out_pixels, blocks.pixels)
@@ -254,7 +258,7 @@ def plan_backward_samples(
             "SPANS": span > 1,
             **blocks.constants(problem),
         },
-        num_warps=_warps(blocks.rows * blocks.pixels, 128),
+        num_warps=_warps(blocks.rows * blocks.pixels, 128 if wide else 64),
     )
 
 
@@ -280,7 +284,7 @@ def plan_backward_weight(
     span = _Span.of(problem, 256 if wide else 128)
     out = block(span.groups * problem.group_out, 256 if wide else 128)
     rows = block(span.channels, 64 if wide else 32)
-    pixels = block(problem.out_pixels, 16 if out * rows >= 16384 else 32)
+    pixels = block(problem.out_pixels, 16 if out * rows >= 4096 else 32)
     blocks = _Blocks(out, *_tile(problem, rows), pixels)
     sets, within_steps = span.tiles(problem, blocks)
     out_blocks = ceil_div(span.groups * problem.group_out, blocks.out)
@@ -317,7 +321,7 @@ def plan_backward_weight(
             "SPANS": span.groups > 1,
             **blocks.constants(problem),
         },
-        num_warps=_warps(blocks.out * blocks.rows, 1024 if wide else 512),
+        num_warps=_warps(blocks.out * blocks.rows, 512),
     )
     return plan, partial, bias_partial
 

@@ -158,9 +158,7 @@ def backward_samples(
                 weight_valid = channel_valid[:, None] & out_valid[None, :]
                 if SPANS:
                     weight_valid = weight_valid & (weight_group[:, None] == out_group[None, :])
-                address = tensor_address(
-                    out[None, :], weight_channel, tap, group_channels, taps, WEIGHT_LAST
-                )
+                address = tensor_address(out[None, :], weight_channel, tap, group_channels, taps, WEIGHT_LAST)
                 weight = tl.load(weight_ptr + address, mask=weight_valid, other=0.0)  # (ROWS, BLOCK_OUT)
                 grad_out = load_gradient(
                     grad_ptr, pre_ptr, constant_ptr, linear_ptr,

@@ -94,13 +94,14 @@ def forward(
     out_valid = out < end_group * group_out
     out_group = out // group_out
 
-    group = first_offset_group + tl.arange(0, BLOCK_GROUPS)[:, None, None]
+    lanes = tl.arange(0, BLOCK_GROUPS)[:, None, None]
     if INDEX_64:
-        group = group.to(tl.int64)
-    valid = (group * offset_channels < channel_end) & pixel_valid
+        lanes = lanes.to(tl.int64)
+    group = first_offset_group + lanes
     offset_y, offset_x = load_offsets(
-        offset_ptr, group, 0, pixel, valid, offset_groups, taps, out_pixels, OFFSET_LAST
-    )
+        offset_ptr, group, 0, pixel, (group * offset_channels < channel_end) & pixel_valid,
+        offset_groups, taps, out_pixels, OFFSET_LAST,
+    )  # fmt: skip
     product = tl.zeros((BLOCK_OUT, BLOCK_PIXELS), tl.float32)
     for step in range(0, steps):
         tap = step % taps
@@ -127,23 +128,22 @@ def forward(
 
         # The offsets of the next step are on their way while this one gathers and multiplies: they are most
         # of what comes from memory, and known in advance.
-        this_y, this_x, this_group, this_valid = offset_y, offset_x, group, valid
-        next_start = first_offset_group + (step + 1) // (taps * within_steps) * BLOCK_GROUPS
-        group = next_start + tl.arange(0, BLOCK_GROUPS)[:, None, None]
-        if INDEX_64:
-            group = group.to(tl.int64)
-        valid = (group * offset_channels < channel_end) & pixel_valid
+        this_y, this_x = offset_y, offset_x
+        group = first_offset_group + (step + 1) // (taps * within_steps) * BLOCK_GROUPS + lanes
         offset_y, offset_x = load_offsets(
-            offset_ptr, group, (step + 1) % taps, pixel, valid, offset_groups, taps, out_pixels, OFFSET_LAST
-        )
+            offset_ptr, group, (step + 1) % taps, pixel, (group * offset_channels < channel_end) & pixel_valid,
+            offset_groups, taps, out_pixels, OFFSET_LAST,
+        )  # fmt: skip
 
+        group = group_start + lanes
         columns = sample(
             input_ptr, mask_ptr, this_y, this_x,
             first_y + tap // kernel_width * dilation_y, first_x + tap % kernel_width * dilation_x,
-            this_group, tap,
+            group, tap,
             tl.reshape(channel, (BLOCK_GROUPS, BLOCK_WITHIN, 1)),
             tl.reshape(channel_valid, (BLOCK_GROUPS, BLOCK_WITHIN, 1)),
-            pixel, this_valid, channels, offset_groups, height, width, taps, out_pixels,
+            pixel, (group * offset_channels < channel_end) & pixel_valid, channels, offset_groups,
+            height, width, taps, out_pixels,
             INPUT_LAST, MASK_LAST, INDEX_64,
         )  # fmt: skip
         columns = tl.reshape(columns, (BLOCK_GROUPS * BLOCK_WITHIN, BLOCK_PIXELS))

@@ -145,8 +145,6 @@ def sample(
     )  # fmt: skip
     columns = blend(value_00, value_01, value_10, value_11, fraction_y, fraction_x)
     if mask_ptr is not None:
-        modulation = tensor_address(
-            0, group * taps + tap, pixel, offset_groups * taps, out_pixels, MASK_LAST
-        )
+        modulation = tensor_address(0, group * taps + tap, pixel, offset_groups * taps, out_pixels, MASK_LAST)
         columns *= tl.load(mask_ptr + modulation, mask=valid, other=0.0).to(tl.float32)
     return tl.where(channel_valid, columns, 0.0)  # a NaN offset reaches the padding of its group, too

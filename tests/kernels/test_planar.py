@@ -41,7 +41,8 @@ class Case:
     @property
     def out_size(self) -> tuple[int, int]:
         return tuple(
-            (self.size[i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i]
+            (self.size[i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1)
+            // self.stride[i]
             + 1
             for i in (0, 1)
         )
@@ -109,9 +110,20 @@ CASES = {
     "depthwise": Case(20, 20, 4, groups=20, kernel=(1, 2), masked=True, size=(3, 3)),
     "depthwise, one offset group": Case(19, 38, 1, groups=19, kernel=(2, 1), last="input weight"),
     "groups across offset groups": Case(
-        6, 4, 3, groups=2, kernel=(3, 2), stride=(2, 1), padding=(1, 0), dilation=(2, 1), size=(6, 5), masked=True
+        6,
+        4,
+        3,
+        groups=2,
+        kernel=(3, 2),
+        stride=(2, 1),
+        padding=(1, 0),
+        dilation=(2, 1),
+        size=(6, 5),
+        masked=True,
     ),
-    "17 channels per offset group": Case(34, 17, 2, groups=17, kernel=(1, 2), masked=True, batch=1, size=(3, 3)),
+    "17 channels per offset group": Case(
+        34, 17, 2, groups=17, kernel=(1, 2), masked=True, batch=1, size=(3, 3)
+    ),
     "65 channels per offset group": Case(65, 65, 1, groups=65, kernel=(1, 1), padding=(0, 0), size=(2, 3)),
     "groups of 24, offset groups of 16": Case(48, 4, 3, groups=2, kernel=(1, 2), batch=1),
     "more than a block of out channels": Case(3, 270, 3, kernel=(1, 1), padding=(0, 0), size=(2, 3), batch=1),
@@ -291,7 +303,9 @@ def test_fixed_point_input_gradient(name: str, device: torch.device) -> None:
     assert planar.fixed_point_scale(case.problem(tensors), grad * 0) == 2.0**126
 
 
-@pytest.mark.parametrize("name", ["per-channel 1x1", "depthwise", "groups across offset groups", "8 groups of 3"])
+@pytest.mark.parametrize(
+    "name", ["per-channel 1x1", "depthwise", "groups across offset groups", "8 groups of 3"]
+)
 def test_undefined_values_stay_where_they_belong(name: str, device: torch.device) -> None:
     """NaN in an input, an offset, a gradient spoil exactly what they spoil in the reference; so do infinities."""
     case = replace(CASES[name], dtype=torch.float32, batch=2)
