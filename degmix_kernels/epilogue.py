@@ -1,7 +1,7 @@
 """What an op does with a result before it stores it: activation and statistics, and the way back.
 
-Forward, y = act(z); backward, dz = (g + constant + linear · y) · act'(z), where the two vectors, one value per
-channel, carry the gradients of the statistics: those of Σ y and Σ y²/2. Nothing but z is saved, and dz is
+Forward, y = act(z); backward, dz = (g + constant + linear · y) · act'(z), where the two vectors, one value
+per channel, carry the gradients of the statistics: those of Σ y and Σ y²/2. Nothing but z is saved, and dz is
 never written to memory. All arithmetic is fp32.
 """
 
@@ -86,8 +86,8 @@ def finish_statistics(statistics: Statistics, pixels: int) -> tuple[Tensor, Tens
 def normal(z):
     """Distribution function and density of the standard normal, from a single exponential.
 
-    The upper tail is density · t · polynomial(t), t = 1 / (1 + 0.24 |z|), fitted to erfc in fp64: exact to 3e-7,
-    and to 6e-6 of itself far out, where 1 + erf would have cancelled. A third of the work of erf and exp.
+    The tail is exp(-z²/2) · t · polynomial(t), t = 1 / (1 + 0.24 |z|), fitted to erfc in fp64. In fp32 it is
+    exact to 3e-7, and to 6e-6 of itself far out, where 1 + erf cancels; and it takes fewer steps.
     """
     t = 1.0 / (1.0 + 0.24 * tl.abs(z))
     tail = -0.050778927976238605 * t + 0.14352141327940449
@@ -145,9 +145,9 @@ def store_result(
     STATISTICS: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Store act(z), and z if wanted; mean and sum of squared deviations of act(z) over the tile's valid pixels.
+    """Store act(z), and z if wanted; return mean and sum of squared deviations of act(z) over valid pixels.
 
-    PART pixels are dealt with at a time: addresses, z and act(z) of a whole tile would not fit into registers.
+    PART pixels are dealt with at a time: addresses, z and act(z) of a whole tile would not fit registers.
     """
     BLOCK: tl.constexpr = z.shape[1]
     if BLOCK > PART:
@@ -201,7 +201,7 @@ def load_gradient(
     valid,  # (tile)
     ACTIVATION: tl.constexpr,
 ):
-    """A tile of dz = (g + constant + linear · act(z)) · act'(z), rounded to the dtype of g; 0 where not valid."""
+    """A tile of dz = (g + constant + linear · act(z)) · act'(z) in the dtype of g; 0 where not valid."""
     gradient = tl.load(grad_ptr + address, mask=valid, other=0.0)
     if (pre_ptr is None) and (constant_ptr is None):
         return gradient

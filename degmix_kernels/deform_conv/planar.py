@@ -7,105 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-
 from torch import Tensor
 
 from degmix_kernels import layout
 from degmix_kernels.deform_conv import planar_backward_kernels, planar_kernels
-from degmix_kernels.deform_conv.problem import Problem, block, ceil_div, precision
+from degmix_kernels.deform_conv.planar_blocks import Blocks, Span, layouts, tile, touched, warps
+from degmix_kernels.deform_conv.problem import Problem, block, ceil_div
 from degmix_kernels.epilogue import Epilogue, Statistics
 from degmix_kernels.launch import Launch, needs_64_bit
-
-# A span of groups larger than this shares no tiles: its block diagonal products would be mostly zeros.
-LARGEST_SPAN = 32
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """Block sizes of a launch."""
-
-    out: int
-    groups: int
-    within: int
-    pixels: int
-
-    @property
-    def rows(self) -> int:
-        """Channels of a tile."""
-        return self.groups * self.within
-
-    def constants(self, problem: Problem) -> dict[str, Any]:
-        """The kernel's constants that follow."""
-        return {
-            "PACKED": self.within == problem.offset_channels,
-            "BLOCK_OUT": self.out,
-            "BLOCK_GROUPS": self.groups,
-            "BLOCK_WITHIN": self.within,
-            "BLOCK_PIXELS": self.pixels,
-        }
-
-
-def _touched(length: int, step: int, size: int) -> int:
-    """The most blocks of ``size`` that an interval of ``length`` meets if it starts at a multiple of ``step``."""
-    return (size - math.gcd(step, size) + length - 1) // size + 1
-
-
-def _tile(problem: Problem, rows: int) -> tuple[int, int]:
-    """Offset groups and channels of each in a tile of ``rows``; padding takes less than half of it."""
-    within = block(problem.offset_channels, rows, smallest=1)
-    return rows // within, within
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Groups of the convolution that share the programs of the forward pass and of the weight gradient.
-
-    One group if it has 16 channels, else as many as it takes to fill a tile: whole offset groups of them, if
-    that is possible.
-    """
-
-    groups: int
-    count: int
-    channels: int
-
-    @classmethod
-    def of(cls, problem: Problem, largest_out: int) -> _Span:
-        group = problem.group_channels
-        unit = math.lcm(group, problem.offset_channels)
-        unit = unit if unit <= LARGEST_SPAN else group
-        wanted = unit * ceil_div(16, unit) // group if group < 16 else 1
-        groups = max(1, min(problem.groups, wanted, largest_out // problem.group_out))
-        return cls(groups, ceil_div(problem.groups, groups), groups * group)
-
-    def tiles(self, problem: Problem, blocks: _Blocks) -> tuple[int, int]:
-        """Tiles of a span: sets of offset groups, and blocks of channels within one."""
-        offset_groups = _touched(self.channels, self.channels, problem.offset_channels)
-        sets = ceil_div(min(problem.offset_groups, offset_groups), blocks.groups)
-        within = min(self.channels, problem.offset_channels)
-        return sets, 1 if blocks.groups > 1 else ceil_div(within, blocks.within)
-
-
-def _layouts(problem: Problem, output: Tensor) -> dict[str, Any]:
-    """The constants that tell the kernels what the tensors look like."""
-    mask = problem.mask
-
-    def image(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[:1]
-
-    return {
-        "INPUT_LAST": layout.is_channels_last(problem.input),
-        "OFFSET_LAST": layout.is_channels_last(problem.offset),
-        "MASK_LAST": mask is not None and layout.is_channels_last(mask),
-        "OUTPUT_LAST": layout.is_channels_last(output),
-        "PRECISION": precision(problem.input.dtype),
-        # Kernels add the image's own start, in 64 bits always.
-        "INDEX_64": needs_64_bit(
-            *(image(tensor) for tensor in (problem.input, problem.offset, mask, output))
-        ),
-    }
 
 
 def plan_forward(
@@ -119,8 +30,8 @@ def plan_forward(
     """Plan ``output = activation(deform_conv2d(...))``.
 
     Args:
-        problem: the call; its tensors dense, planar or channels_last; its weight contiguous, or channels_last,
-            which is faster with several taps.
+        problem: the call; its tensors dense, planar or channels_last; so its weight, which is faster
+            channels_last with several taps.
         bias: (Cout,) or None.
         output: to be filled, planar or channels_last.
         activation: one of ``epilogue.ACTIVATIONS``.
@@ -128,7 +39,7 @@ def plan_forward(
         statistics: to be filled, from ``new_statistics``; or None.
     """
     blocks = _forward_blocks(problem)
-    span = _Span.of(problem, blocks.out)
+    span = Span.of(problem, blocks.out)
     sets, within_steps = span.tiles(problem, blocks)
     out_blocks = ceil_div(span.groups * problem.group_out, blocks.out)
     pixel_blocks = ceil_div(problem.out_pixels, blocks.pixels)
@@ -154,17 +65,17 @@ def plan_forward(
         },
         {
             "ACTIVATION": activation,
-            **_layouts(problem, output),
+            **layouts(problem, output),
             "WEIGHT_LAST": layout.is_channels_last(problem.weight),
             "SPANS": span.groups > 1,
             **blocks.constants(problem),
             "PART": min(16, blocks.pixels),
         },
-        num_warps=_warps(blocks.out * blocks.pixels, 512),
+        numwarps=warps(blocks.out * blocks.pixels, 512),
     )
 
 
-def _forward_blocks(problem: Problem) -> _Blocks:
+def _forward_blocks(problem: Problem) -> Blocks:
     """Block sizes of the forward pass."""
     # Every block of out channels gathers the samples again, so it is as large as registers allow. Exact fp32
     # products keep their operands in registers, too. 256 × 64 sums on 16 warps take 32 registers of a thread,
@@ -172,17 +83,12 @@ def _forward_blocks(problem: Problem) -> _Blocks:
     # warps they need 170, 255 with an activation, and leave the SM half empty.
     wide = problem.input.dtype != torch.float32
     largest = 256 if wide else 128
-    span = _Span.of(problem, largest)
+    span = Span.of(problem, largest)
     out = block(span.groups * problem.group_out, largest)
     pixels = block(problem.out_pixels, 64 if wide else 32)
     rows = 32 if out * pixels >= 16384 and not needs_64_bit(problem.offset[:1]) else 16
     rows = block(span.channels, rows)
-    return _Blocks(out, *_tile(problem, rows), pixels)
-
-
-def _warps(elements: int, of_a_warp: int) -> int:
-    """Warps for a tile: 4 to 16."""
-    return max(4, min(16, elements // of_a_warp))
+    return Blocks(out, *tile(problem, rows), pixels)
 
 
 def new_statistics(problem: Problem) -> Statistics:
@@ -220,14 +126,14 @@ def plan_backward_samples(
     largest, channels = 64 if wide else 32, problem.group_channels
     # Of several groups, a tile should hold only one: rows divide their channels, if 16 do.
     rows = block(channels if problem.groups == 1 else channels & -channels, largest)
-    groups, within = _tile(problem, rows)
+    groups, within = tile(problem, rows)
     # Conv groups that a tile's channels belong to.
     length, step = (groups * problem.offset_channels,) * 2
     if groups == 1:
         length, step = within, math.gcd(problem.offset_channels, within)
-    span = min(problem.groups, _touched(length, step, problem.group_channels))
+    span = min(problem.groups, touched(length, step, problem.group_channels))
     pixels = block(problem.out_pixels, min(32, (1024 if wide else 512) // rows))
-    blocks = _Blocks(block(span * problem.group_out, 32), groups, within, pixels)
+    blocks = Blocks(block(span * problem.group_out, 32), groups, within, pixels)
     sets = ceil_div(problem.offset_groups, groups)
     pixel_blocks = ceil_div(problem.out_pixels, blocks.pixels)
     return Launch(
@@ -253,12 +159,12 @@ def plan_backward_samples(
         {
             "ACTIVATION": epilogue.activation,
             "FIXED_POINT": scale is not None,
-            **_layouts(problem, grad),
+            **layouts(problem, grad),
             "WEIGHT_LAST": layout.is_channels_last(problem.weight),
             "SPANS": span > 1,
             **blocks.constants(problem),
         },
-        num_warps=_warps(blocks.rows * blocks.pixels, 128 if wide else 64),
+        numwarps=warps(blocks.rows * blocks.pixels, 128 if wide else 64),
     )
 
 
@@ -274,18 +180,18 @@ def plan_backward_weight(
         bias: whether the gradient of the bias is wanted.
 
     Returns:
-        The plan, the weight's partial sums for ``finish_weight``, and the bias's, (splits, Cout), or None. All
-        zeros without images.
+        The plan, the weight's partial sums for ``finish_weight``, and the bias's, (splits, Cout), or None;
+        all zeros without images.
     """
     epilogue = epilogue or Epilogue()
     # The gradient of the output is read, and the activation's slope computed, for every block of channels
     # again: the more rows the better. 256 × 64 sums on 16 warps leave room for 16 pixels.
     wide = problem.input.dtype != torch.float32
-    span = _Span.of(problem, 256 if wide else 128)
+    span = Span.of(problem, 256 if wide else 128)
     out = block(span.groups * problem.group_out, 256 if wide else 128)
     rows = block(span.channels, 64 if wide else 32)
-    pixels = block(problem.out_pixels, 16 if out * rows >= 4096 else 32)
-    blocks = _Blocks(out, *_tile(problem, rows), pixels)
+    pixels = block(problem.out_pixels, 16 if wide and out * rows >= 4096 else 32)
+    blocks = Blocks(out, *tile(problem, rows), pixels)
     sets, within_steps = span.tiles(problem, blocks)
     out_blocks = ceil_div(span.groups * problem.group_out, blocks.out)
     programs = out_blocks * sets * within_steps * problem.taps * span.count
@@ -317,11 +223,11 @@ def plan_backward_weight(
         },
         {
             "ACTIVATION": epilogue.activation,
-            **_layouts(problem, grad),
+            **layouts(problem, grad),
             "SPANS": span.groups > 1,
             **blocks.constants(problem),
         },
-        num_warps=_warps(blocks.out * blocks.rows, 512),
+        numwarps=warps(blocks.out * blocks.rows, 512),
     )
     return plan, partial, bias_partial
 
@@ -360,7 +266,7 @@ def _largest(tensor: Tensor) -> Tensor:
 
 
 def plan_examples(dtype: torch.dtype) -> list[Launch]:
-    """Every kind of launch the planar path makes, planned on meta tensors: what the compile check compiles."""
+    """Every kind of launch the planar path makes, planned on meta tensors, for the compile check."""
     plans = []
     for example in _EXAMPLES:
         plans += example.plans(dtype)

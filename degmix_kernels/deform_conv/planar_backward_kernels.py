@@ -163,7 +163,8 @@ def backward_samples(
                 grad_out = load_gradient(
                     grad_ptr, pre_ptr, constant_ptr, linear_ptr,
                     tensor_address(0, out[:, None], out_pixel, out_channels, out_pixels, OUTPUT_LAST),
-                    out[:, None], out_valid[:, None], out_valid[:, None] & (out_pixel < out_pixels), ACTIVATION,
+                    out[:, None], out_valid[:, None], out_valid[:, None] & (out_pixel < out_pixels),
+                    ACTIVATION,
                 )  # (BLOCK_OUT, BLOCK_PIXELS)  # fmt: skip
                 gradient = multiply_groups(
                     weight, grad_out, gradient, channel[:, None] // group_channels, out_group[:, None],
@@ -338,8 +339,8 @@ def backward_weight(
         )  # fmt: skip
         columns = tl.reshape(columns, (BLOCK_GROUPS * BLOCK_WITHIN, BLOCK_PIXELS)).to(grad_out.dtype)
         gradient = multiply(grad_out, tl.trans(columns), gradient, PRECISION)
-        if bias_partial_ptr is not None:
-            if sums_bias:
+        if bias_partial_ptr is not None:  # settled when the kernel is compiled
+            if sums_bias:  # noqa: SIM102
                 grad_bias += tl.sum(grad_out.to(tl.float32), axis=1, keep_dims=True)
 
     weight_group = channel // group_channels
@@ -350,6 +351,6 @@ def backward_weight(
     address = out * group_channels + (channel - weight_group * group_channels)[None, :]
     tl.store(partial_ptr + address, gradient, mask=stored)
     if bias_partial_ptr is not None:
-        if sums_bias:
+        if sums_bias:  # noqa: SIM102
             bias_partial_ptr += split.to(tl.int64) * out_channels
             tl.store(bias_partial_ptr + out, grad_bias, mask=out_valid)

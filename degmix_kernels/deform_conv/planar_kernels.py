@@ -131,8 +131,8 @@ def forward(
         this_y, this_x = offset_y, offset_x
         group = first_offset_group + (step + 1) // (taps * within_steps) * BLOCK_GROUPS + lanes
         offset_y, offset_x = load_offsets(
-            offset_ptr, group, (step + 1) % taps, pixel, (group * offset_channels < channel_end) & pixel_valid,
-            offset_groups, taps, out_pixels, OFFSET_LAST,
+            offset_ptr, group, (step + 1) % taps, pixel,
+            (group * offset_channels < channel_end) & pixel_valid, offset_groups, taps, out_pixels, OFFSET_LAST,
         )  # fmt: skip
 
         group = group_start + lanes

@@ -1,8 +1,8 @@
 """Tiles of the planar deformable convolution: their channels, offsets, samples and products.
 
-A tile is BLOCK_GROUPS offset groups × BLOCK_WITHIN channels of each × BLOCK_PIXELS pixels. Its coordinates are
-those of a (BLOCK_GROUPS, 1, BLOCK_PIXELS) tile, so channels that share offsets share the work on them. For a
-matrix product the first two axes become one: ROWS = BLOCK_GROUPS · BLOCK_WITHIN. Neighbouring lanes hold
+A tile is BLOCK_GROUPS offset groups × BLOCK_WITHIN channels of each × BLOCK_PIXELS pixels. Its coordinates
+are those of a (BLOCK_GROUPS, 1, BLOCK_PIXELS) tile, so channels that share offsets share the work on them. For
+a matrix product the first two axes become one: ROWS = BLOCK_GROUPS · BLOCK_WITHIN. Neighbouring lanes hold
 neighbouring pixels and, in planar tensors, read neighbouring addresses.
 
 A block of several offset groups always holds all of their channels (BLOCK_WITHIN ≥ offset_channels); PACKED
@@ -131,7 +131,7 @@ def sample(
     MASK_LAST: tl.constexpr,
     INDEX_64: tl.constexpr,
 ):
-    """A tile of columns, (BLOCK_GROUPS, BLOCK_WITHIN, BLOCK_PIXELS): samples times mask, 0 where not valid."""
+    """Columns, (BLOCK_GROUPS, BLOCK_WITHIN, BLOCK_PIXELS): samples times mask, 0 where not valid."""
     low_y, low_x, fraction_y, fraction_x = locate(
         offset_y.to(tl.float32), offset_x.to(tl.float32), base_y, base_x, height, width
     )

@@ -1,4 +1,4 @@
-"""The planar kernels of the deformable convolution, driven through their plans, against the fp64 reference."""
+"""The planar kernels of the deformable convolution, by their plans, against the fp64 reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from degmix_kernels.activation import activate
-from degmix_kernels.deform_conv import planar, planar_backward_kernels, planar_kernels, reference
+from degmix_kernels.deform_conv import (
+    planar,
+    planar_backward_kernels,
+    planar_blocks,
+    planar_kernels,
+    reference,
+)
 from degmix_kernels.deform_conv.problem import Problem
 from degmix_kernels.epilogue import Epilogue, Statistics, finish_statistics
 from degmix_kernels.launch import run
@@ -185,7 +191,7 @@ def test_values_and_gradients(name: str, device: torch.device) -> None:
 def test_addresses_of_both_widths(
     name: str, wide: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planar, "needs_64_bit", lambda *tensors: wide)
+    monkeypatch.setattr(planar_blocks, "needs_64_bit", lambda *tensors: wide)
     test_values_and_gradients(name, device)
     tensors = CASES[name].draw(device)
     plan = planar.plan_forward(CASES[name].problem(tensors), None, tensors["grad"])
@@ -307,7 +313,7 @@ def test_fixed_point_input_gradient(name: str, device: torch.device) -> None:
     "name", ["per-channel 1x1", "depthwise", "groups across offset groups", "8 groups of 3"]
 )
 def test_undefined_values_stay_where_they_belong(name: str, device: torch.device) -> None:
-    """NaN in an input, an offset, a gradient spoil exactly what they spoil in the reference; so do infinities."""
+    """NaN in input, offset and gradient spoils what it spoils in the reference, no more; so does infinity."""
     case = replace(CASES[name], dtype=torch.float32, batch=2)
     tensors = case.draw(device)
     tensors["input"][0, 1, 2, 2] = torch.nan
@@ -353,7 +359,7 @@ def test_epilogue_needs_what_it_reads() -> None:
 
 
 def test_tiles_waste_less_than_half() -> None:
-    """Rows of all tiles of a span are at most twice its channels, but for the least a matrix product takes."""
+    """Rows of all tiles of a span are at most twice its channels, or 16, the least a product takes."""
     for offset_channels in range(1, 16):
         for groups in (1, 8 * offset_channels, 4):
             case = Case(8 * offset_channels, 8 * offset_channels, 8, groups=groups, kernel=(1, 1))
