@@ -9,6 +9,11 @@ def is_channels_last(tensor: Tensor) -> bool:
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a 4-D tensor is contiguous or channels_last."""
+    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def dense(tensor: Tensor) -> Tensor:
     """The tensor itself if it is contiguous or channels_last, else a contiguous copy."""
-    return tensor if is_channels_last(tensor) else tensor.contiguous()
+    return tensor if is_dense(tensor) else tensor.contiguous()

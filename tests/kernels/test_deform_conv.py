@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from degmix_kernels import DeformConv2d, DeformMix, deform_conv2d, deform_mix, launch, use_backend
-from degmix_kernels.deform_conv import autograd, planar, reference
+from degmix_kernels.deform_conv import autograd, execution, planar, reference
 from degmix_kernels.deform_conv.problem import Problem
 from degmix_kernels.testing import assert_close, relative_l2
 
@@ -130,16 +130,15 @@ def test_64_bit_addresses(device: torch.device, monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_no_work_for_unwanted_gradients(
-    wanted: tuple[str, ...], expected: list[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
+    wanted: tuple[str, ...], expected: list[str], device: torch.device
 ) -> None:
     given = per_channel_call(device)
     for name in wanted:
         given[name].requires_grad_()
     with use_backend("triton"):
         output = deform_conv2d(**given)
-    launches = []
-    monkeypatch.setattr(autograd, "run", lambda plan, device: launches.append(plan))
-    torch.autograd.grad(output, [given[name] for name in wanted], torch.ones_like(output))
+    with recorded_launches(execute=False) as launches:
+        torch.autograd.grad(output, [given[name] for name in wanted], torch.ones_like(output))
     assert [plan.kernel.__name__ for plan in launches] == expected
     for plan in launches:
         for name in ("input", "offset", "mask"):
@@ -217,15 +216,11 @@ def test_parts_of_the_batch(device: torch.device, monkeypatch: pytest.MonkeyPatc
     values = [value.to(device) for value in draw(0, *shapes, dtype=torch.float32)]
     results = []
     for share in (1e-9, 0.05, 1e9):
-        monkeypatch.setattr(autograd, "PART_SHARE", share)
-        launches = []
-        monkeypatch.setattr(
-            autograd, "run", lambda plan, device, seen=launches: (seen.append(plan), launch.run(plan, device))
-        )
+        monkeypatch.setattr(execution, "PART_SHARE", share)
         leaves = [value.clone().requires_grad_() for value in values]
-        with use_backend("triton"):
+        with use_backend("triton"), recorded_launches() as launches:
             output = deform_conv2d(*leaves[:4], padding=1, mask=leaves[4])
-        results.append((launches, [output, *gradients(output, leaves, torch.ones_like(output))]))
+            results.append((launches, [output, *gradients(output, leaves, torch.ones_like(output))]))
     # Forward launches once per part, backward twice; a copied image is 1/45 of the columns, its sums another.
     assert [len(launches) for launches, _ in results] == [5 + 10, 3 + 10, 1 + 2]
     for _, part in results[:2]:
