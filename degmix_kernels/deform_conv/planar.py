@@ -71,7 +71,7 @@ def plan_forward(
             **blocks.constants(problem),
             "PART": min(16, blocks.pixels),
         },
-        numwarps=warps(blocks.out * blocks.pixels, 512),
+        num_warps=warps(blocks.out * blocks.pixels, 512),
     )
 
 
@@ -164,7 +164,7 @@ def plan_backward_samples(
             "SPANS": span > 1,
             **blocks.constants(problem),
         },
-        numwarps=warps(blocks.rows * blocks.pixels, 128 if wide else 64),
+        num_warps=warps(blocks.rows * blocks.pixels, 128 if wide else 64),
     )
 
 
@@ -227,7 +227,7 @@ def plan_backward_weight(
             "SPANS": span.groups > 1,
             **blocks.constants(problem),
         },
-        numwarps=warps(blocks.out * blocks.rows, 512),
+        num_warps=warps(blocks.out * blocks.rows, 512),
     )
     return plan, partial, bias_partial
 

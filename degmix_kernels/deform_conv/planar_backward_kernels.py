@@ -339,8 +339,8 @@ def backward_weight(
         )  # fmt: skip
         columns = tl.reshape(columns, (BLOCK_GROUPS * BLOCK_WITHIN, BLOCK_PIXELS)).to(grad_out.dtype)
         gradient = multiply(grad_out, tl.trans(columns), gradient, PRECISION)
-        if bias_partial_ptr is not None:  # settled when the kernel is compiled
-            if sums_bias:  # noqa: SIM102
+        if bias_partial_ptr is not None:  # noqa: SIM102  (settled when the kernel is compiled)
+            if sums_bias:
                 grad_bias += tl.sum(grad_out.to(tl.float32), axis=1, keep_dims=True)
 
     weight_group = channel // group_channels
@@ -350,7 +350,7 @@ def backward_weight(
     partial_ptr += (split.to(tl.int64) * taps + tap) * out_channels * group_channels
     address = out * group_channels + (channel - weight_group * group_channels)[None, :]
     tl.store(partial_ptr + address, gradient, mask=stored)
-    if bias_partial_ptr is not None:
-        if sums_bias:  # noqa: SIM102
+    if bias_partial_ptr is not None:  # noqa: SIM102
+        if sums_bias:
             bias_partial_ptr += split.to(tl.int64) * out_channels
             tl.store(bias_partial_ptr + out, grad_bias, mask=out_valid)

@@ -132,7 +132,8 @@ def forward(
         group = first_offset_group + (step + 1) // (taps * within_steps) * BLOCK_GROUPS + lanes
         offset_y, offset_x = load_offsets(
             offset_ptr, group, (step + 1) % taps, pixel,
-            (group * offset_channels < channel_end) & pixel_valid, offset_groups, taps, out_pixels, OFFSET_LAST,
+            (group * offset_channels < channel_end) & pixel_valid,
+            offset_groups, taps, out_pixels, OFFSET_LAST,
         )  # fmt: skip
 
         group = group_start + lanes

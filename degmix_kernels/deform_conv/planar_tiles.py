@@ -1,9 +1,9 @@
 """Tiles of the planar deformable convolution: their channels, offsets, samples and products.
 
 A tile is BLOCK_GROUPS offset groups × BLOCK_WITHIN channels of each × BLOCK_PIXELS pixels. Its coordinates
-are those of a (BLOCK_GROUPS, 1, BLOCK_PIXELS) tile, so channels that share offsets share the work on them. For
-a matrix product the first two axes become one: ROWS = BLOCK_GROUPS · BLOCK_WITHIN. Neighbouring lanes hold
-neighbouring pixels and, in planar tensors, read neighbouring addresses.
+are those of a (BLOCK_GROUPS, 1, BLOCK_PIXELS) tile, so channels that share offsets share the work on them.
+For a matrix product the first two axes become one: ROWS = BLOCK_GROUPS · BLOCK_WITHIN. Neighbouring lanes
+hold neighbouring pixels and, in planar tensors, read neighbouring addresses.
 
 A block of several offset groups always holds all of their channels (BLOCK_WITHIN ≥ offset_channels); PACKED
 says that it holds nothing else.

@@ -62,7 +62,7 @@ def resources(compiled: triton.compiler.CompiledKernel, target: GPUTarget) -> di
         spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1]
         stack = re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)[1]
         registers, spilled = counts["vgpr_count"], int(spills) + int(stack)
-        matrix = "v_mfma" in text
+        matrix = older = "v_mfma" in text
     else:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
@@ -73,12 +73,13 @@ def resources(compiled: triton.compiler.CompiledKernel, target: GPUTarget) -> di
         registers, spilled = int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
         # Hopper's and Blackwell's own instructions, not the mma.sync of the generations before.
         own = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(target.arch, "mma.sync")
-        matrix = own in compiled.asm["ptx"]
+        matrix, older = (name in compiled.asm["ptx"] for name in (own, "mma.sync"))
     return {
         "registers": registers,
         "spilled": spilled,
         "shared": compiled.metadata.shared,
         "matrix": matrix,
+        "older_matrix": older,
         **({} if target.backend == "hip" else widths(compiled.asm["ptx"])),
     }
 

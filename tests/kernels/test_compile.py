@@ -35,8 +35,11 @@ def test_compiles_without_spills(target: tuple[str, str]) -> None:
     for line in lines:
         assert line["spilled"] == 0, line
         assert line["shared"] <= SHARED[target], line
-        # Half precision products run on the matrix units of the target's own generation.
-        assert line["matrix"] or line["dtype"] == "float32", line
+        # Half precision products run on the matrix units, by the instructions of the target's own generation.
+        # Those have no use for 16 out channels or, on Blackwell, 16 warps, which the planar kernels need:
+        # bytes, not products, are what these wait for.
+        matrix = line["matrix"] or ("(general)" not in line["op"] and line["older_matrix"])
+        assert matrix or line["dtype"] == "float32", line
     if target == ("cuda", "90"):
         aligned = [line for line in lines if "(general)" in line["op"] and line["sizes"]["segment"] % 32 == 0]
         assert {line["kernel"] for line in aligned} == {"forward", "backward_samples", "backward_weight"}
