@@ -52,7 +52,8 @@ def multiply_groups(
     """accumulator + left · right, where no NaN or infinity of one group reaches another's rows."""
     if not SPANS:
         return multiply(left, right, accumulator, PRECISION)
-    if tl.max(tl.max(((right - right) != 0).to(tl.int32), axis=1), axis=0) == 0:
+    wide = right.to(tl.float32)
+    if tl.max(tl.max(((wide - wide) != 0).to(tl.int32), axis=1), axis=0) == 0:
         accumulator = multiply(left, right, accumulator, PRECISION)
     else:
         for step in range(0, group_count):

@@ -1,9 +1,18 @@
-"""What several tests of deformable convolution start from."""
+"""What several tests of deformable convolution start from: calls, their tensors, their gradients."""
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from degmix_kernels import use_backend
+from degmix_kernels.launch import Launch
 
 F64 = torch.float64
 
@@ -30,3 +39,117 @@ def per_channel_call(
     }
     values = draw(3, *shapes.values(), dtype=dtype)
     return {name: value.to(device) for name, value in zip(shapes, values, strict=True)}
+
+
+@dataclass(frozen=True)
+class Call:
+    """The sizes of one call of ``deform_conv2d``; pairs are (vertical, horizontal)."""
+
+    batch: int
+    channels: int
+    out_channels: int
+    size: tuple[int, int]
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    offset_groups: int = 1
+    masked: bool = True
+    biased: bool = True
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        def extent(axis: int) -> int:
+            reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+            return (self.size[axis] + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
+
+        return extent(0), extent(1)
+
+    @property
+    def path(self) -> str:
+        """Which kernels this call is meant for, as issue and README put it."""
+        if math.gcd(self.channels // self.groups, self.channels // self.offset_groups) >= 16:
+            return "general"
+        return "per-channel" if self.taps == 1 and self.offset_groups == self.channels else "between"
+
+    @property
+    def columns(self) -> int:
+        """Elements of the column buffer that torchvision's op would allocate."""
+        return self.batch * self.channels * self.taps * math.prod(self.out_size)
+
+    @property
+    def reduction(self) -> int:
+        """Terms of the longest sum behind an element of the output or of a gradient."""
+        pixels = math.prod(self.out_size)
+        return max(self.batch * pixels, self.channels // self.groups * self.taps, self.out_channels)
+
+    @property
+    def geometry(self) -> dict[str, tuple[int, int]]:
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor argument → shape; bias and mask only where the call has them."""
+        shapes = {
+            "input": (self.batch, self.channels, *self.size),
+            "offset": (self.batch, 2 * self.offset_groups * self.taps, *self.out_size),
+            "weight": (self.out_channels, self.channels // self.groups, *self.kernel),
+        }
+        if self.biased:
+            shapes["bias"] = (self.out_channels,)
+        if self.masked:
+            shapes["mask"] = (self.batch, self.offset_groups * self.taps, *self.out_size)
+        return shapes
+
+    def tensors(
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        spread: float = 2.0,
+    ) -> dict[str, Tensor]:
+        """Normally distributed arguments, offsets ``spread`` pixels wide."""
+        shapes = self.shapes()
+        values = dict(zip(shapes, draw(seed, *shapes.values(), dtype=torch.float32), strict=True))
+        values["offset"] *= spread
+        return {name: value.to(dtype).to(device) for name, value in values.items()}
+
+
+# One small call for each path.
+PATHS = {
+    "general": Call(2, 32, 8, (4, 5), (2, 3), padding=(1, 1), offset_groups=2),
+    "per-channel": Call(2, 6, 4, (5, 6), groups=2, offset_groups=6),
+    "between": Call(2, 6, 4, (5, 6), (3, 2), stride=(2, 1), padding=(1, 0), groups=2, offset_groups=3),
+}
+
+
+def leaves_of(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Copies, laid out alike, that require gradients."""
+    return {
+        name: value.detach().clone().to(dtype or value.dtype).requires_grad_()
+        for name, value in tensors.items()
+    }
+
+
+@contextmanager
+def forced_triton() -> Iterator[None]:
+    """Force the Triton backend; a call that runs the reference all the same fails."""
+    with use_backend("triton"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no Triton kernel")
+        yield
+
+
+def kernels_of(launches: list[Launch]) -> set[str]:
+    """ "general" and "planar", as the names of the files begin that the launched kernels are written in."""
+    return {plan.kernel.fn.__module__.rpartition(".")[2].partition("_")[0] for plan in launches}
+
+
+def expected_kernels(call: Call) -> set[str]:
+    """What ``kernels_of`` must give for the launches of a call."""
+    if call.batch == 0:
+        return set()
+    return {"general" if call.path == "general" else "planar"}

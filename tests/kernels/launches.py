@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest.mock import patch
+
+from torch import Tensor
 
 from degmix_kernels import launch
 from degmix_kernels.launch import Launch
@@ -12,21 +15,18 @@ from degmix_kernels.launch import Launch
 
 @contextmanager
 def recorded_launches(execute: bool = True) -> Iterator[list[Launch]]:
-    """Collect every launch made inside, in order; with ``execute=False`` none of them runs.
+    """Collect every launch made inside, in order, without its tensors, so that they live no longer than ever.
 
-    Results are then whatever the memory held, which is enough to see what a call allocates.
+    With ``execute=False`` none of them runs. Results are then whatever the memory held, which is enough to
+    see what a call allocates.
     """
     seen, original = [], launch._launch
 
     def record(plan: Launch) -> None:
-        seen.append(plan)
+        numbers = {name: value for name, value in plan.arguments.items() if not isinstance(value, Tensor)}
+        seen.append(replace(plan, arguments=numbers))
         if execute:
             original(plan)
 
     with patch.object(launch, "_launch", record):
         yield seen
-
-
-def kernel_file(plan: Launch) -> str:
-    """Name of the file a launch's kernel is written in, without its folder and ending."""
-    return plan.kernel.fn.__module__.rpartition(".")[2]

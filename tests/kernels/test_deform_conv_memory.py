@@ -1,0 +1,119 @@
+"""Memory of ``deform_conv2d`` on Triton: what is kept for the backward pass, and what is needed on the way.
+
+Launches allocate nothing, so they are left out and fake tensors will do: nothing here needs memory or a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from allocations import Allocations, describe
+from deform_conv_cases import PATHS, Call, expected_kernels, forced_triton, kernels_of
+from launches import recorded_launches
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from degmix_kernels import deform_conv2d
+
+LAYOUTS = ("contiguous", "channels_last", "strided")
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """A 4-D tensor in a layout; strided: every other element of its last axis, as a slice leaves it."""
+    if tensor.dim() != 4 or layout == "contiguous":
+        return tensor
+    if layout == "channels_last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return torch.stack([tensor, tensor], -1)[..., 0]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("path", PATHS)
+def test_only_the_inputs_are_saved(path: str, layout: str, masked: bool, deterministic: bool) -> None:
+    call = replace(PATHS[path], masked=masked)
+    leaves = {name: laid_out(value, layout).requires_grad_() for name, value in call.tensors().items()}
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with (
+            forced_triton(),
+            recorded_launches(execute=False) as launches,
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            output = deform_conv2d(**leaves, **call.geometry)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert kernels_of(launches) == expected_kernels(call)
+    inputs = {leaf.untyped_storage().data_ptr(): name for name, leaf in leaves.items()}
+    kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
+    extra = {pointer: size for pointer, size in kept.items() if pointer not in inputs}
+    assert not extra, f"{sum(extra.values())} bytes saved beside the inputs"
+    assert {inputs[pointer] for pointer in kept} == set(leaves) - {"bias"}
+    # Nor does anything hide from the hooks: neither on the node of the graph, nor in what it points to.
+    node = vars(output.grad_fn)
+    assert not [name for name, value in node.items() if isinstance(value, Tensor)], node
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+REALISTIC = {
+    "3x3, 256 channels, 56², N=32": Call(32, 256, 256, (56, 56), (3, 3), padding=(1, 1)),
+    "3x3, 256 channels, 100×168, N=8": Call(8, 256, 256, (100, 168), (3, 3), padding=(1, 1)),
+    "3x3, 64 channels in 16 offset groups, 180×320, N=8": Call(
+        8, 64, 64, (180, 320), (3, 3), padding=(1, 1), offset_groups=16
+    ),
+    "3x3, 256 channels, depthwise, 56², N=32": Call(
+        32, 256, 256, (56, 56), (3, 3), padding=(1, 1), groups=256, masked=False
+    ),
+    "per channel, NYUD, N=8": Call(8, 256, 256, (107, 140), offset_groups=256, masked=False),
+}
+
+
+def allowance(call: Call, dtype: torch.dtype, deterministic: bool) -> int:
+    """Bytes that temporaries may take: a twentieth of the column buffer, or what one image needs if more.
+
+    One image needs its input in another layout, and a sum for each of its elements: fp32, or 64-bit integers
+    and the result of their conversion.
+    """
+    image = call.channels * call.size[0] * call.size[1]
+    return max(call.columns * dtype.itemsize // 20, image * (dtype.itemsize + (12 if deterministic else 4)))
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", REALISTIC)
+def test_temporaries_are_small(name: str, dtype: str, layout: str, deterministic: bool) -> None:
+    """At most 5 % of the column buffer, or what one image needs; a failure names what was alive."""
+    call, kind = REALISTIC[name], DTYPES[dtype]
+    limit, whole = allowance(call, kind, deterministic), call.columns * kind.itemsize
+    peaks = {}
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with FakeTensorMode(), forced_triton(), recorded_launches(execute=False) as launches:
+            shapes = call.shapes() | {"grad": (call.batch, call.out_channels, *call.out_size)}
+            tensors = {key: laid_out(torch.empty(shape, dtype=kind), layout) for key, shape in shapes.items()}
+            grad = tensors.pop("grad")
+            leaves = {key: value.requires_grad_() for key, value in tensors.items()}
+            with Allocations(*leaves.values()) as forward:
+                output = deform_conv2d(**leaves, **call.geometry)
+            peaks["forward"] = forward.peak([output])
+            kept = forward.alive() - output.nbytes
+            with Allocations(output, grad, *leaves.values()) as backward:
+                gradients = torch.autograd.grad(output, list(leaves.values()), grad)
+            peaks["backward"] = backward.peak(gradients)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert kernels_of(launches) == expected_kernels(call)
+    assert kept == 0, f"{kept} bytes stay allocated after the forward pass"
+    for phase, (size, alive) in peaks.items():
+        words = describe(size, whole, alive)
+        assert size <= limit, f"{phase}: temporaries take {words}\nat most {limit / 2**20:.1f} MiB"
