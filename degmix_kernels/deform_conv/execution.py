@@ -136,7 +136,7 @@ def fill_gradients(
     if in_place:
         grad_input.zero_()
     elif wants_input:
-        bytes_per_image += problem.input[:1].numel() * (4 if scale is None else 8 + 4)
+        bytes_per_image += problem.input[:1].numel() * (4 if scale is None else 8)
     fused = epilogue is not None  # the bias gradient then sums what the weight's kernel computes anyway
     totals = None  # sums of the weight's, then the bias's partial sums
 
@@ -153,7 +153,10 @@ def fill_gradients(
             offsets, masks = (None if each is None else each[images] for each in (grad_offset, grad_mask))
             run(path.plan_backward_samples(part, grad_part, sums, offsets, masks, scale, *extra), grad.device)
             if wants_input and not in_place:
-                grad_input[images] = sums if scale is None else sums * scale.reciprocal()
+                if scale is None:
+                    grad_input[images] = sums
+                else:
+                    torch.mul(sums, scale.reciprocal(), out=grad_input[images])
             del sums
         if wants_weight or (wants_bias and fused):
             plan, *partials = path.plan_backward_weight(

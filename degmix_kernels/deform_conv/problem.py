@@ -18,6 +18,8 @@ WEIGHT_PROGRAMS = 512
 # a part of the batch that is copied or summed in fp32, and to the partial sums of the weight gradient.
 PART_SHARE = 1 / 32
 WEIGHT_SHARE = 1 / 64
+# Partial sums may always take this many bytes: a 1×1 kernel has few columns, and a GPU wants to be busy.
+WEIGHT_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ class Problem:
         """
         busy = ceil_div(WEIGHT_PROGRAMS, programs)
         bytes_of_one = self.weight.numel() * 4
-        small = int(WEIGHT_SHARE * self.columns * self.input.element_size() / bytes_of_one)
+        small = WEIGHT_SHARE * self.columns * self.input.element_size()
+        small = int(max(small, WEIGHT_BYTES) / bytes_of_one)
         return max(1, min(busy, small))
 
 

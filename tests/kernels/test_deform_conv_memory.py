@@ -5,6 +5,7 @@ Launches allocate nothing, so they are left out and fake tensors will do: nothin
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -77,14 +78,20 @@ REALISTIC = {
 }
 
 
-def allowance(call: Call, dtype: torch.dtype, deterministic: bool) -> int:
+def allowance(call: Call, dtype: torch.dtype, deterministic: bool, layout: str) -> int:
     """Bytes that temporaries may take: a twentieth of the column buffer, or what one image needs if more.
 
-    One image needs its input in another layout, and a sum for each of its elements: fp32, or 64-bit integers
-    and the result of their conversion.
+    One image needs its input in another layout, and a sum for each of its elements, fp32 or 64-bit integers;
+    where they are strided, dense copies of its other tensors; the weight in another layout, its sums; and
+    the scale of the integers.
     """
-    image = call.channels * call.size[0] * call.size[1]
-    return max(call.columns * dtype.itemsize // 20, image * (dtype.itemsize + (12 if deterministic else 4)))
+    image = call.channels * math.prod(call.size)
+    weight = call.out_channels * call.channels // call.groups * call.taps
+    needs = image * (dtype.itemsize + (8 if deterministic else 4)) + weight * (dtype.itemsize + 4) + 16
+    if layout == "strided":
+        maps = 3 * call.offset_groups * call.taps + call.out_channels  # offset, mask and gradient
+        needs += maps * math.prod(call.out_size) * dtype.itemsize
+    return max(call.columns * dtype.itemsize // 20, needs)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
@@ -94,7 +101,7 @@ def allowance(call: Call, dtype: torch.dtype, deterministic: bool) -> int:
 def test_temporaries_are_small(name: str, dtype: str, layout: str, deterministic: bool) -> None:
     """At most 5 % of the column buffer, or what one image needs; a failure names what was alive."""
     call, kind = REALISTIC[name], DTYPES[dtype]
-    limit, whole = allowance(call, kind, deterministic), call.columns * kind.itemsize
+    limit, whole = allowance(call, kind, deterministic, layout), call.columns * kind.itemsize
     peaks = {}
     torch.use_deterministic_algorithms(deterministic)
     try:
