@@ -2,7 +2,8 @@
 
 from degmix_kernels.attention import GatedAttention, LinearAttention, gated_attention, linear_attention
 from degmix_kernels.backend import can_run, use_backend
-from degmix_kernels.channel_mix import BatchNorm2d, ChannelMix, channel_mix
+from degmix_kernels.batch_norm import BatchNorm2d, batch_norm
+from degmix_kernels.channel_mix import ChannelMix, channel_mix
 from degmix_kernels.deform_conv import DeformConv2d, DeformMix, deform_conv2d, deform_mix, replace_deform_conv
 from degmix_kernels.gating import GatedMLP, SpatialGatingUnit, gated_mlp, spatial_gating_unit
 from degmix_kernels.task_attention import TaskAttention, task_attention
@@ -17,6 +18,7 @@ __all__ = [
     "LinearAttention",
     "SpatialGatingUnit",
     "TaskAttention",
+    "batch_norm",
     "can_run",
     "channel_mix",
     "deform_conv2d",

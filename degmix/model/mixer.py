@@ -40,7 +40,13 @@ class MixerLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H, W)."""
         x = self.channel_mix(x)
-        return x + self.norm(self.deform_mix(x, self.offsets(x)))
+        offset, norm = self.offsets(x), self.norm
+        if not isinstance(norm, BatchNorm2d):  # converted: nn.SyncBatchNorm gathers its statistics itself
+            return x + norm(self.deform_mix(x, offset))
+        if norm.uses_batch_statistics:
+            mixed, mean, variance = self.deform_mix(x, offset, statistics=True)
+            return norm(mixed, (mean, variance), residual=x)
+        return norm(self.deform_mix(x, offset), residual=x)
 
 
 class Offsets(nn.Module):

@@ -1,4 +1,4 @@
-"""The module around ``channel_mix``, and the BatchNorm it keeps."""
+"""The module around ``channel_mix``."""
 
 from __future__ import annotations
 
@@ -9,48 +9,9 @@ from torch import Tensor, nn
 
 from degmix_kernels import autocast, checks
 from degmix_kernels.activation import ACTIVATIONS
+from degmix_kernels.batch_norm.module import BatchNorm2d, step_momentum
 from degmix_kernels.channel_mix.op import channel_mix
-from degmix_kernels.channel_mix.reference import batch_norm, mix_and_activate
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` with the right gradient on a CPU at batch 1, whatever layout the gradient has.
-
-    Same arguments, state_dict and result; ``nn.SyncBatchNorm.convert_sync_batchnorm`` converts it like any
-    other. Half-precision input is normalised in fp32.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, H, W)."""
-        self._check_input_dim(input)
-        if self.uses_batch_statistics and input.numel() == input.shape[1]:
-            expected = "Expected more than 1 value per channel when training"
-            raise ValueError(f"{expected}, got input size {input.size()}")
-        with autocast.disabled(input.device):
-            return batch_norm(
-                input,
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                self.training,
-                step_momentum(self),
-                self.eps,
-            ).to(input.dtype)
-
-    @property
-    def uses_batch_statistics(self) -> bool:
-        """Whether the next call normalises with the batch's own statistics."""
-        return self.training or self.running_mean is None
-
-
-def step_momentum(norm: nn.modules.batchnorm._BatchNorm) -> float:
-    """Weight of the coming batch in the running statistics; counts the batch when in training."""
-    if norm.training and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:  # a cumulative average
-            return 1.0 / float(norm.num_batches_tracked)
-    return 0.0 if norm.momentum is None else norm.momentum
+from degmix_kernels.channel_mix.reference import mix_and_activate
 
 
 class ChannelMix(nn.Module):

@@ -129,9 +129,11 @@ class DeformMix(nn.Module):
         """Draw the parameters anew."""
         _initialise(self.weight, self.bias)
 
-    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
-        """(N, C, H, W), (N, 2·C, H, W) → (N, Cout, H, W)."""
-        return deform_mix(x, offset, self.weight, self.bias, self.activation)
+    def forward(
+        self, x: Tensor, offset: Tensor, statistics: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """(N, C, H, W), (N, 2·C, H, W) → (N, Cout, H, W), with its mean and biased variance if asked for."""
+        return deform_mix(x, offset, self.weight, self.bias, self.activation, statistics)
 
     def extra_repr(self) -> str:
         """Constructor arguments."""

@@ -46,6 +46,8 @@ def source(launch: Launch) -> ASTSource:
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             attributes[position] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32" if value <= INT32_MAX else "i64"
             if value % 16 == 0:
@@ -54,7 +56,7 @@ def source(launch: Launch) -> ASTSource:
 
 
 def resources(compiled: triton.compiler.CompiledKernel, target: GPUTarget) -> dict[str, Any]:
-    """Registers per thread, bytes or registers spilled, shared memory, use of matrix instructions, widths."""
+    """Registers per thread, bytes or registers spilled, shared memory, products on matrix units, widths."""
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         counts = {key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in ("vgpr_count", "agpr_count")}
@@ -78,6 +80,7 @@ def resources(compiled: triton.compiler.CompiledKernel, target: GPUTarget) -> di
         "registers": registers,
         "spilled": spilled,
         "shared": compiled.metadata.shared,
+        "products": "tt.dot" in compiled.asm["ttir"],
         "matrix": matrix,
         "older_matrix": older,
         **({} if target.backend == "hip" else widths(compiled.asm["ptx"])),

@@ -1,0 +1,177 @@
+"""Triton kernels of ``batch_norm``: one pass forward, one backward, and the end of its sums.
+
+A tile is (channels, pixels); where an image's pixels follow each other in memory it is planar, else LAST:
+(pixels, channels) in memory, the images' pixels on one axis. ``UNIT`` divides the size of the axis that is
+contiguous, which arrives as a multiple of it, so that the compiler knows how wide it may load. Arithmetic
+and sums are fp32.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def vector(pointer, channel, valid):
+    """Values of the channels, fp32; 0 for those past the last."""
+    return tl.load(pointer + channel, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def scale_of(variance_ptr, weight_ptr, eps, channel, valid):
+    """weight / √(variance + eps) of the channels."""
+    scale = tl.rsqrt(vector(variance_ptr, channel, valid) + eps)
+    if weight_ptr is not None:
+        scale *= vector(weight_ptr, channel, valid)
+    return scale
+
+
+@triton.jit
+def forward(
+    x_ptr,
+    residual_ptr,  # laid out as x, or None
+    mean_ptr,
+    variance_ptr,
+    weight_ptr,  # or None
+    bias_ptr,  # or None
+    output_ptr,  # laid out as x
+    eps,
+    channels,
+    pixels,
+    channel_blocks,
+    pixel_blocks,
+    UNIT: tl.constexpr,
+    LAST: tl.constexpr,
+    INDEX_64: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+):
+    """(x − mean) · weight / √(variance + eps) + bias + residual of one tile."""
+    program = tl.program_id(0)
+    if INDEX_64:
+        program = program.to(tl.int64)
+    if LAST:  # neighbouring programs, neighbouring memory
+        channels *= UNIT
+        image = 0
+        pixel_block, channel_block = program // channel_blocks, program % channel_blocks
+    else:
+        pixels *= UNIT
+        plane, pixel_block = program // pixel_blocks, program % pixel_blocks
+        image, channel_block = plane // channel_blocks, plane % channel_blocks
+    channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[:, None]
+    pixel = pixel_block * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[None, :]
+    channel_valid = channel < channels
+    valid = channel_valid & (pixel < pixels)
+    address = pixel * channels + channel if LAST else (image * channels + channel) * pixels + pixel
+
+    # Subtracted before anything is scaled: of a large mean only the difference is rounded.
+    result = tl.load(x_ptr + address, mask=valid, other=0.0).to(tl.float32)
+    result -= vector(mean_ptr, channel, channel_valid)
+    result *= scale_of(variance_ptr, weight_ptr, eps, channel, channel_valid)
+    if bias_ptr is not None:
+        result += vector(bias_ptr, channel, channel_valid)
+    if residual_ptr is not None:
+        result += tl.load(residual_ptr + address, mask=valid, other=0.0).to(tl.float32)
+    tl.store(output_ptr + address, result.to(output_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def backward(
+    grad_ptr,  # laid out as x
+    x_ptr,  # or None: without it Σ g alone is summed
+    mean_ptr,
+    variance_ptr,
+    weight_ptr,  # or None
+    grad_x_ptr,  # laid out as x, or None
+    sums_ptr,  # (2, parts, channels) fp32, or None
+    eps,
+    channels,
+    pixels,
+    channel_blocks,
+    pixel_blocks,
+    tiles,  # of all images, for one block of channels
+    steps,  # tiles of a program
+    parts,
+    UNIT: tl.constexpr,
+    LAST: tl.constexpr,
+    INDEX_64: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+):
+    """The gradient of x, and Σ g and Σ g·(x − mean) per channel, over one part of the tiles."""
+    program = tl.program_id(0)
+    if INDEX_64:
+        program = program.to(tl.int64)
+    if LAST:
+        channels *= UNIT
+    else:
+        pixels *= UNIT
+    part, channel_block = program // channel_blocks, program % channel_blocks
+    channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[:, None]
+    channel_valid = channel < channels
+    if grad_x_ptr is not None:
+        scale = scale_of(variance_ptr, weight_ptr, eps, channel, channel_valid)
+    if x_ptr is not None:
+        mean = vector(mean_ptr, channel, channel_valid)
+    total = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
+    product = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
+    for step in range(steps):
+        tile = part * steps + step
+        image, pixel_block = tile // pixel_blocks, tile % pixel_blocks
+        pixel = pixel_block * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[None, :]
+        end = tl.where(tile < tiles, pixels, 0)  # the last part may end past the last tile
+        valid = channel_valid & (pixel < end)
+        address = pixel * channels + channel if LAST else (image * channels + channel) * pixels + pixel
+        gradient = tl.load(grad_ptr + address, mask=valid, other=0.0).to(tl.float32)
+        if sums_ptr is not None:
+            total += gradient
+        if x_ptr is not None:
+            product += gradient * (tl.load(x_ptr + address, mask=valid, other=0.0).to(tl.float32) - mean)
+        if grad_x_ptr is not None:
+            tl.store(grad_x_ptr + address, (gradient * scale).to(grad_x_ptr.dtype.element_ty), mask=valid)
+    if sums_ptr is not None:
+        sums_ptr += part * channels + channel
+        tl.store(sums_ptr, tl.sum(total, axis=1, keep_dims=True), mask=channel_valid)
+        if x_ptr is not None:
+            sums_ptr += parts * channels
+            tl.store(sums_ptr, tl.sum(product, axis=1, keep_dims=True), mask=channel_valid)
+
+
+@triton.jit
+def finish(
+    sums_ptr,  # (2, parts, channels)
+    variance_ptr,
+    weight_ptr,  # or None
+    grad_mean_ptr,  # each fp32, or None
+    grad_variance_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    eps,
+    parts,
+    channels,
+    INDEX_64: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """Gradients of the vectors from the sums, for one block of channels."""
+    channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
+    channel_valid = channel < channels
+    total = tl.zeros((BLOCK_PARTS, BLOCK_CHANNELS), tl.float32)
+    product = tl.zeros((BLOCK_PARTS, BLOCK_CHANNELS), tl.float32)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)[:, None]
+        valid = (part < parts) & channel_valid
+        total += tl.load(sums_ptr + part * channels + channel, mask=valid, other=0.0)
+        if (grad_variance_ptr is not None) or (grad_weight_ptr is not None):
+            product += tl.load(sums_ptr + (parts + part) * channels + channel, mask=valid, other=0.0)
+    total = tl.sum(total, axis=0, keep_dims=True)
+    if grad_bias_ptr is not None:
+        tl.store(grad_bias_ptr + channel, total, mask=channel_valid)
+    scale = scale_of(variance_ptr, weight_ptr, eps, channel, channel_valid)
+    if grad_mean_ptr is not None:
+        tl.store(grad_mean_ptr + channel, -scale * total, mask=channel_valid)
+    deviation = tl.rsqrt(vector(variance_ptr, channel, channel_valid) + eps)
+    product = tl.sum(product, axis=0, keep_dims=True) * deviation  # Σ g·x̂
+    if grad_weight_ptr is not None:
+        tl.store(grad_weight_ptr + channel, product, mask=channel_valid)
+    if grad_variance_ptr is not None:
+        tl.store(grad_variance_ptr + channel, -0.5 * scale * deviation * product, mask=channel_valid)

@@ -1,0 +1,84 @@
+"""``BatchNorm2d``, with statistics of its own or gathered elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from degmix_kernels import autocast
+from degmix_kernels.batch_norm.op import batch_norm
+from degmix_kernels.batch_norm.reference import gather_and_normalize
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` that takes statistics gathered elsewhere, and a residual.
+
+    Same arguments, state_dict and result; ``nn.SyncBatchNorm.convert_sync_batchnorm`` converts it like any
+    other. Half-precision input is normalised in fp32. On a CPU at batch 1 the gradient is right whatever
+    layout it arrives in, which PyTorch's own is not.
+    """
+
+    def forward(
+        self, input: Tensor, statistics: tuple[Tensor, Tensor] | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """(B, C, H, W) → (B, C, H, W).
+
+        Args:
+            input: what to normalise.
+            statistics: mean and biased variance of ``input`` over images and pixels, (C,) each, as
+                :func:`degmix_kernels.deform_mix` gives them: spares a pass over ``input``. In evaluation
+                running statistics, if kept, are used instead.
+            residual: shape and dtype of ``input``, added to the result.
+        """
+        self._check_input_dim(input)
+        if self.uses_batch_statistics and input.numel() == input.shape[1]:
+            expected = "Expected more than 1 value per channel when training"
+            raise ValueError(f"{expected}, got input size {input.size()}")
+        with autocast.disabled(input.device):
+            if self.uses_batch_statistics and statistics is None:
+                return self._gather(input, residual)
+            if self.uses_batch_statistics:
+                self._update(*statistics, input.numel() // input.shape[1])
+            else:
+                statistics = (self.running_mean, self.running_var)
+            return batch_norm(input, *statistics, self.weight, self.bias, residual, self.eps)
+
+    @property
+    def uses_batch_statistics(self) -> bool:
+        """Whether the next call normalises with the batch's own statistics."""
+        return self.training or self.running_mean is None
+
+    def _gather(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        """Normalise with statistics still to be gathered."""
+        output = gather_and_normalize(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            step_momentum(self),
+            self.eps,
+        )
+        if residual is not None:
+            output = output + residual
+        return output.to(input.dtype)
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Move running statistics toward a batch's, of ``count`` elements per channel."""
+        momentum = step_momentum(self)
+        if not self.training or self.running_mean is None or count == 0:
+            return
+        unbiased = variance * (count / (count - 1))
+        for kept, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            kept.copy_(torch.lerp(kept.to(new.dtype), new, momentum))
+
+
+def step_momentum(norm: nn.modules.batchnorm._BatchNorm) -> float:
+    """Weight of the coming batch in the running statistics; counts the batch when in training."""
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # a cumulative average
+            return 1.0 / float(norm.num_batches_tracked)
+    return 0.0 if norm.momentum is None else norm.momentum
