@@ -1,0 +1,477 @@
+"""Triton kernels of DeGMix's operator with its offsets computed on the way: they never reach memory.
+
+An offset is a 3×3 convolution of nine maps plus a constant. The first half of the channels reads maps 0 to 8,
+the second half maps 9 to 17, so a block of channels lies in one half. The convolution is a matrix product over
+81 taps, index 9·map + 3·row + column, in three blocks of 27, three maps each, padded to TAPS = 32.
+
+Tiles are (channels, pixels), pixels fastest: neighbouring lanes hold neighbouring pixels.
+"""
+
+import triton
+import triton.language as tl
+
+from degmix_kernels.deform_conv.planar_tiles import corner_addresses, gather
+from degmix_kernels.deform_conv.sampling import (
+    blend,
+    corners_on_map,
+    locate,
+    multiply,
+    scatter,
+    tensor_address,
+)
+from degmix_kernels.epilogue import activate, load_gradient
+
+TAPS = tl.constexpr(32)
+
+
+@triton.jit
+def load_patches(positions_ptr, BLOCK: tl.constexpr, pixel, valid, height, width):
+    """Values under the 3×3 windows of the pixels in three maps of a half, (TAPS, pixels), 0 off the map."""
+    tap = tl.arange(0, TAPS)[:, None]
+    y = pixel // width + tap % 9 // 3 - 1
+    x = pixel % width + tap % 3 - 1
+    inside = valid & (tap < 27) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    address = (3 * BLOCK + tap // 9) * height * width + pixel + ((tap % 9 // 3 - 1) * width + tap % 3 - 1)
+    return tl.load(positions_ptr + address, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_taps(offset_weight_ptr, BLOCK: tl.constexpr, row, row_valid):
+    """Weights of a block of taps for rows of the convolution, (rows, TAPS), zero padded."""
+    tap = tl.arange(0, TAPS)[None, :]
+    return tl.load(
+        offset_weight_ptr + row * 81 + (27 * BLOCK + tap), mask=row_valid & (tap < 27), other=0.0
+    )
+
+
+@triton.jit
+def convolve(offset_weight_ptr, row, row_valid, patch_0, patch_1, patch_2, PRECISION: tl.constexpr):
+    """Rows of the convolution at the pixels of the patches, (rows, pixels)."""
+    result = tl.zeros((row.shape[0], patch_0.shape[1]), tl.float32)
+    result = multiply(load_taps(offset_weight_ptr, 0, row, row_valid), patch_0, result, PRECISION)
+    result = multiply(load_taps(offset_weight_ptr, 1, row, row_valid), patch_1, result, PRECISION)
+    return multiply(load_taps(offset_weight_ptr, 2, row, row_valid), patch_2, result, PRECISION)
+
+
+@triton.jit
+def load_constant(constant_offset_ptr, channel, pixel, valid, pixels):
+    """Constant parts of the vertical and horizontal offsets, which may be large: to be added last."""
+    address = 2 * channel * pixels + pixel
+    return (
+        tl.load(constant_offset_ptr + address, mask=valid, other=0.0),
+        tl.load(constant_offset_ptr + address + pixels, mask=valid, other=0.0),
+    )
+
+
+@triton.jit
+def columns(
+    input_ptr,  # of the image
+    offset_y,
+    offset_x,
+    channel,
+    pixel,
+    valid,
+    channels,
+    height,
+    width,
+    INPUT_LAST: tl.constexpr,
+    INDEX_64: tl.constexpr,
+):
+    """A tile of samples, 0 where not valid."""
+    base_y, base_x = (pixel // width).to(tl.int32), (pixel % width).to(tl.int32)
+    low_y, low_x, fraction_y, fraction_x = locate(offset_y, offset_x, base_y, base_x, height, width)
+    on_00, on_01, on_10, on_11 = corners_on_map(low_y, low_x, valid, height, width)
+    address, column, row = corner_addresses(
+        low_y, low_x, channel, channels, height, width, INPUT_LAST, INDEX_64
+    )
+    value_00, value_01, value_10, value_11 = gather(
+        input_ptr, address, column, row, on_00, on_01, on_10, on_11
+    )
+    result = blend(value_00, value_01, value_10, value_11, fraction_y, fraction_x)
+    return tl.where(valid, result, 0.0)  # a NaN position reaches the padding, too
+
+
+@triton.jit
+def forward(
+    input_ptr,
+    positions_ptr,  # (N, 18, pixels) fp32
+    offset_weight_ptr,  # (2 · channels, 81) fp32
+    constant_offset_ptr,  # (2 · channels, pixels) fp32
+    weight_ptr,  # (Cout, channels)
+    bias_ptr,  # (Cout,) or None
+    output_ptr,
+    pre_ptr,  # as the output: its value before the activation; or None
+    channels,
+    out_channels,
+    height,
+    width,
+    pixels,
+    out_blocks,
+    half_steps,  # blocks of channels in a half
+    ACTIVATION: tl.constexpr,
+    INPUT_LAST: tl.constexpr,
+    OUTPUT_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OFFSET_PRECISION: tl.constexpr,
+    INDEX_64: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+):
+    """output = act(weight · columns + bias). One program: BLOCK_PIXELS pixels, BLOCK_OUT out channels.
+
+    Patches of a half are loaded once; each block of its channels multiplies them again.
+    """
+    program = tl.program_id(0)
+    out = program % out_blocks * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
+    program //= out_blocks
+    pixel_blocks = tl.cdiv(pixels, BLOCK_PIXELS)
+    pixel = program % pixel_blocks * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[None, :]
+    image = (program // pixel_blocks).to(tl.int64)
+    if INDEX_64:
+        out, pixel = out.to(tl.int64), pixel.to(tl.int64)
+    out_valid = out < out_channels
+    pixel_valid = pixel < pixels
+    half_channels = channels // 2
+    input_ptr += image * channels * pixels
+    positions_ptr += image * 18 * pixels
+
+    product = tl.zeros((BLOCK_OUT, BLOCK_PIXELS), tl.float32)
+    for half in range(0, 2):
+        maps_ptr = positions_ptr + half * 9 * pixels
+        patch_0 = load_patches(maps_ptr, 0, pixel, pixel_valid, height, width)
+        patch_1 = load_patches(maps_ptr, 1, pixel, pixel_valid, height, width)
+        patch_2 = load_patches(maps_ptr, 2, pixel, pixel_valid, height, width)
+        for step in range(0, half_steps):
+            within = step * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+            if INDEX_64:
+                within = within.to(tl.int64)
+            channel_valid = within < half_channels
+            channel = half * half_channels + within
+            row, row_valid = 2 * channel[:, None], channel_valid[:, None]
+            valid = row_valid & pixel_valid
+            constant_y, constant_x = load_constant(constant_offset_ptr, channel[:, None], pixel, valid, pixels)
+            weight = tl.load(
+                weight_ptr + out * channels + channel[None, :],
+                mask=out_valid & channel_valid[None, :],
+                other=0.0,
+            )
+            offset_y = constant_y + convolve(
+                offset_weight_ptr, row, row_valid, patch_0, patch_1, patch_2, OFFSET_PRECISION
+            )
+            offset_x = constant_x + convolve(
+                offset_weight_ptr, row + 1, row_valid, patch_0, patch_1, patch_2, OFFSET_PRECISION
+            )
+            sampled = columns(
+                input_ptr, offset_y, offset_x, channel[:, None], pixel, valid, channels, height, width,
+                INPUT_LAST, INDEX_64,
+            )  # fmt: skip
+            product = multiply(weight, sampled.to(weight.dtype), product, PRECISION)
+
+    if bias_ptr is not None:
+        product += tl.load(bias_ptr + out, mask=out_valid, other=0.0).to(tl.float32)
+    stored = out_valid & pixel_valid
+    address = tensor_address(0, out, pixel, out_channels, pixels, OUTPUT_LAST)
+    output_ptr += image * out_channels * pixels
+    if pre_ptr is not None:
+        pre_ptr += image * out_channels * pixels
+        tl.store(pre_ptr + address, product.to(pre_ptr.dtype.element_ty), mask=stored)
+    result = activate(product, ACTIVATION)
+    tl.store(output_ptr + address, result.to(output_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def scatter_positions(
+    grad_positions_ptr,  # of the image and half
+    offset_weight_ptr,
+    BLOCK: tl.constexpr,
+    row,
+    row_valid,
+    grad_y,  # (channels, pixels)
+    grad_x,
+    pixel,
+    valid,
+    height,
+    width,
+    scale,
+    FIXED_POINT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add what these channels and pixels contribute to the gradient of three maps of their half."""
+    taps_y = load_taps(offset_weight_ptr, BLOCK, row, row_valid)
+    taps_x = load_taps(offset_weight_ptr, BLOCK, row + 1, row_valid)
+    gradient = tl.zeros((TAPS, pixel.shape[1]), tl.float32)
+    gradient = multiply(tl.trans(taps_y), grad_y, gradient, PRECISION)
+    gradient = multiply(tl.trans(taps_x), grad_x, gradient, PRECISION)
+    tap = tl.arange(0, TAPS)[:, None]
+    y = pixel // width + tap % 9 // 3 - 1
+    x = pixel % width + tap % 3 - 1
+    inside = valid & (tap < 27) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    address = (3 * BLOCK + tap // 9) * height * width + pixel + ((tap % 9 // 3 - 1) * width + tap % 3 - 1)
+    scatter(grad_positions_ptr, address, gradient, inside, scale, FIXED_POINT)
+
+
+@triton.jit
+def store_taps(partial_ptr, BLOCK: tl.constexpr, row, row_valid, gradient):
+    """Store the gradient of a block of taps."""
+    tap = tl.arange(0, TAPS)[None, :]
+    tl.store(partial_ptr + row * 81 + (27 * BLOCK + tap), gradient, mask=row_valid & (tap < 27))
+
+
+@triton.jit
+def backward_samples(
+    grad_ptr,  # as the output
+    pre_ptr,  # as the output: its value before the activation; or None
+    input_ptr,
+    positions_ptr,  # (N, 18, pixels) fp32
+    offset_weight_ptr,  # (2 · channels, 81) fp32
+    constant_offset_ptr,  # (2 · channels, pixels) fp32
+    weight_ptr,  # (Cout, channels)
+    grad_input_ptr,  # as the input, fp32 or int64 (FIXED_POINT), zeros; None if not wanted
+    grad_positions_ptr,  # as the positions, fp32 or int64 (FIXED_POINT), zeros; None if not wanted
+    partial_ptr,  # (splits, 2 · channels, 81) fp32, of the offset weight; None if not wanted
+    grad_constant_ptr,  # as the constant offset; None if not wanted
+    scale_ptr,  # two fp32 powers of two, for input and positions, if FIXED_POINT, else None
+    batch,
+    channels,
+    out_channels,
+    height,
+    width,
+    pixels,
+    half_steps,  # blocks of channels in a half
+    share,  # blocks of pixels per split
+    out_steps,  # blocks of out channels
+    ACTIVATION: tl.constexpr,
+    FIXED_POINT: tl.constexpr,
+    INPUT_LAST: tl.constexpr,
+    OUTPUT_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OFFSET_PRECISION: tl.constexpr,
+    GRADIENT_PRECISION: tl.constexpr,
+    INDEX_64: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+):
+    """Gradients of all but weight and bias. One program: BLOCK_CHANNELS channels, a share of the pixels.
+
+    The gradient of the offsets is a tile in registers. It goes on from there: to the positions under the
+    window by atomics, to the offset weight's partial sum, which is kept to the end, and to the constant
+    offset's sum over the images, which is kept until the last image.
+    """
+    program = tl.program_id(0)
+    block = program % (2 * half_steps)
+    split = program // (2 * half_steps)
+    half = block // half_steps
+    half_channels = channels // 2
+    within = block % half_steps * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[:, None]
+    if INDEX_64:
+        within = within.to(tl.int64)
+    channel_valid = within < half_channels
+    channel = half * half_channels + within
+    row = 2 * channel
+    input_scale, positions_scale = 1.0, 1.0
+    if FIXED_POINT:
+        input_scale, positions_scale = tl.load(scale_ptr), tl.load(scale_ptr + 1)
+
+    taps_y_0 = tl.zeros((BLOCK_CHANNELS, TAPS), tl.float32)
+    taps_y_1 = tl.zeros((BLOCK_CHANNELS, TAPS), tl.float32)
+    taps_y_2 = tl.zeros((BLOCK_CHANNELS, TAPS), tl.float32)
+    taps_x_0 = tl.zeros((BLOCK_CHANNELS, TAPS), tl.float32)
+    taps_x_1 = tl.zeros((BLOCK_CHANNELS, TAPS), tl.float32)
+    taps_x_2 = tl.zeros((BLOCK_CHANNELS, TAPS), tl.float32)
+    for step in range(0, share):
+        pixel = (split * share + step) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[None, :]
+        base_y, base_x = pixel // width, pixel % width
+        if INDEX_64:
+            pixel = pixel.to(tl.int64)
+        pixel_valid = pixel < pixels  # the last share may end past them
+        valid = channel_valid & pixel_valid
+        sum_y = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
+        sum_x = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
+        for index in range(0, batch):
+            image = tl.cast(index, tl.int64)
+            maps = image * 18 * pixels + half * 9 * pixels
+            image_ptr = input_ptr + image * channels * pixels
+            constant_y, constant_x = load_constant(constant_offset_ptr, channel, pixel, valid, pixels)
+            patch_0 = load_patches(positions_ptr + maps, 0, pixel, pixel_valid, height, width)
+            patch_1 = load_patches(positions_ptr + maps, 1, pixel, pixel_valid, height, width)
+            patch_2 = load_patches(positions_ptr + maps, 2, pixel, pixel_valid, height, width)
+            offset_y = constant_y + convolve(
+                offset_weight_ptr, row, channel_valid, patch_0, patch_1, patch_2, OFFSET_PRECISION
+            )
+            offset_x = constant_x + convolve(
+                offset_weight_ptr, row + 1, channel_valid, patch_0, patch_1, patch_2, OFFSET_PRECISION
+            )
+
+            gradient = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)  # of the columns
+            for out_step in range(0, out_steps):
+                out = out_step * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+                if INDEX_64:
+                    out = out.to(tl.int64)
+                out_valid = out < out_channels
+                weight = tl.load(
+                    weight_ptr + out[None, :] * channels + channel,
+                    mask=channel_valid & out_valid[None, :],
+                    other=0.0,
+                )
+                grad_out = load_gradient(
+                    grad_ptr + image * out_channels * pixels,
+                    None if pre_ptr is None else pre_ptr + image * out_channels * pixels,
+                    None, None,
+                    tensor_address(0, out[:, None], pixel, out_channels, pixels, OUTPUT_LAST),
+                    out[:, None], out_valid[:, None], out_valid[:, None] & pixel_valid, ACTIVATION,
+                )  # fmt: skip
+                gradient = multiply(weight, grad_out, gradient, PRECISION)
+            gradient = tl.where(valid, gradient, 0.0)  # the padding may hold 0 · NaN
+
+            low_y, low_x, fraction_y, fraction_x = locate(offset_y, offset_x, base_y, base_x, height, width)
+            on_00, on_01, on_10, on_11 = corners_on_map(low_y, low_x, valid, height, width)
+            address, next_column, next_row = corner_addresses(
+                low_y, low_x, channel, channels, height, width, INPUT_LAST, INDEX_64
+            )
+            if grad_input_ptr is not None:
+                sums_ptr = grad_input_ptr + image * channels * pixels
+                upper = (1 - fraction_y) * gradient
+                lower = fraction_y * gradient
+                right = address + next_column
+                scatter(sums_ptr, address, (1 - fraction_x) * upper, on_00, input_scale, FIXED_POINT)
+                scatter(sums_ptr, right, fraction_x * upper, on_01, input_scale, FIXED_POINT)
+                scatter(
+                    sums_ptr, address + next_row, (1 - fraction_x) * lower, on_10, input_scale, FIXED_POINT
+                )
+                scatter(sums_ptr, right + next_row, fraction_x * lower, on_11, input_scale, FIXED_POINT)
+            value_00, value_01, value_10, value_11 = gather(
+                image_ptr, address, next_column, next_row, on_00, on_01, on_10, on_11
+            )
+            slope_y = (1 - fraction_x) * (value_10 - value_00) + fraction_x * (value_11 - value_01)
+            slope_x = (1 - fraction_y) * (value_01 - value_00) + fraction_y * (value_11 - value_10)
+            # A coordinate off the map is a constant, whatever gradient arrives there.
+            off_y = (low_y < -1) & (fraction_y == fraction_y)
+            off_x = (low_x < -1) & (fraction_x == fraction_x)
+            grad_y = tl.where(valid & ~off_y, gradient * slope_y, 0.0)
+            grad_x = tl.where(valid & ~off_x, gradient * slope_x, 0.0)
+            sum_y += grad_y
+            sum_x += grad_x
+            if partial_ptr is not None:
+                taps_y_0 = multiply(grad_y, tl.trans(patch_0), taps_y_0, GRADIENT_PRECISION)
+                taps_y_1 = multiply(grad_y, tl.trans(patch_1), taps_y_1, GRADIENT_PRECISION)
+                taps_y_2 = multiply(grad_y, tl.trans(patch_2), taps_y_2, GRADIENT_PRECISION)
+                taps_x_0 = multiply(grad_x, tl.trans(patch_0), taps_x_0, GRADIENT_PRECISION)
+                taps_x_1 = multiply(grad_x, tl.trans(patch_1), taps_x_1, GRADIENT_PRECISION)
+                taps_x_2 = multiply(grad_x, tl.trans(patch_2), taps_x_2, GRADIENT_PRECISION)
+            if grad_positions_ptr is not None:
+                for block_of_taps in tl.static_range(0, 3):
+                    scatter_positions(
+                        grad_positions_ptr + maps, offset_weight_ptr, block_of_taps, row, channel_valid,
+                        grad_y, grad_x, pixel, pixel_valid, height, width, positions_scale,
+                        FIXED_POINT, GRADIENT_PRECISION,
+                    )  # fmt: skip
+
+        if grad_constant_ptr is not None:
+            tl.store(grad_constant_ptr + row * pixels + pixel, sum_y, mask=valid)
+            tl.store(grad_constant_ptr + (row + 1) * pixels + pixel, sum_x, mask=valid)
+
+    if partial_ptr is not None:
+        partial_ptr += split.to(tl.int64) * 2 * channels * 81
+        store_taps(partial_ptr, 0, row, channel_valid, taps_y_0)
+        store_taps(partial_ptr, 1, row, channel_valid, taps_y_1)
+        store_taps(partial_ptr, 2, row, channel_valid, taps_y_2)
+        store_taps(partial_ptr, 0, row + 1, channel_valid, taps_x_0)
+        store_taps(partial_ptr, 1, row + 1, channel_valid, taps_x_1)
+        store_taps(partial_ptr, 2, row + 1, channel_valid, taps_x_2)
+
+
+@triton.jit
+def backward_weight(
+    grad_ptr,  # as the output
+    pre_ptr,  # as the output: its value before the activation; or None
+    input_ptr,
+    positions_ptr,  # (N, 18, pixels) fp32
+    offset_weight_ptr,  # (2 · channels, 81) fp32
+    constant_offset_ptr,  # (2 · channels, pixels) fp32
+    partial_ptr,  # (splits, Cout, channels) fp32
+    bias_partial_ptr,  # (splits, Cout) fp32, or None if not wanted
+    batch,
+    channels,
+    out_channels,
+    height,
+    width,
+    pixels,
+    half_steps,  # blocks of channels in a half
+    share,  # blocks of pixels per split
+    out_blocks,
+    ACTIVATION: tl.constexpr,
+    INPUT_LAST: tl.constexpr,
+    OUTPUT_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OFFSET_PRECISION: tl.constexpr,
+    INDEX_64: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+):
+    """grad_weight = grad_output · columnsᵀ. One program: BLOCK_OUT × BLOCK_CHANNELS, from some of the pixels.
+
+    Offsets are computed and columns sampled again. The programs of the first channels sum up the bias's
+    gradient, too.
+    """
+    program = tl.program_id(0)
+    out_block = program % out_blocks
+    program //= out_blocks
+    block = program % (2 * half_steps)
+    split = program // (2 * half_steps)
+    half = block // half_steps
+    half_channels = channels // 2
+    within = block % half_steps * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    out = out_block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
+    if INDEX_64:
+        within, out = within.to(tl.int64), out.to(tl.int64)
+    channel_valid = within < half_channels
+    channel = half * half_channels + within
+    row, row_valid = 2 * channel[:, None], channel_valid[:, None]
+    out_valid = out < out_channels
+
+    pixel_blocks = tl.cdiv(pixels, BLOCK_PIXELS)
+    gradient = tl.zeros((BLOCK_OUT, BLOCK_CHANNELS), tl.float32)
+    grad_bias = tl.zeros((BLOCK_OUT, 1), tl.float32)
+    for step in range(0, share):
+        pixel_block = split * share + step
+        image = (pixel_block // pixel_blocks).to(tl.int64)
+        end = tl.where(image < batch, pixels, 0)  # the last share may end past the batch
+        pixel = pixel_block % pixel_blocks * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[None, :]
+        if INDEX_64:
+            pixel = pixel.to(tl.int64)
+        pixel_valid = pixel < end
+        valid = row_valid & pixel_valid
+        maps_ptr = positions_ptr + image * 18 * pixels + half * 9 * pixels
+        constant_y, constant_x = load_constant(constant_offset_ptr, channel[:, None], pixel, valid, pixels)
+        patch_0 = load_patches(maps_ptr, 0, pixel, pixel_valid, height, width)
+        patch_1 = load_patches(maps_ptr, 1, pixel, pixel_valid, height, width)
+        patch_2 = load_patches(maps_ptr, 2, pixel, pixel_valid, height, width)
+        grad_out = load_gradient(
+            grad_ptr + image * out_channels * pixels,
+            None if pre_ptr is None else pre_ptr + image * out_channels * pixels,
+            None, None, tensor_address(0, out, pixel, out_channels, pixels, OUTPUT_LAST),
+            out, out_valid, out_valid & pixel_valid, ACTIVATION,
+        )  # fmt: skip
+        offset_y = constant_y + convolve(
+            offset_weight_ptr, row, row_valid, patch_0, patch_1, patch_2, OFFSET_PRECISION
+        )
+        offset_x = constant_x + convolve(
+            offset_weight_ptr, row + 1, row_valid, patch_0, patch_1, patch_2, OFFSET_PRECISION
+        )
+        sampled = columns(
+            input_ptr + image * channels * pixels, offset_y, offset_x, channel[:, None], pixel, valid, channels,
+            height, width, INPUT_LAST, INDEX_64,
+        )  # fmt: skip
+        gradient = multiply(grad_out, tl.trans(sampled.to(grad_out.dtype)), gradient, PRECISION)
+        if bias_partial_ptr is not None:
+            if block == 0:
+                grad_bias += tl.sum(grad_out.to(tl.float32), axis=1, keep_dims=True)
+
+    partial_ptr += split.to(tl.int64) * out_channels * channels
+    tl.store(partial_ptr + out * channels + channel[None, :], gradient, mask=out_valid & channel_valid[None, :])
+    if bias_partial_ptr is not None:
+        if block == 0:
+            tl.store(bias_partial_ptr + split.to(tl.int64) * out_channels + out, grad_bias, mask=out_valid)
