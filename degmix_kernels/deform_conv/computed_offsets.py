@@ -171,6 +171,7 @@ class Call:
             "width": self.x.shape[3],
             "pixels": self.pixels,
             "half_steps": self.half_steps(block_channels),
+            "tap_blocks": 3,
         }
 
     def constants(self, output: Tensor) -> dict[str, Any]:

@@ -25,42 +25,55 @@ TAPS = tl.constexpr(32)
 
 
 @triton.jit
-def load_patches(positions_ptr, BLOCK: tl.constexpr, pixel, valid, height, width):
+def load_patches(positions_ptr, block, pixel, valid, height, width):
     """Values under the 3×3 windows of the pixels in three maps of a half, (TAPS, pixels), 0 off the map."""
     tap = tl.arange(0, TAPS)[:, None]
     y = pixel // width + tap % 9 // 3 - 1
     x = pixel % width + tap % 3 - 1
     inside = valid & (tap < 27) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    address = (3 * BLOCK + tap // 9) * height * width + pixel + ((tap % 9 // 3 - 1) * width + tap % 3 - 1)
+    address = (3 * block + tap // 9) * height * width + pixel + ((tap % 9 // 3 - 1) * width + tap % 3 - 1)
     return tl.load(positions_ptr + address, mask=inside, other=0.0)
 
 
 @triton.jit
-def load_taps(offset_weight_ptr, BLOCK: tl.constexpr, row, row_valid):
+def load_taps(offset_weight_ptr, block, row, row_valid):
     """Weights of a block of taps for rows of the convolution, (rows, TAPS), zero padded."""
     tap = tl.arange(0, TAPS)[None, :]
     return tl.load(
-        offset_weight_ptr + row * 81 + (27 * BLOCK + tap), mask=row_valid & (tap < 27), other=0.0
+        offset_weight_ptr + row * 81 + (27 * block + tap), mask=row_valid & (tap < 27), other=0.0
     )
 
 
 @triton.jit
-def convolve(offset_weight_ptr, row, row_valid, patch_0, patch_1, patch_2, PRECISION: tl.constexpr):
-    """Rows of the convolution at the pixels of the patches, (rows, pixels)."""
-    result = tl.zeros((row.shape[0], patch_0.shape[1]), tl.float32)
-    result = multiply(load_taps(offset_weight_ptr, 0, row, row_valid), patch_0, result, PRECISION)
-    result = multiply(load_taps(offset_weight_ptr, 1, row, row_valid), patch_1, result, PRECISION)
-    return multiply(load_taps(offset_weight_ptr, 2, row, row_valid), patch_2, result, PRECISION)
+def compute_offsets(
+    positions_ptr,  # of the image and half
+    offset_weight_ptr,
+    constant_offset_ptr,
+    first_channel,
+    end_channel,
+    pixel,  # (1, pixels)
+    pixel_valid,
+    height,
+    width,
+    tap_blocks,  # 3; not a constant, so that the loop stays one and its operands share registers
+    PRECISION: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """Vertical and horizontal offsets of a block of channels at the pixels, each (channels, pixels).
 
-
-@triton.jit
-def load_constant(constant_offset_ptr, channel, pixel, valid, pixels):
-    """Constant parts of the vertical and horizontal offsets, which may be large: to be added last."""
-    address = 2 * channel * pixels + pixel
-    return (
-        tl.load(constant_offset_ptr + address, mask=valid, other=0.0),
-        tl.load(constant_offset_ptr + address + pixels, mask=valid, other=0.0),
+    One matrix product makes both, so its rows are those of the offset weight. The constants, which may be large, come last."""
+    row = 2 * first_channel + tl.arange(0, 2 * BLOCK_CHANNELS)[:, None]
+    row_valid = row < 2 * end_channel
+    offsets = tl.zeros((2 * BLOCK_CHANNELS, pixel.shape[1]), tl.float32)
+    for block in tl.range(0, tap_blocks, disable_licm=True):
+        patches = load_patches(positions_ptr, block, pixel, pixel_valid, height, width)
+        taps = load_taps(offset_weight_ptr, block, row, row_valid)
+        offsets = multiply(taps, patches, offsets, PRECISION)
+    constant = tl.load(
+        constant_offset_ptr + row.to(pixel.dtype) * height * width + pixel, mask=row_valid & pixel_valid, other=0.0
     )
+    offsets = tl.reshape(offsets + constant, (BLOCK_CHANNELS, 2, pixel.shape[1]))
+    return tl.split(tl.permute(offsets, (0, 2, 1)))
 
 
 @triton.jit
@@ -108,6 +121,7 @@ def forward(
     pixels,
     out_blocks,
     half_steps,  # blocks of channels in a half
+    tap_blocks,
     ACTIVATION: tl.constexpr,
     INPUT_LAST: tl.constexpr,
     OUTPUT_LAST: tl.constexpr,
@@ -139,32 +153,25 @@ def forward(
     product = tl.zeros((BLOCK_OUT, BLOCK_PIXELS), tl.float32)
     for half in range(0, 2):
         maps_ptr = positions_ptr + half * 9 * pixels
-        patch_0 = load_patches(maps_ptr, 0, pixel, pixel_valid, height, width)
-        patch_1 = load_patches(maps_ptr, 1, pixel, pixel_valid, height, width)
-        patch_2 = load_patches(maps_ptr, 2, pixel, pixel_valid, height, width)
         for step in range(0, half_steps):
             within = step * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
             if INDEX_64:
                 within = within.to(tl.int64)
             channel_valid = within < half_channels
             channel = half * half_channels + within
-            row, row_valid = 2 * channel[:, None], channel_valid[:, None]
-            valid = row_valid & pixel_valid
-            constant_y, constant_x = load_constant(constant_offset_ptr, channel[:, None], pixel, valid, pixels)
             weight = tl.load(
                 weight_ptr + out * channels + channel[None, :],
                 mask=out_valid & channel_valid[None, :],
                 other=0.0,
             )
-            offset_y = constant_y + convolve(
-                offset_weight_ptr, row, row_valid, patch_0, patch_1, patch_2, OFFSET_PRECISION
-            )
-            offset_x = constant_x + convolve(
-                offset_weight_ptr, row + 1, row_valid, patch_0, patch_1, patch_2, OFFSET_PRECISION
-            )
+            offset_y, offset_x = compute_offsets(
+                maps_ptr, offset_weight_ptr, constant_offset_ptr, half * half_channels + step * BLOCK_CHANNELS,
+                (half + 1) * half_channels, pixel, pixel_valid, height, width, tap_blocks, OFFSET_PRECISION,
+                BLOCK_CHANNELS,
+            )  # fmt: skip
             sampled = columns(
-                input_ptr, offset_y, offset_x, channel[:, None], pixel, valid, channels, height, width,
-                INPUT_LAST, INDEX_64,
+                input_ptr, offset_y, offset_x, channel[:, None], pixel,
+                channel_valid[:, None] & pixel_valid, channels, height, width, INPUT_LAST, INDEX_64,
             )  # fmt: skip
             product = multiply(weight, sampled.to(weight.dtype), product, PRECISION)
 
@@ -184,11 +191,10 @@ def forward(
 def scatter_positions(
     grad_positions_ptr,  # of the image and half
     offset_weight_ptr,
-    BLOCK: tl.constexpr,
+    block,
     row,
     row_valid,
-    grad_y,  # (channels, pixels)
-    grad_x,
+    grad_offsets,  # (rows, pixels)
     pixel,
     valid,
     height,
@@ -198,24 +204,22 @@ def scatter_positions(
     PRECISION: tl.constexpr,
 ):
     """Add what these channels and pixels contribute to the gradient of three maps of their half."""
-    taps_y = load_taps(offset_weight_ptr, BLOCK, row, row_valid)
-    taps_x = load_taps(offset_weight_ptr, BLOCK, row + 1, row_valid)
+    taps = load_taps(offset_weight_ptr, block, row, row_valid)
     gradient = tl.zeros((TAPS, pixel.shape[1]), tl.float32)
-    gradient = multiply(tl.trans(taps_y), grad_y, gradient, PRECISION)
-    gradient = multiply(tl.trans(taps_x), grad_x, gradient, PRECISION)
+    gradient = multiply(tl.trans(taps), grad_offsets, gradient, PRECISION)
     tap = tl.arange(0, TAPS)[:, None]
     y = pixel // width + tap % 9 // 3 - 1
     x = pixel % width + tap % 3 - 1
     inside = valid & (tap < 27) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    address = (3 * BLOCK + tap // 9) * height * width + pixel + ((tap % 9 // 3 - 1) * width + tap % 3 - 1)
+    address = (3 * block + tap // 9) * height * width + pixel + ((tap % 9 // 3 - 1) * width + tap % 3 - 1)
     scatter(grad_positions_ptr, address, gradient, inside, scale, FIXED_POINT)
 
 
 @triton.jit
-def store_taps(partial_ptr, BLOCK: tl.constexpr, row, row_valid, gradient):
+def store_taps(partial_ptr, block, row, row_valid, gradient):
     """Store the gradient of a block of taps."""
     tap = tl.arange(0, TAPS)[None, :]
-    tl.store(partial_ptr + row * 81 + (27 * BLOCK + tap), gradient, mask=row_valid & (tap < 27))
+    tl.store(partial_ptr + row * 81 + (27 * block + tap), gradient, mask=row_valid & (tap < 27))
 
 
 @triton.jit
@@ -239,6 +243,7 @@ def backward_samples(
     width,
     pixels,
     half_steps,  # blocks of channels in a half
+    tap_blocks,
     share,  # blocks of pixels per split
     out_steps,  # blocks of out channels
     ACTIVATION: tl.constexpr,
@@ -264,48 +269,39 @@ def backward_samples(
     split = program // (2 * half_steps)
     half = block // half_steps
     half_channels = channels // 2
-    within = block % half_steps * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[:, None]
+    first_channel = half * half_channels + block % half_steps * BLOCK_CHANNELS
+    end_channel = (half + 1) * half_channels
+    channel = first_channel + tl.arange(0, BLOCK_CHANNELS)[:, None]
+    row = 2 * first_channel + tl.arange(0, 2 * BLOCK_CHANNELS)[:, None]
     if INDEX_64:
-        within = within.to(tl.int64)
-    channel_valid = within < half_channels
-    channel = half * half_channels + within
-    row = 2 * channel
+        channel, row = channel.to(tl.int64), row.to(tl.int64)
+    channel_valid, row_valid = channel < end_channel, row < 2 * end_channel
     input_scale, positions_scale = 1.0, 1.0
     if FIXED_POINT:
         input_scale, positions_scale = tl.load(scale_ptr), tl.load(scale_ptr + 1)
 
-    taps_y_0 = tl.zeros((BLOCK_CHANNELS, TAPS), tl.float32)
-    taps_y_1 = tl.zeros((BLOCK_CHANNELS, TAPS), tl.float32)
-    taps_y_2 = tl.zeros((BLOCK_CHANNELS, TAPS), tl.float32)
-    taps_x_0 = tl.zeros((BLOCK_CHANNELS, TAPS), tl.float32)
-    taps_x_1 = tl.zeros((BLOCK_CHANNELS, TAPS), tl.float32)
-    taps_x_2 = tl.zeros((BLOCK_CHANNELS, TAPS), tl.float32)
-    for step in range(0, share):
+    taps_0 = tl.zeros((2 * BLOCK_CHANNELS, TAPS), tl.float32)
+    taps_1 = tl.zeros((2 * BLOCK_CHANNELS, TAPS), tl.float32)
+    taps_2 = tl.zeros((2 * BLOCK_CHANNELS, TAPS), tl.float32)
+    for step in tl.range(0, share, disable_licm=True):
         pixel = (split * share + step) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[None, :]
         base_y, base_x = pixel // width, pixel % width
         if INDEX_64:
             pixel = pixel.to(tl.int64)
         pixel_valid = pixel < pixels  # the last share may end past them
         valid = channel_valid & pixel_valid
-        sum_y = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
-        sum_x = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
-        for index in range(0, batch):
+        sums = tl.zeros((2 * BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
+        for index in tl.range(0, batch, disable_licm=True):
             image = tl.cast(index, tl.int64)
             maps = image * 18 * pixels + half * 9 * pixels
             image_ptr = input_ptr + image * channels * pixels
-            constant_y, constant_x = load_constant(constant_offset_ptr, channel, pixel, valid, pixels)
-            patch_0 = load_patches(positions_ptr + maps, 0, pixel, pixel_valid, height, width)
-            patch_1 = load_patches(positions_ptr + maps, 1, pixel, pixel_valid, height, width)
-            patch_2 = load_patches(positions_ptr + maps, 2, pixel, pixel_valid, height, width)
-            offset_y = constant_y + convolve(
-                offset_weight_ptr, row, channel_valid, patch_0, patch_1, patch_2, OFFSET_PRECISION
-            )
-            offset_x = constant_x + convolve(
-                offset_weight_ptr, row + 1, channel_valid, patch_0, patch_1, patch_2, OFFSET_PRECISION
-            )
+            offset_y, offset_x = compute_offsets(
+                positions_ptr + maps, offset_weight_ptr, constant_offset_ptr, first_channel, end_channel,
+                pixel, pixel_valid, height, width, tap_blocks, OFFSET_PRECISION, BLOCK_CHANNELS,
+            )  # fmt: skip
 
             gradient = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)  # of the columns
-            for out_step in range(0, out_steps):
+            for out_step in tl.range(0, out_steps, disable_licm=True):
                 out = out_step * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
                 if INDEX_64:
                     out = out.to(tl.int64)
@@ -351,35 +347,32 @@ def backward_samples(
             off_x = (low_x < -1) & (fraction_x == fraction_x)
             grad_y = tl.where(valid & ~off_y, gradient * slope_y, 0.0)
             grad_x = tl.where(valid & ~off_x, gradient * slope_x, 0.0)
-            sum_y += grad_y
-            sum_x += grad_x
+            grad_offsets = tl.reshape(
+                tl.permute(tl.join(grad_y, grad_x), (0, 2, 1)), (2 * BLOCK_CHANNELS, BLOCK_PIXELS)
+            )
+            sums += grad_offsets
             if partial_ptr is not None:
-                taps_y_0 = multiply(grad_y, tl.trans(patch_0), taps_y_0, GRADIENT_PRECISION)
-                taps_y_1 = multiply(grad_y, tl.trans(patch_1), taps_y_1, GRADIENT_PRECISION)
-                taps_y_2 = multiply(grad_y, tl.trans(patch_2), taps_y_2, GRADIENT_PRECISION)
-                taps_x_0 = multiply(grad_x, tl.trans(patch_0), taps_x_0, GRADIENT_PRECISION)
-                taps_x_1 = multiply(grad_x, tl.trans(patch_1), taps_x_1, GRADIENT_PRECISION)
-                taps_x_2 = multiply(grad_x, tl.trans(patch_2), taps_x_2, GRADIENT_PRECISION)
+                patches = load_patches(positions_ptr + maps, 0, pixel, pixel_valid, height, width)
+                taps_0 = multiply(grad_offsets, tl.trans(patches), taps_0, GRADIENT_PRECISION)
+                patches = load_patches(positions_ptr + maps, 1, pixel, pixel_valid, height, width)
+                taps_1 = multiply(grad_offsets, tl.trans(patches), taps_1, GRADIENT_PRECISION)
+                patches = load_patches(positions_ptr + maps, 2, pixel, pixel_valid, height, width)
+                taps_2 = multiply(grad_offsets, tl.trans(patches), taps_2, GRADIENT_PRECISION)
             if grad_positions_ptr is not None:
-                for block_of_taps in tl.static_range(0, 3):
+                for tap_block in tl.range(0, tap_blocks, disable_licm=True):
                     scatter_positions(
-                        grad_positions_ptr + maps, offset_weight_ptr, block_of_taps, row, channel_valid,
-                        grad_y, grad_x, pixel, pixel_valid, height, width, positions_scale,
-                        FIXED_POINT, GRADIENT_PRECISION,
+                        grad_positions_ptr + maps, offset_weight_ptr, tap_block, row, row_valid, grad_offsets,
+                        pixel, pixel_valid, height, width, positions_scale, FIXED_POINT, GRADIENT_PRECISION,
                     )  # fmt: skip
 
         if grad_constant_ptr is not None:
-            tl.store(grad_constant_ptr + row * pixels + pixel, sum_y, mask=valid)
-            tl.store(grad_constant_ptr + (row + 1) * pixels + pixel, sum_x, mask=valid)
+            tl.store(grad_constant_ptr + row * pixels + pixel, sums, mask=row_valid & pixel_valid)
 
     if partial_ptr is not None:
         partial_ptr += split.to(tl.int64) * 2 * channels * 81
-        store_taps(partial_ptr, 0, row, channel_valid, taps_y_0)
-        store_taps(partial_ptr, 1, row, channel_valid, taps_y_1)
-        store_taps(partial_ptr, 2, row, channel_valid, taps_y_2)
-        store_taps(partial_ptr, 0, row + 1, channel_valid, taps_x_0)
-        store_taps(partial_ptr, 1, row + 1, channel_valid, taps_x_1)
-        store_taps(partial_ptr, 2, row + 1, channel_valid, taps_x_2)
+        store_taps(partial_ptr, 0, row, row_valid, taps_0)
+        store_taps(partial_ptr, 1, row, row_valid, taps_1)
+        store_taps(partial_ptr, 2, row, row_valid, taps_2)
 
 
 @triton.jit
@@ -399,6 +392,7 @@ def backward_weight(
     width,
     pixels,
     half_steps,  # blocks of channels in a half
+    tap_blocks,
     share,  # blocks of pixels per split
     out_blocks,
     ACTIVATION: tl.constexpr,
@@ -423,19 +417,19 @@ def backward_weight(
     split = program // (2 * half_steps)
     half = block // half_steps
     half_channels = channels // 2
-    within = block % half_steps * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    first_channel = half * half_channels + block % half_steps * BLOCK_CHANNELS
+    end_channel = (half + 1) * half_channels
+    channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
     out = out_block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
     if INDEX_64:
-        within, out = within.to(tl.int64), out.to(tl.int64)
-    channel_valid = within < half_channels
-    channel = half * half_channels + within
-    row, row_valid = 2 * channel[:, None], channel_valid[:, None]
+        channel, out = channel.to(tl.int64), out.to(tl.int64)
+    channel_valid = channel < end_channel
     out_valid = out < out_channels
 
     pixel_blocks = tl.cdiv(pixels, BLOCK_PIXELS)
     gradient = tl.zeros((BLOCK_OUT, BLOCK_CHANNELS), tl.float32)
     grad_bias = tl.zeros((BLOCK_OUT, 1), tl.float32)
-    for step in range(0, share):
+    for step in tl.range(0, share, disable_licm=True):
         pixel_block = split * share + step
         image = (pixel_block // pixel_blocks).to(tl.int64)
         end = tl.where(image < batch, pixels, 0)  # the last share may end past the batch
@@ -443,27 +437,21 @@ def backward_weight(
         if INDEX_64:
             pixel = pixel.to(tl.int64)
         pixel_valid = pixel < end
-        valid = row_valid & pixel_valid
+        valid = channel_valid[:, None] & pixel_valid
         maps_ptr = positions_ptr + image * 18 * pixels + half * 9 * pixels
-        constant_y, constant_x = load_constant(constant_offset_ptr, channel[:, None], pixel, valid, pixels)
-        patch_0 = load_patches(maps_ptr, 0, pixel, pixel_valid, height, width)
-        patch_1 = load_patches(maps_ptr, 1, pixel, pixel_valid, height, width)
-        patch_2 = load_patches(maps_ptr, 2, pixel, pixel_valid, height, width)
+        offset_y, offset_x = compute_offsets(
+            maps_ptr, offset_weight_ptr, constant_offset_ptr, first_channel, end_channel,
+            pixel, pixel_valid, height, width, tap_blocks, OFFSET_PRECISION, BLOCK_CHANNELS,
+        )  # fmt: skip
+        sampled = columns(
+            input_ptr + image * channels * pixels, offset_y, offset_x, channel[:, None], pixel, valid, channels,
+            height, width, INPUT_LAST, INDEX_64,
+        )  # fmt: skip
         grad_out = load_gradient(
             grad_ptr + image * out_channels * pixels,
             None if pre_ptr is None else pre_ptr + image * out_channels * pixels,
             None, None, tensor_address(0, out, pixel, out_channels, pixels, OUTPUT_LAST),
             out, out_valid, out_valid & pixel_valid, ACTIVATION,
-        )  # fmt: skip
-        offset_y = constant_y + convolve(
-            offset_weight_ptr, row, row_valid, patch_0, patch_1, patch_2, OFFSET_PRECISION
-        )
-        offset_x = constant_x + convolve(
-            offset_weight_ptr, row + 1, row_valid, patch_0, patch_1, patch_2, OFFSET_PRECISION
-        )
-        sampled = columns(
-            input_ptr + image * channels * pixels, offset_y, offset_x, channel[:, None], pixel, valid, channels,
-            height, width, INPUT_LAST, INDEX_64,
         )  # fmt: skip
         gradient = multiply(grad_out, tl.trans(sampled.to(grad_out.dtype)), gradient, PRECISION)
         if bias_partial_ptr is not None:
