@@ -284,6 +284,7 @@ def plan_backward_samples(
             "scale_ptr": scale,
             "batch": call.x.shape[0],
             "share": share,
+            "steps": share * call.x.shape[0],
             "out_steps": triton.cdiv(call.weight.shape[0], out),
         },
         {

@@ -245,6 +245,7 @@ def backward_samples(
     half_steps,  # blocks of channels in a half
     tap_blocks,
     share,  # blocks of pixels per split
+    steps,  # share · batch
     out_steps,  # blocks of out channels
     ACTIVATION: tl.constexpr,
     FIXED_POINT: tl.constexpr,
@@ -283,90 +284,91 @@ def backward_samples(
     taps_0 = tl.zeros((2 * BLOCK_CHANNELS, TAPS), tl.float32)
     taps_1 = tl.zeros((2 * BLOCK_CHANNELS, TAPS), tl.float32)
     taps_2 = tl.zeros((2 * BLOCK_CHANNELS, TAPS), tl.float32)
-    for step in tl.range(0, share, disable_licm=True):
-        pixel = (split * share + step) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[None, :]
+    sums = tl.zeros((2 * BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
+    # One loop over blocks of pixels and the images of each: what only depends on the block is computed again
+    # for every image, as the compiler would keep more of it than there are registers.
+    for step in tl.range(0, steps, disable_licm=True):
+        image = (step % batch).to(tl.int64)
+        pixel = (split * share + step // batch) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[None, :]
         base_y, base_x = pixel // width, pixel % width
         if INDEX_64:
             pixel = pixel.to(tl.int64)
         pixel_valid = pixel < pixels  # the last share may end past them
         valid = channel_valid & pixel_valid
-        sums = tl.zeros((2 * BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
-        for index in tl.range(0, batch, disable_licm=True):
-            image = tl.cast(index, tl.int64)
-            maps = image * 18 * pixels + half * 9 * pixels
-            image_ptr = input_ptr + image * channels * pixels
-            offset_y, offset_x = compute_offsets(
-                positions_ptr + maps, offset_weight_ptr, constant_offset_ptr, first_channel, end_channel,
-                pixel, pixel_valid, height, width, tap_blocks, OFFSET_PRECISION, BLOCK_CHANNELS,
+        maps = image * 18 * pixels + half * 9 * pixels
+        image_ptr = input_ptr + image * channels * pixels
+        offset_y, offset_x = compute_offsets(
+            positions_ptr + maps, offset_weight_ptr, constant_offset_ptr, first_channel, end_channel,
+            pixel, pixel_valid, height, width, tap_blocks, OFFSET_PRECISION, BLOCK_CHANNELS,
+        )  # fmt: skip
+
+        gradient = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)  # of the columns
+        for out_step in tl.range(0, out_steps, disable_licm=True):
+            out = out_step * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+            if INDEX_64:
+                out = out.to(tl.int64)
+            out_valid = out < out_channels
+            weight = tl.load(
+                weight_ptr + out[None, :] * channels + channel,
+                mask=channel_valid & out_valid[None, :],
+                other=0.0,
+            )
+            grad_out = load_gradient(
+                grad_ptr + image * out_channels * pixels,
+                None if pre_ptr is None else pre_ptr + image * out_channels * pixels,
+                None, None,
+                tensor_address(0, out[:, None], pixel, out_channels, pixels, OUTPUT_LAST),
+                out[:, None], out_valid[:, None], out_valid[:, None] & pixel_valid, ACTIVATION,
             )  # fmt: skip
+            gradient = multiply(weight, grad_out, gradient, PRECISION)
+        gradient = tl.where(valid, gradient, 0.0)  # the padding may hold 0 · NaN
 
-            gradient = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)  # of the columns
-            for out_step in tl.range(0, out_steps, disable_licm=True):
-                out = out_step * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-                if INDEX_64:
-                    out = out.to(tl.int64)
-                out_valid = out < out_channels
-                weight = tl.load(
-                    weight_ptr + out[None, :] * channels + channel,
-                    mask=channel_valid & out_valid[None, :],
-                    other=0.0,
-                )
-                grad_out = load_gradient(
-                    grad_ptr + image * out_channels * pixels,
-                    None if pre_ptr is None else pre_ptr + image * out_channels * pixels,
-                    None, None,
-                    tensor_address(0, out[:, None], pixel, out_channels, pixels, OUTPUT_LAST),
-                    out[:, None], out_valid[:, None], out_valid[:, None] & pixel_valid, ACTIVATION,
-                )  # fmt: skip
-                gradient = multiply(weight, grad_out, gradient, PRECISION)
-            gradient = tl.where(valid, gradient, 0.0)  # the padding may hold 0 · NaN
-
-            low_y, low_x, fraction_y, fraction_x = locate(offset_y, offset_x, base_y, base_x, height, width)
-            on_00, on_01, on_10, on_11 = corners_on_map(low_y, low_x, valid, height, width)
-            address, next_column, next_row = corner_addresses(
-                low_y, low_x, channel, channels, height, width, INPUT_LAST, INDEX_64
+        low_y, low_x, fraction_y, fraction_x = locate(offset_y, offset_x, base_y, base_x, height, width)
+        on_00, on_01, on_10, on_11 = corners_on_map(low_y, low_x, valid, height, width)
+        address, next_column, next_row = corner_addresses(
+            low_y, low_x, channel, channels, height, width, INPUT_LAST, INDEX_64
+        )
+        if grad_input_ptr is not None:
+            sums_ptr = grad_input_ptr + image * channels * pixels
+            upper = (1 - fraction_y) * gradient
+            lower = fraction_y * gradient
+            right = address + next_column
+            scatter(sums_ptr, address, (1 - fraction_x) * upper, on_00, input_scale, FIXED_POINT)
+            scatter(sums_ptr, right, fraction_x * upper, on_01, input_scale, FIXED_POINT)
+            scatter(
+                sums_ptr, address + next_row, (1 - fraction_x) * lower, on_10, input_scale, FIXED_POINT
             )
-            if grad_input_ptr is not None:
-                sums_ptr = grad_input_ptr + image * channels * pixels
-                upper = (1 - fraction_y) * gradient
-                lower = fraction_y * gradient
-                right = address + next_column
-                scatter(sums_ptr, address, (1 - fraction_x) * upper, on_00, input_scale, FIXED_POINT)
-                scatter(sums_ptr, right, fraction_x * upper, on_01, input_scale, FIXED_POINT)
-                scatter(
-                    sums_ptr, address + next_row, (1 - fraction_x) * lower, on_10, input_scale, FIXED_POINT
-                )
-                scatter(sums_ptr, right + next_row, fraction_x * lower, on_11, input_scale, FIXED_POINT)
-            value_00, value_01, value_10, value_11 = gather(
-                image_ptr, address, next_column, next_row, on_00, on_01, on_10, on_11
-            )
-            slope_y = (1 - fraction_x) * (value_10 - value_00) + fraction_x * (value_11 - value_01)
-            slope_x = (1 - fraction_y) * (value_01 - value_00) + fraction_y * (value_11 - value_10)
-            # A coordinate off the map is a constant, whatever gradient arrives there.
-            off_y = (low_y < -1) & (fraction_y == fraction_y)
-            off_x = (low_x < -1) & (fraction_x == fraction_x)
-            grad_y = tl.where(valid & ~off_y, gradient * slope_y, 0.0)
-            grad_x = tl.where(valid & ~off_x, gradient * slope_x, 0.0)
-            grad_offsets = tl.reshape(
-                tl.permute(tl.join(grad_y, grad_x), (0, 2, 1)), (2 * BLOCK_CHANNELS, BLOCK_PIXELS)
-            )
-            sums += grad_offsets
-            if partial_ptr is not None:
-                patches = load_patches(positions_ptr + maps, 0, pixel, pixel_valid, height, width)
-                taps_0 = multiply(grad_offsets, tl.trans(patches), taps_0, GRADIENT_PRECISION)
-                patches = load_patches(positions_ptr + maps, 1, pixel, pixel_valid, height, width)
-                taps_1 = multiply(grad_offsets, tl.trans(patches), taps_1, GRADIENT_PRECISION)
-                patches = load_patches(positions_ptr + maps, 2, pixel, pixel_valid, height, width)
-                taps_2 = multiply(grad_offsets, tl.trans(patches), taps_2, GRADIENT_PRECISION)
-            if grad_positions_ptr is not None:
-                for tap_block in tl.range(0, tap_blocks, disable_licm=True):
-                    scatter_positions(
-                        grad_positions_ptr + maps, offset_weight_ptr, tap_block, row, row_valid, grad_offsets,
-                        pixel, pixel_valid, height, width, positions_scale, FIXED_POINT, GRADIENT_PRECISION,
-                    )  # fmt: skip
-
+            scatter(sums_ptr, right + next_row, fraction_x * lower, on_11, input_scale, FIXED_POINT)
+        value_00, value_01, value_10, value_11 = gather(
+            image_ptr, address, next_column, next_row, on_00, on_01, on_10, on_11
+        )
+        slope_y = (1 - fraction_x) * (value_10 - value_00) + fraction_x * (value_11 - value_01)
+        slope_x = (1 - fraction_y) * (value_01 - value_00) + fraction_y * (value_11 - value_10)
+        # A coordinate off the map is a constant, whatever gradient arrives there.
+        off_y = (low_y < -1) & (fraction_y == fraction_y)
+        off_x = (low_x < -1) & (fraction_x == fraction_x)
+        grad_y = tl.where(valid & ~off_y, gradient * slope_y, 0.0)
+        grad_x = tl.where(valid & ~off_x, gradient * slope_x, 0.0)
+        grad_offsets = tl.reshape(
+            tl.permute(tl.join(grad_y, grad_x), (0, 2, 1)), (2 * BLOCK_CHANNELS, BLOCK_PIXELS)
+        )
+        sums = tl.where(image == 0, grad_offsets, sums + grad_offsets)
         if grad_constant_ptr is not None:
-            tl.store(grad_constant_ptr + row * pixels + pixel, sums, mask=row_valid & pixel_valid)
+            if image == batch - 1:
+                tl.store(grad_constant_ptr + row * pixels + pixel, sums, mask=row_valid & pixel_valid)
+        if partial_ptr is not None:
+            patches = load_patches(positions_ptr + maps, 0, pixel, pixel_valid, height, width)
+            taps_0 = multiply(grad_offsets, tl.trans(patches), taps_0, GRADIENT_PRECISION)
+            patches = load_patches(positions_ptr + maps, 1, pixel, pixel_valid, height, width)
+            taps_1 = multiply(grad_offsets, tl.trans(patches), taps_1, GRADIENT_PRECISION)
+            patches = load_patches(positions_ptr + maps, 2, pixel, pixel_valid, height, width)
+            taps_2 = multiply(grad_offsets, tl.trans(patches), taps_2, GRADIENT_PRECISION)
+        if grad_positions_ptr is not None:
+            for tap_block in tl.range(0, tap_blocks, disable_licm=True):
+                scatter_positions(
+                    grad_positions_ptr + maps, offset_weight_ptr, tap_block, row, row_valid, grad_offsets,
+                    pixel, pixel_valid, height, width, positions_scale, FIXED_POINT, GRADIENT_PRECISION,
+                )  # fmt: skip
 
     if partial_ptr is not None:
         partial_ptr += split.to(tl.int64) * 2 * channels * 81
