@@ -22,6 +22,8 @@ from degmix_kernels.registered import RegisteredOp
 # Maps that the offsets are computed from: nine for each half of the channels, each seen through 3×3 weights.
 MAPS = 18
 WINDOW = (9, 3, 3)
+# The 81 taps of an offset in blocks of three maps, and what kernels pad a block to, for aligned loads.
+BLOCKS, TAPS, PADDED = 3, 27, 32
 # Programs of the samples' gradient that keep a GPU busy; not the GPU's own number of multiprocessors, as sums
 # would then differ between GPUs.
 SAMPLES_PROGRAMS = 1024
@@ -130,18 +132,27 @@ def _check_arguments(
 
 @dataclass(frozen=True)
 class Call:
-    """The tensors of one call, dense, and what all of its launches share. Nothing here touches memory."""
+    """The tensors of one call, as kernels take them, and what all of its launches share."""
 
     x: Tensor  # planar or channels_last; the rest is contiguous
     positions: Tensor
-    offset_weight: Tensor
+    offset_weight: Tensor  # (2·C, BLOCKS, PADDED)
     constant_offset: Tensor
     weight: Tensor
 
     @classmethod
-    def dense(cls, x: Tensor, *rest: Tensor) -> Call:
-        """The call on dense copies of whatever is not dense."""
-        return cls(layout.dense(x), *(tensor.contiguous() for tensor in rest))
+    def of(
+        cls, x: Tensor, positions: Tensor, offset_weight: Tensor, constant_offset: Tensor, weight: Tensor
+    ) -> Call:
+        """The call on dense copies of whatever is not dense, with its offset weight padded."""
+        taps = offset_weight.reshape(-1, BLOCKS, TAPS)
+        return cls(
+            layout.dense(x),
+            positions.contiguous(),
+            functional.pad(taps, (0, PADDED - TAPS)),
+            constant_offset.contiguous(),
+            weight.contiguous(),
+        )
 
     @property
     def problem(self) -> Problem:
@@ -171,7 +182,7 @@ class Call:
             "width": self.x.shape[3],
             "pixels": self.pixels,
             "half_steps": self.half_steps(block_channels),
-            "tap_blocks": 3,
+            "tap_blocks": BLOCKS,
         }
 
     def constants(self, output: Tensor) -> dict[str, Any]:
@@ -259,16 +270,17 @@ def plan_backward_samples(
         scale: two values, of ``fixed_point_scales``, for the deterministic sums; else None.
 
     Returns:
-        The plan, and the partial sums, (splits, 2·C, 81), or None. All zeros without images.
+        The plan, and the partial sums, (splits, 2·C, BLOCKS, PADDED), or None.
     """
-    channels = block(call.x.shape[1] // 2, 64)
-    pixels, out = block(call.pixels, 32), block(call.weight.shape[0], 32)
+    # The scatter keeps four corners of every sample in registers, and exact products their operands.
+    channels, out = block(call.x.shape[1] // 2, 32), block(call.weight.shape[0], 32)
+    pixels = block(call.pixels, 32 if call.x.dtype != torch.float32 else 16)
     blocks, pixel_blocks = 2 * call.half_steps(channels), triton.cdiv(call.pixels, pixels)
     share = triton.cdiv(pixel_blocks, triton.cdiv(SAMPLES_PROGRAMS, blocks))
     splits = triton.cdiv(pixel_blocks, share)
     partial = None
     if wants_offset_weight:
-        partial = call.offset_weight.new_empty((splits, call.offset_weight.shape[0], 81))
+        partial = call.offset_weight.new_empty((splits, *call.offset_weight.shape))
     plan = Launch(
         kernels.backward_samples,
         splits * blocks,
@@ -296,7 +308,7 @@ def plan_backward_samples(
             "BLOCK_CHANNELS": channels,
             "BLOCK_PIXELS": pixels,
         },
-        num_warps=16 if channels * pixels >= 2048 else 8,
+        num_warps=8 if channels == 32 else 4,
     )
     return plan, partial
 
@@ -312,7 +324,7 @@ def plan_backward_weight(
     """
     out_channels = call.weight.shape[0]
     out = block(out_channels, 256 if call.x.dtype != torch.float32 else 128)
-    pixels, channels = block(call.pixels, 32), block(call.x.shape[1] // 2, 32)
+    pixels, channels = 16, block(call.x.shape[1] // 2, 32)
     out_blocks, blocks = triton.cdiv(out_channels, out), 2 * call.half_steps(channels)
     splits = call.problem.weight_splits(out_blocks * blocks)
     batch = call.x.shape[0]
@@ -355,8 +367,9 @@ def fixed_point_scales(call: Call, grad: Tensor, epilogue: Epilogue) -> Tensor:
     bound = 1.2 * grad.detach().abs().amax().double()  # no activation is steeper
     bound = bound * call.weight.detach().double().abs().sum(0).amax()
     bound = bound * 2 * call.x.detach().abs().amax().double()
-    taps = call.offset_weight.detach().double().abs().view(2, -1, *WINDOW)
-    bound = bound * taps.sum((1, 3, 4)).amax()
+    # Three maps at once: a little more than the sum of any of them.
+    taps = call.offset_weight.detach().double().abs().view(2, -1, BLOCKS, PADDED)
+    bound = bound * taps.sum((1, 3)).amax()
     exponent = (61 - bound.log2()).floor().clamp(-126, 126)
     return torch.stack([scale, torch.where(bound.isfinite(), exponent.exp2(), torch.nan).float()])
 
@@ -387,7 +400,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The output, and its value before the activation, which is empty if there is none."""
     output, pre = _fake_forward(x, positions, offset_weight, constant_offset, weight, bias, activation)
-    call = Call.dense(x, positions, offset_weight, constant_offset, weight)
+    call = Call.of(x, positions, offset_weight, constant_offset, weight)
     bias = None if bias is None else bias.contiguous()
     run(plan_forward(call, bias, output, activation, None if activation == "identity" else pre), x.device)
     return output, pre
@@ -436,12 +449,13 @@ def _backward(
     if activation != "identity":  # kernels find z where they find its gradient
         last = layout.is_channels_last(pre)
         grad = grad.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    call = Call.dense(x, positions, offset_weight, constant_offset, weight)
+    call = Call.of(x, positions, offset_weight, constant_offset, weight)
     grad = layout.dense(grad)
     epilogue = Epilogue(activation, None if activation == "identity" else pre)
     results: list[Tensor | None] = [None] * 6
+    tensors = (x, positions, offset_weight, constant_offset, weight, weight[:, 0, 0, 0])
     if grad.numel() == 0:
-        results = [tensor.new_zeros(tensor.shape) for tensor in (x, *_rest(call), weight[:, 0, 0, 0])]
+        results = [tensor.new_zeros(tensor.shape) for tensor in tensors]
     else:
         if any(wanted[:4]):
             results[:4] = _backward_samples(call, grad, epilogue, wanted, deterministic)
@@ -451,17 +465,9 @@ def _backward(
             results[4] = partial.sum(0).view(weight.shape).to(weight.dtype)
             results[5] = None if bias_partial is None else bias_partial.sum(0).to(weight.dtype)
     return [
-        result if want else x.new_empty(0, dtype=dtype)
-        for result, want, dtype in zip(results, wanted, _dtypes(call), strict=True)
+        result if want else tensor.new_empty(0)
+        for result, want, tensor in zip(results, wanted, tensors, strict=True)
     ]
-
-
-def _rest(call: Call) -> tuple[Tensor, ...]:
-    return call.positions, call.offset_weight, call.constant_offset, call.weight
-
-
-def _dtypes(call: Call) -> tuple[torch.dtype, ...]:
-    return (call.x.dtype, *(tensor.dtype for tensor in _rest(call)), call.weight.dtype)
 
 
 def _backward_samples(
@@ -485,7 +491,7 @@ def _backward_samples(
     return [
         None if grad_input is None else grad_input.to(call.x.dtype),
         grad_positions,
-        None if partial is None else partial.sum(0).view(call.offset_weight.shape),
+        None if partial is None else partial.sum(0)[:, :, :TAPS].reshape(-1, *WINDOW),
         grad_constant,
     ]
 
@@ -529,7 +535,7 @@ def plan_examples(dtype: torch.dtype) -> list[Launch]:
         call = Call(
             x,
             empty(batch, MAPS, height, width),
-            empty(2 * channels, *WINDOW),
+            empty(2 * channels, BLOCKS, PADDED),
             empty(1, 2 * channels, height, width),
             empty(channels, channels, 1, 1, of=dtype),
         )

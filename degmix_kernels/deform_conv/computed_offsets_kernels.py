@@ -37,11 +37,9 @@ def load_patches(positions_ptr, block, pixel, valid, height, width):
 
 @triton.jit
 def load_taps(offset_weight_ptr, block, row, row_valid):
-    """Weights of a block of taps for rows of the convolution, (rows, TAPS), zero padded."""
+    """Weights of a block of taps for rows of the convolution, (rows, TAPS)."""
     tap = tl.arange(0, TAPS)[None, :]
-    return tl.load(
-        offset_weight_ptr + row * 81 + (27 * block + tap), mask=row_valid & (tap < 27), other=0.0
-    )
+    return tl.load(offset_weight_ptr + (row * 3 + block) * TAPS + tap, mask=row_valid, other=0.0)
 
 
 @triton.jit
@@ -108,7 +106,7 @@ def columns(
 def forward(
     input_ptr,
     positions_ptr,  # (N, 18, pixels) fp32
-    offset_weight_ptr,  # (2 · channels, 81) fp32
+    offset_weight_ptr,  # (2 · channels, 3, TAPS) fp32, zero padded
     constant_offset_ptr,  # (2 · channels, pixels) fp32
     weight_ptr,  # (Cout, channels)
     bias_ptr,  # (Cout,) or None
@@ -219,7 +217,7 @@ def scatter_positions(
 def store_taps(partial_ptr, block, row, row_valid, gradient):
     """Store the gradient of a block of taps."""
     tap = tl.arange(0, TAPS)[None, :]
-    tl.store(partial_ptr + row * 81 + (27 * block + tap), gradient, mask=row_valid & (tap < 27))
+    tl.store(partial_ptr + (row * 3 + block) * TAPS + tap, gradient, mask=row_valid)
 
 
 @triton.jit
@@ -228,12 +226,12 @@ def backward_samples(
     pre_ptr,  # as the output: its value before the activation; or None
     input_ptr,
     positions_ptr,  # (N, 18, pixels) fp32
-    offset_weight_ptr,  # (2 · channels, 81) fp32
+    offset_weight_ptr,  # (2 · channels, 3, TAPS) fp32, zero padded
     constant_offset_ptr,  # (2 · channels, pixels) fp32
     weight_ptr,  # (Cout, channels)
     grad_input_ptr,  # as the input, fp32 or int64 (FIXED_POINT), zeros; None if not wanted
     grad_positions_ptr,  # as the positions, fp32 or int64 (FIXED_POINT), zeros; None if not wanted
-    partial_ptr,  # (splits, 2 · channels, 81) fp32, of the offset weight; None if not wanted
+    partial_ptr,  # (splits, 2 · channels, 3, TAPS) fp32, of the offset weight; None if not wanted
     grad_constant_ptr,  # as the constant offset; None if not wanted
     scale_ptr,  # two fp32 powers of two, for input and positions, if FIXED_POINT, else None
     batch,
@@ -371,7 +369,7 @@ def backward_samples(
                 )  # fmt: skip
 
     if partial_ptr is not None:
-        partial_ptr += split.to(tl.int64) * 2 * channels * 81
+        partial_ptr += split.to(tl.int64) * 2 * channels * 3 * TAPS
         store_taps(partial_ptr, 0, row, row_valid, taps_0)
         store_taps(partial_ptr, 1, row, row_valid, taps_1)
         store_taps(partial_ptr, 2, row, row_valid, taps_2)
@@ -383,7 +381,7 @@ def backward_weight(
     pre_ptr,  # as the output: its value before the activation; or None
     input_ptr,
     positions_ptr,  # (N, 18, pixels) fp32
-    offset_weight_ptr,  # (2 · channels, 81) fp32
+    offset_weight_ptr,  # (2 · channels, 3, TAPS) fp32, zero padded
     constant_offset_ptr,  # (2 · channels, pixels) fp32
     partial_ptr,  # (splits, Cout, channels) fp32
     bias_partial_ptr,  # (splits, Cout) fp32, or None if not wanted
