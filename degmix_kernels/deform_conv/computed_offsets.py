@@ -41,17 +41,17 @@ def deform_mix_computed_offsets(
     """:func:`degmix_kernels.deform_mix` with offsets that are computed where they are used, and never stored.
 
     ``offsets = conv2d(positions, offset_weight, padding=1, groups=2) + constant_offset``, then
-    ``activation(W · sample(x, offsets) + b)``. Whatever the offsets have in common for all images belongs into
+    ``activation(W · sample(x, offsets) + b)``. Whatever the offsets of all images have in common belongs into
     ``constant_offset``, above all large values (pixel coordinates): it is added last, in fp32. Offsets are
-    computed in fp32 precision, whatever the dtype of ``x``.
+    computed in fp32 precision, whatever the dtype of ``x``. The backward pass computes them again.
 
     Under autocast ``x``, ``weight`` and ``bias`` are cast to the autocast dtype and the result has it; the
     rest keeps its dtype. Doubles are left alone. Layout and special values are those of ``deform_mix``.
 
     Args:
         x: (N, C, H, W), floating point, C even. channels_last in, channels_last out.
-        positions: (N, 18, H, W), fp32 (fp64 with a double ``x``): nine maps for the first half of the channels
-            of ``x``, nine for the second.
+        positions: (N, 18, H, W), fp32 (fp64 with a double ``x``): nine maps for the first half of the
+            channels of ``x``, nine for the second.
         offset_weight: (2·C, 9, 3, 3), as ``positions``; row 2i makes dy of channel i, row 2i + 1 its dx.
         constant_offset: (1, 2·C, H, W) in pixels, as ``positions``.
         weight: (Cout, C, 1, 1), as ``x``.
@@ -221,7 +221,7 @@ def plan_forward(
 ) -> Launch:
     """Plan the forward pass; ``pre`` is filled with the output's value before the activation."""
     wide = call.x.dtype != torch.float32
-    # Every block of out channels computes the offsets and gathers again, so it is as large as registers allow.
+    # Every block of out channels computes the offsets and gathers again: it is as large as registers allow.
     out = block(call.weight.shape[0], 256 if wide else 128)
     pixels, channels = block(call.pixels, 64 if wide else 32), 16
     out_blocks = triton.cdiv(call.weight.shape[0], out)
@@ -360,8 +360,8 @@ def fixed_point_scales(call: Call, grad: Tensor, epilogue: Epilogue) -> Tensor:
     """Powers of two at which no deterministic sum can leave 62 bits, (2,): for input and positions.
 
     An offset's gradient is at most |dz| · Σ_out |weight| · 2 max|x|, the slope between two pixels; a position
-    adds that up over the channels of its half, both axes and nine taps. NaN if any of these is not finite: all
-    of the gradient is then NaN.
+    adds that up over the channels of its half, both axes and nine taps. NaN if any of these is not finite:
+    all of the gradient is then NaN.
     """
     scale = planar.fixed_point_scale(call.problem, grad, epilogue)
     bound = 1.2 * grad.detach().abs().amax().double()  # no activation is steeper

@@ -1,8 +1,8 @@
 """Triton kernels of DeGMix's operator with its offsets computed on the way: they never reach memory.
 
-An offset is a 3×3 convolution of nine maps plus a constant. The first half of the channels reads maps 0 to 8,
-the second half maps 9 to 17, so a block of channels lies in one half. The convolution is a matrix product over
-81 taps, index 9·map + 3·row + column, in three blocks of 27, three maps each, padded to TAPS = 32.
+An offset is a 3×3 convolution of nine maps plus a constant. The first half of the channels reads maps 0 to
+8, the second half maps 9 to 17, so a block of channels lies in one half. The convolution is a matrix product
+over 81 taps, index 9·map + 3·row + column, in three blocks of 27, three maps each, padded to TAPS = 32.
 
 Tiles are (channels, pixels), pixels fastest: neighbouring lanes hold neighbouring pixels.
 """
@@ -59,7 +59,9 @@ def compute_offsets(
 ):
     """Vertical and horizontal offsets of a block of channels at the pixels, each (channels, pixels).
 
-    One matrix product makes both, so its rows are those of the offset weight. The constants, which may be large, come last."""
+    One matrix product makes both, so its rows are those of the offset weight. The constants, which may be
+    large, come last.
+    """
     row = 2 * first_channel + tl.arange(0, 2 * BLOCK_CHANNELS)[:, None]
     row_valid = row < 2 * end_channel
     offsets = tl.zeros((2 * BLOCK_CHANNELS, pixel.shape[1]), tl.float32)
@@ -68,7 +70,9 @@ def compute_offsets(
         taps = load_taps(offset_weight_ptr, block, row, row_valid)
         offsets = multiply(taps, patches, offsets, PRECISION)
     constant = tl.load(
-        constant_offset_ptr + row.to(pixel.dtype) * height * width + pixel, mask=row_valid & pixel_valid, other=0.0
+        constant_offset_ptr + row.to(pixel.dtype) * height * width + pixel,
+        mask=row_valid & pixel_valid,
+        other=0.0,
     )
     offsets = tl.reshape(offsets + constant, (BLOCK_CHANNELS, 2, pixel.shape[1]))
     return tl.split(tl.permute(offsets, (0, 2, 1)))
@@ -163,8 +167,8 @@ def forward(
                 other=0.0,
             )
             offset_y, offset_x = compute_offsets(
-                maps_ptr, offset_weight_ptr, constant_offset_ptr, half * half_channels + step * BLOCK_CHANNELS,
-                (half + 1) * half_channels, pixel, pixel_valid, height, width, tap_blocks, OFFSET_PRECISION,
+                maps_ptr, offset_weight_ptr, constant_offset_ptr,
+                half * half_channels + step * BLOCK_CHANNELS, (half + 1) * half_channels, pixel, pixel_valid, height, width, tap_blocks, OFFSET_PRECISION,
                 BLOCK_CHANNELS,
             )  # fmt: skip
             sampled = columns(
@@ -333,9 +337,7 @@ def backward_samples(
             right = address + next_column
             scatter(sums_ptr, address, (1 - fraction_x) * upper, on_00, input_scale, FIXED_POINT)
             scatter(sums_ptr, right, fraction_x * upper, on_01, input_scale, FIXED_POINT)
-            scatter(
-                sums_ptr, address + next_row, (1 - fraction_x) * lower, on_10, input_scale, FIXED_POINT
-            )
+            scatter(sums_ptr, address + next_row, (1 - fraction_x) * lower, on_10, input_scale, FIXED_POINT)
             scatter(sums_ptr, right + next_row, fraction_x * lower, on_11, input_scale, FIXED_POINT)
         value_00, value_01, value_10, value_11 = gather(
             image_ptr, address, next_column, next_row, on_00, on_01, on_10, on_11
@@ -352,8 +354,8 @@ def backward_samples(
         )
         sums = tl.where(image == 0, grad_offsets, sums + grad_offsets)
         if grad_constant_ptr is not None:
-            if image == batch - 1:
-                tl.store(grad_constant_ptr + row * pixels + pixel, sums, mask=row_valid & pixel_valid)
+            complete = row_valid & pixel_valid & (image == batch - 1)
+            tl.store(grad_constant_ptr + row * pixels + pixel, sums, mask=complete)
         if partial_ptr is not None:
             patches = load_patches(positions_ptr + maps, 0, pixel, pixel_valid, height, width)
             taps_0 = multiply(grad_offsets, tl.trans(patches), taps_0, GRADIENT_PRECISION)
@@ -444,8 +446,8 @@ def backward_weight(
             pixel, pixel_valid, height, width, tap_blocks, OFFSET_PRECISION, BLOCK_CHANNELS,
         )  # fmt: skip
         sampled = columns(
-            input_ptr + image * channels * pixels, offset_y, offset_x, channel[:, None], pixel, valid, channels,
-            height, width, INPUT_LAST, INDEX_64,
+            input_ptr + image * channels * pixels, offset_y, offset_x, channel[:, None], pixel, valid,
+            channels, height, width, INPUT_LAST, INDEX_64,
         )  # fmt: skip
         grad_out = load_gradient(
             grad_ptr + image * out_channels * pixels,
@@ -454,12 +456,14 @@ def backward_weight(
             out, out_valid, out_valid & pixel_valid, ACTIVATION,
         )  # fmt: skip
         gradient = multiply(grad_out, tl.trans(sampled.to(grad_out.dtype)), gradient, PRECISION)
-        if bias_partial_ptr is not None:
+        if bias_partial_ptr is not None:  # noqa: SIM102 (settled by the compiler)
             if block == 0:
                 grad_bias += tl.sum(grad_out.to(tl.float32), axis=1, keep_dims=True)
 
     partial_ptr += split.to(tl.int64) * out_channels * channels
-    tl.store(partial_ptr + out * channels + channel[None, :], gradient, mask=out_valid & channel_valid[None, :])
+    tl.store(
+        partial_ptr + out * channels + channel[None, :], gradient, mask=out_valid & channel_valid[None, :]
+    )
     if bias_partial_ptr is not None:
-        if block == 0:
-            tl.store(bias_partial_ptr + split.to(tl.int64) * out_channels + out, grad_bias, mask=out_valid)
+        bias_partial_ptr += split.to(tl.int64) * out_channels
+        tl.store(bias_partial_ptr + out, grad_bias, mask=out_valid & (block == 0))
