@@ -272,9 +272,11 @@ def plan_backward_samples(
     Returns:
         The plan, and the partial sums, (splits, 2·C, BLOCKS, PADDED), or None.
     """
-    # The scatter keeps four corners of every sample in registers, and exact products their operands.
-    channels, out = block(call.x.shape[1] // 2, 32), block(call.weight.shape[0], 32)
-    pixels = block(call.pixels, 32 if call.x.dtype != torch.float32 else 16)
+    # The scatter keeps four corners of every sample in registers, exact products their operands: 4 samples
+    # per thread fit, 2 with fp32.
+    wide = call.x.dtype != torch.float32
+    channels, pixels = block(call.x.shape[1] // 2, 32 if wide else 16), block(call.pixels, 16 if wide else 32)
+    out = block(call.weight.shape[0], 32)
     blocks, pixel_blocks = 2 * call.half_steps(channels), triton.cdiv(call.pixels, pixels)
     share = triton.cdiv(pixel_blocks, triton.cdiv(SAMPLES_PROGRAMS, blocks))
     splits = triton.cdiv(pixel_blocks, share)
@@ -308,7 +310,7 @@ def plan_backward_samples(
             "BLOCK_CHANNELS": channels,
             "BLOCK_PIXELS": pixels,
         },
-        num_warps=8 if channels == 32 else 4,
+        num_warps=4 if wide else 8,
     )
     return plan, partial
 

@@ -136,7 +136,7 @@ def forward(
 ):
     """output = act(weight · columns + bias). One program: BLOCK_PIXELS pixels, BLOCK_OUT out channels.
 
-    Patches of a half are loaded once; each block of its channels multiplies them again.
+    Every block of channels loads the patches again, from the cache: kept, they would not fit into registers.
     """
     program = tl.program_id(0)
     out = program % out_blocks * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
@@ -156,20 +156,20 @@ def forward(
     for half in range(0, 2):
         maps_ptr = positions_ptr + half * 9 * pixels
         for step in range(0, half_steps):
-            within = step * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+            first_channel = half * half_channels + step * BLOCK_CHANNELS
+            end_channel = (half + 1) * half_channels
+            channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
             if INDEX_64:
-                within = within.to(tl.int64)
-            channel_valid = within < half_channels
-            channel = half * half_channels + within
+                channel = channel.to(tl.int64)
+            channel_valid = channel < end_channel
             weight = tl.load(
                 weight_ptr + out * channels + channel[None, :],
                 mask=out_valid & channel_valid[None, :],
                 other=0.0,
             )
             offset_y, offset_x = compute_offsets(
-                maps_ptr, offset_weight_ptr, constant_offset_ptr,
-                half * half_channels + step * BLOCK_CHANNELS, (half + 1) * half_channels, pixel, pixel_valid, height, width, tap_blocks, OFFSET_PRECISION,
-                BLOCK_CHANNELS,
+                maps_ptr, offset_weight_ptr, constant_offset_ptr, first_channel, end_channel,
+                pixel, pixel_valid, height, width, tap_blocks, OFFSET_PRECISION, BLOCK_CHANNELS,
             )  # fmt: skip
             sampled = columns(
                 input_ptr, offset_y, offset_x, channel[:, None], pixel,

@@ -102,7 +102,7 @@ CASES = {
     "no bias, channels_last": Case(bias=False, activation="relu", last=True, size=(2, 4), batch=1),
     "several blocks of channels": Case(channels=70, out=3, size=(2, 2), batch=1),
     "several blocks of out channels": Case(channels=2, out=130, size=(2, 3), batch=1),
-    "several blocks of pixels": Case(channels=2, out=2, size=(3, 11), batch=1),
+    "several blocks of pixels": Case(channels=2, out=5, size=(3, 11), batch=1),
     "offsets far off the map": Case(channels=2, out=2, spread=5.0, size=(5, 3), batch=1),
     "one pixel": Case(channels=2, out=1, size=(1, 1), spread=0.3),
     "one row": Case(channels=2, out=1, size=(1, 6), batch=1),
@@ -202,10 +202,10 @@ def test_undefined_values_stay_where_they_belong(device: torch.device) -> None:
     case = Case(activation="identity", channels=4, out=2, size=(5, 5))
     tensors = case.draw(device)
     tensors["positions"][0, 2, 1, 1] = torch.nan
-    tensors["constant_offset"][0, 5, 5, 6] = torch.nan
+    tensors["constant_offset"][0, 5, 4, 4] = torch.nan
     tensors["constant_offset"][0, 2, 0, 0] = torch.inf
     tensors["x"][1, 3, 2, 2] = torch.nan
-    tensors["grad"][1, 0, 5, 0] = torch.nan
+    tensors["grad"][1, 0, 4, 0] = torch.nan
     expected, actual = case.exact(tensors), computed(case, tensors)
     for name in ("output", "x", "positions", "constant_offset", "weight", "bias"):
         good = expected[name].isfinite()
