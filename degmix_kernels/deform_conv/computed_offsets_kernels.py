@@ -354,8 +354,8 @@ def backward_samples(
         )
         sums = tl.where(image == 0, grad_offsets, sums + grad_offsets)
         if grad_constant_ptr is not None:
-            complete = row_valid & pixel_valid & (image == batch - 1)
-            tl.store(grad_constant_ptr + row * pixels + pixel, sums, mask=complete)
+            complete = pixel < tl.where(image == batch - 1, pixels, 0)  # all images are in the sums
+            tl.store(grad_constant_ptr + row * pixels + pixel, sums, mask=row_valid & complete)
         if partial_ptr is not None:
             patches = load_patches(positions_ptr + maps, 0, pixel, pixel_valid, height, width)
             taps_0 = multiply(grad_offsets, tl.trans(patches), taps_0, GRADIENT_PRECISION)
