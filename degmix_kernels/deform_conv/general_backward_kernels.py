@@ -11,7 +11,7 @@ from degmix_kernels.deform_conv.general_kernels import (
     sample_points,
     weight_address,
 )
-from degmix_kernels.deform_conv.sampling import corners_on_map, multiply, scatter, tensor_address
+from degmix_kernels.deform_conv.sampling import corners_on_map, is_number, multiply, scatter, tensor_address
 
 
 @triton.jit
@@ -172,8 +172,8 @@ def backward_samples(
             # A coordinate off the map is a constant, whatever gradient arrives there.
             offset_y = tl.load(offset_ptr + address_y, mask=valid, other=0.0)
             offset_x = tl.load(offset_ptr + address_x, mask=valid, other=0.0)
-            grad_y = tl.where((low_y < -1) & (offset_y == offset_y), 0.0, grad_y)
-            grad_x = tl.where((low_x < -1) & (offset_x == offset_x), 0.0, grad_x)
+            grad_y = tl.where((low_y < -1) & is_number(offset_y), 0.0, grad_y)
+            grad_x = tl.where((low_x < -1) & is_number(offset_x), 0.0, grad_x)
             tl.store(grad_offset_ptr + address_y, grad_y.to(element), mask=valid)
             tl.store(grad_offset_ptr + address_x, grad_x.to(element), mask=valid)
         if grad_mask_ptr is not None:

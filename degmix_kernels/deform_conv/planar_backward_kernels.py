@@ -14,6 +14,7 @@ from degmix_kernels.deform_conv.planar_tiles import (
 from degmix_kernels.deform_conv.sampling import (
     blend,
     corners_on_map,
+    is_number,
     locate,
     multiply,
     scatter,
@@ -207,8 +208,8 @@ def backward_samples(
             tl.store(grad_mask_ptr + sample_address, grad_mask.to(element), mask=valid)
         if grad_offset_ptr is not None:
             # A coordinate off the map is a constant, whatever gradient arrives there.
-            grad_y = tl.where((low_y < -1) & (offset_y == offset_y), 0.0, grad_y)
-            grad_x = tl.where((low_x < -1) & (offset_x == offset_x), 0.0, grad_x)
+            grad_y = tl.where((low_y < -1) & is_number(offset_y), 0.0, grad_y)
+            grad_x = tl.where((low_x < -1) & is_number(offset_x), 0.0, grad_x)
             offset_address = tensor_address(
                 0, (group * taps + tap) * 2, pixel, 2 * offset_groups * taps, out_pixels, OFFSET_LAST
             )

@@ -24,6 +24,12 @@ def tensor_address(image, channel, pixel, channels, pixels, LAST: tl.constexpr):
 
 
 @triton.jit
+def is_number(value):
+    """False where NaN. In fp32, as the interpreter compares the bit patterns of bf16."""
+    return value.to(tl.float32) == value.to(tl.float32)
+
+
+@triton.jit
 def split_coordinate(offset, base, size):
     """Integer part and fraction of base + offset along an axis of ``size`` pixels, as reference._split.
 

@@ -261,3 +261,31 @@ def test_random_calls(path: str, device: torch.device, oracles: dict[str, Callab
     assert met["images"] >= 0.6 * EXAMPLES[path]
     assert met["undefined"]
     assert met["deterministic"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("path", EXAMPLES)
+def test_undefined_offsets(path: str, dtype: torch.dtype, device: torch.device) -> None:
+    """A NaN spoils what it spoils in the reference, no more and no less: its own offset group and pixel.
+
+    Also where the other coordinate lies off the map, which has no gradient then, and where several groups of
+    the convolution share a tile.
+    """
+    call = {
+        "general": Call(1, 64, 4, (4, 4), groups=2, offset_groups=2),
+        "per-channel": Call(1, 4, 4, (4, 4), groups=2, offset_groups=4),
+        "between": Call(1, 8, 4, (4, 4), groups=4, offset_groups=2),
+    }[path]
+    assert call.path == path
+    tensors = call.tensors(dtype)
+    offset = tensors["offset"].zero_()
+    offset[0, 0, 1, 1] = offset[0, 2, 2, 2] = offset[0, 3, 3, 0] = math.nan
+    offset[0, 1, 1, 1] = 9
+    grad = torch.ones(1, 4, 4, 4)
+    leaves = {name: value.to(device).requires_grad_() for name, value in leaves_of(tensors).items()}
+    with forced_triton():
+        actual = run(deform_conv2d, call, leaves, grad.to(device, dtype))
+    expected = run(reference.deform_conv2d, call, leaves_of(tensors, torch.float64), grad.double())
+    for name, value in actual.items():
+        assert value.isnan().cpu().equal(expected[name].isnan()), name
+        assert value.isnan().any() == (name not in ("input", "bias")), name
