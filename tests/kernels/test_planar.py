@@ -131,6 +131,7 @@ CASES = {
         34, 17, 2, groups=17, kernel=(1, 2), masked=True, batch=1, size=(3, 3)
     ),
     "65 channels per offset group": Case(65, 65, 1, groups=65, kernel=(1, 1), padding=(0, 0), size=(2, 3)),
+    "groups of 18, offset groups of 4": Case(36, 4, 9, groups=2, kernel=(1, 1), padding=(0, 0), batch=1),
     "groups of 24, offset groups of 16": Case(48, 4, 3, groups=2, kernel=(1, 2), batch=1),
     "more than a block of out channels": Case(3, 270, 3, kernel=(1, 1), padding=(0, 0), size=(2, 3), batch=1),
     "more than a block of pixels": Case(2, 2, 2, kernel=(1, 1), padding=(0, 0), size=(7, 11)),
@@ -196,6 +197,13 @@ def test_addresses_of_both_widths(
     tensors = CASES[name].draw(device)
     plan = planar.plan_forward(CASES[name].problem(tensors), None, tensors["grad"])
     assert plan.constants["INDEX_64"] == wide
+
+
+def test_shares_of_the_pixels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More shares of the weight gradient than blocks of pixels: the last end past the batch."""
+    monkeypatch.setattr(Problem, "weight_splits", lambda problem, programs: 3)
+    test_values_and_gradients("8 groups of 1", device)
+    test_values_and_gradients("more than a block of pixels", device)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "silu", "identity"])
@@ -323,7 +331,7 @@ def test_undefined_values_stay_where_they_belong(name: str, device: torch.device
     tensors["offset"][1 % case.batch, 2, 0, 0] = torch.inf
     tensors["offset"][1 % case.batch, 1, 0, 1] = -torch.inf
     tensors["grad"][0, 0, 0, 1] = torch.nan
-    tensors["grad"][0, case.out - 1, 1, 0] = torch.nan
+    tensors["grad"][0, case.out // 4, 1, 0] = torch.nan
     expected, leaves = case.exact(tensors)
     expected.backward(tensors["grad"].double())
     problem = case.problem(tensors)
