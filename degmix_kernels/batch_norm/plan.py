@@ -243,21 +243,16 @@ def plan_examples(dtype: torch.dtype) -> list[Launch]:
 
 
 def _examples(dtype: torch.dtype) -> Iterator[Launch]:
-    """Launches of DeGMix on NYUD-v2 and Cityscapes, at odd sizes, and with more than 2³¹ elements."""
-    calls = [((8, 256, 107, 140), False), ((8, 256, 107, 140), True), ((8, 256, 128, 256), False)]
-    calls += [((2, 50, 7, 7), False), ((2, 50, 7, 7), True)]
+    """Launches of DeGMix on NYUD-v2 in both layouts; at odd sizes, and with more than 2³¹ elements."""
+    calls = [((8, 256, 107, 140), False), ((8, 256, 107, 140), True)]
     if dtype == torch.bfloat16:
-        calls += [((3, 256, 2048, 2048), False), ((3, 256, 2048, 2048), True)]
+        calls += [((2, 50, 7, 7), False), ((3, 256, 2048, 2048), True)]
     for shape, last in calls:
         x = torch.empty(shape, dtype=dtype, device="meta")
         if last:
             x = x.contiguous(memory_format=torch.channels_last)
         vector = torch.empty(shape[1], device="meta")
         yield plan_forward(x, vector, vector, vector, vector, x, x, 1e-5)
-        yield plan_forward(x, vector, vector, None, None, None, x, 1e-5)
         backward, partial = plan_backward(x, x, vector, vector, vector, x, True, True, 1e-5)
         yield backward
         yield plan_finish(partial, vector, vector, vector, vector, vector, vector, 1e-5)
-        yield plan_backward(x, x, vector, vector, None, x, False, False, 1e-5)[0]
-        yield plan_backward(x, x, vector, vector, None, None, True, False, 1e-5)[0]
-        yield plan_finish(partial, vector, None, None, None, None, vector, 1e-5)

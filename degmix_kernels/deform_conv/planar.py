@@ -164,7 +164,7 @@ def plan_backward_samples(
             "SPANS": span > 1,
             **blocks.constants(problem),
         },
-        num_warps=warps(blocks.rows * blocks.pixels, 128 if wide else 64),
+        num_warps=warps(blocks.rows * blocks.pixels, 128 if wide and span == 1 else 64),
     )
 
 
