@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from degmix.model.mixer import MixerLayer
 from degmix_kernels import BatchNorm2d, batch_norm, use_backend
-from degmix_kernels.batch_norm.plan import Sizes, plan_backward, plan_forward
+from degmix_kernels.batch_norm import plan
 from degmix_kernels.testing import assert_close
 
 
@@ -74,10 +74,10 @@ def test_many_parts_and_ragged_blocks(device):
     """More tiles than programs: the last part ends past the last tile, and the sums still add up."""
     x = draw(3, 1, 1, 65536, dtype=torch.float32).to(device)
     mean, variance = statistics_of(x)
-    plan, partial = plan_backward(x, x, mean, variance, None, None, True, True, 1e-5)
-    assert plan.programs == partial.shape[1] == 192
+    launch, partial = plan.plan_backward(x, x, mean, variance, None, None, True, True, 1e-5)
+    assert launch.programs == partial.shape[1] == 192
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("degmix_kernels.batch_norm.plan._PROGRAMS", 5)
+        patch.setattr(plan, "_PROGRAMS", 5)
         for shape in ((3, 2, 30, 70), (9, 70), (2, 300, 1, 3)):
             x = draw(*shape, dtype=torch.float32).to(device).requires_grad_()
             vectors = [draw(shape[1], seed=seed).float().to(device).requires_grad_() for seed in (1, 2, 3, 4)]
@@ -103,7 +103,7 @@ def test_only_what_is_wanted_is_launched_and_read(device):
         wanted.requires_grad_(False)
         if wanted.shape == x.shape and not seen:
             assert gradient.data_ptr() == grad.data_ptr()  # no copy
-        return [(plan.kernel.fn.__name__, plan.arguments.get("x_ptr") is not None) for plan in seen]
+        return [(each.kernel.fn.__name__, each.arguments.get("x_ptr") is not None) for each in seen]
 
     residual = torch.ones_like(x)
     call = (x, mean, variance, None, bias, residual)
@@ -147,12 +147,12 @@ def test_plans_know_how_wide_they_may_read():
     ):
         x = torch.empty(shape, device="meta")
         x = x.contiguous(memory_format=torch.channels_last) if last else x
-        assert Sizes.of(x).unit == unit
+        assert plan.Sizes.of(x).unit == unit
     vector = torch.empty(256, device="meta")
     for size, wide in ((2047, False), (2049, True)):
         x = torch.empty(2, 256, size, 2048, device="meta")
-        plan = plan_forward(x, vector, vector, None, None, None, x, 1e-5)
-        assert plan.constants["INDEX_64"] == wide
+        launch = plan.plan_forward(x, vector, vector, None, None, None, x, 1e-5)
+        assert launch.constants["INDEX_64"] == wide
 
 
 @pytest.mark.parametrize(
@@ -238,17 +238,18 @@ def test_mixer_layer_on_triton_is_the_reference(device, training):
     layer, x = layer_and_input(device)
     probe = draw(2, 4, 5, 3, seed=2, dtype=torch.float32).to(device)
     results = []
-    for backend in ("auto", "reference"):
-        twin, leaf = copy.deepcopy(layer).train(training), x.clone().requires_grad_()
+    for backend, dtype in (("auto", torch.float32), ("reference", torch.float64)):
+        twin, leaf = copy.deepcopy(layer).train(training).to(dtype), x.to(dtype, copy=True).requires_grad_()
         with use_backend(backend), recorded_launches() as seen:
             output = twin(leaf)
-            output.backward(probe)
-        names = [plan.kernel.fn.__module__.split(".")[1] for plan in seen]
+            output.backward(probe.to(dtype))
+        names = [each.kernel.fn.__module__.split(".")[1] for each in seen]
         assert ("batch_norm" in names) == (backend == "auto")
         gradients = {name: parameter.grad for name, parameter in twin.named_parameters()}
         results.append({"output": output, "x": leaf.grad, **gradients, **dict(twin.named_buffers())})
+    # Sums over pixels, channels and outputs of each other, twice over; normalising cancels some of them.
     for name, got in results[0].items():
-        assert_close(got, results[1][name], 2 * 4 * 4 * 15, torch.float32, name)
+        assert_close(got, results[1][name], 4 * (2 * 15 * 4 * 4), torch.float32, name)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
