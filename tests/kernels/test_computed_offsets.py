@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from degmix_kernels import layout, use_backend
-from degmix_kernels.deform_conv import computed_offsets, computed_offsets_kernels, reference
+from degmix_kernels.deform_conv import (
+    computed_offsets,
+    computed_offsets_backward_kernels,
+    computed_offsets_kernels,
+    computed_offsets_plans,
+    reference,
+)
 from degmix_kernels.deform_conv.computed_offsets import (
     deform_mix_computed_offsets,
     reference_computed_offsets,
@@ -299,10 +305,7 @@ def test_wrong_arguments(message: str) -> None:
 
 
 def test_every_kernel_is_in_the_examples() -> None:
-    plans: list[Launch] = computed_offsets.plan_examples(torch.float32)
-    kernels = computed_offsets_kernels
-    assert {plan.kernel for plan in plans} == {
-        kernels.forward,
-        kernels.backward_samples,
-        kernels.backward_weight,
-    }
+    plans: list[Launch] = computed_offsets_plans.plan_examples(torch.float32)
+    backward = computed_offsets_backward_kernels
+    kernels = (computed_offsets_kernels.forward, backward.backward_samples, backward.backward_weight)
+    assert {plan.kernel for plan in plans} == set(kernels)
