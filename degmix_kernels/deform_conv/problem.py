@@ -125,9 +125,10 @@ class Problem:
     def weight_splits(self, programs: int) -> int:
         """Into how many shares of the pixels a weight gradient of ``programs`` programs each is split.
 
-        Enough to keep a GPU busy, as long as the fp32 partial sums stay small beside the column buffer.
+        Enough to keep a GPU busy, as long as there is a block of pixels for each, and the fp32 partial sums
+        stay small beside the column buffer.
         """
-        busy = ceil_div(WEIGHT_PROGRAMS, programs)
+        busy = min(ceil_div(WEIGHT_PROGRAMS, programs), ceil_div(self.batch * self.out_pixels, 32))
         bytes_of_one = self.weight.numel() * 4
         small = WEIGHT_SHARE * self.columns * self.input.element_size()
         small = int(max(small, WEIGHT_BYTES) / bytes_of_one)

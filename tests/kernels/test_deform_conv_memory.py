@@ -127,3 +127,16 @@ def test_temporaries_are_small(name: str, dtype: str, layout: str, deterministic
     for phase, (size, alive) in peaks.items():
         words = describe(size, whole, alive)
         assert size <= limit, f"{phase}: temporaries take {words}\nat most {limit / 2**20:.1f} MiB"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_share_of_the_weight_gradient_has_pixels(path: str) -> None:
+    """A call of few pixels is no occasion for hundreds of programs, each with partial sums of its own."""
+    call = replace(PATHS[path], kernel=(1, 1), groups=1, size=(9, 8), padding=(0, 0), stride=(1, 1))
+    leaves = {name: value.requires_grad_() for name, value in call.tensors().items()}
+    with forced_triton(), recorded_launches(execute=False) as launches:
+        output = deform_conv2d(**leaves, **call.geometry)
+        torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output))
+    programs = sum(plan.programs for plan in launches if plan.kernel.fn.__name__ == "backward_weight")
+    tiles = -(-call.channels // 16)
+    assert 0 < programs <= tiles * call.batch * -(-math.prod(call.out_size) // 16)
