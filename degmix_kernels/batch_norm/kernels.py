@@ -12,13 +12,13 @@ import triton.language as tl
 
 @triton.jit
 def vector(pointer, channel, valid):
-    """Values of the channels, fp32; 0 for those past the last."""
+    """Values of a row of channels, fp32; 0 for those past the last."""
     return tl.load(pointer + channel, mask=valid, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def scale_of(variance_ptr, weight_ptr, eps, channel, valid):
-    """weight / √(variance + eps) of the channels."""
+    """weight / √(variance + eps) of a row of channels."""
     scale = tl.rsqrt(vector(variance_ptr, channel, valid) + eps)
     if weight_ptr is not None:
         scale *= vector(weight_ptr, channel, valid)
@@ -57,18 +57,19 @@ def forward(
         pixels *= UNIT
         plane, pixel_block = program // pixel_blocks, program % pixel_blocks
         image, channel_block = plane // channel_blocks, plane % channel_blocks
-    channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[:, None]
+    row = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    row_valid = row < channels
+    channel, channel_valid = row[:, None], row_valid[:, None]
     pixel = pixel_block * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[None, :]
-    channel_valid = channel < channels
     valid = channel_valid & (pixel < pixels)
     address = pixel * channels + channel if LAST else (image * channels + channel) * pixels + pixel
 
     # Subtracted before anything is scaled: of a large mean only the difference is rounded.
     result = tl.load(x_ptr + address, mask=valid, other=0.0).to(tl.float32)
-    result -= vector(mean_ptr, channel, channel_valid)
-    result *= scale_of(variance_ptr, weight_ptr, eps, channel, channel_valid)
+    result -= vector(mean_ptr, row, row_valid)[:, None]
+    result *= scale_of(variance_ptr, weight_ptr, eps, row, row_valid)[:, None]
     if bias_ptr is not None:
-        result += vector(bias_ptr, channel, channel_valid)
+        result += vector(bias_ptr, row, row_valid)[:, None]
     if residual_ptr is not None:
         result += tl.load(residual_ptr + address, mask=valid, other=0.0).to(tl.float32)
     tl.store(output_ptr + address, result.to(output_ptr.dtype.element_ty), mask=valid)
@@ -106,12 +107,13 @@ def backward(
     else:
         pixels *= UNIT
     part, channel_block = program // channel_blocks, program % channel_blocks
-    channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[:, None]
-    channel_valid = channel < channels
+    row = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    row_valid = row < channels
+    channel, channel_valid = row[:, None], row_valid[:, None]
     if grad_x_ptr is not None:
-        scale = scale_of(variance_ptr, weight_ptr, eps, channel, channel_valid)
+        scale = scale_of(variance_ptr, weight_ptr, eps, row, row_valid)[:, None]
     if x_ptr is not None:
-        mean = vector(mean_ptr, channel, channel_valid)
+        mean = vector(mean_ptr, row, row_valid)[:, None]
     total = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     product = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     for step in range(steps):
@@ -153,24 +155,24 @@ def finish(
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """Gradients of the vectors from the sums, for one block of channels."""
-    channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
+    channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     channel_valid = channel < channels
     total = tl.zeros((BLOCK_PARTS, BLOCK_CHANNELS), tl.float32)
     product = tl.zeros((BLOCK_PARTS, BLOCK_CHANNELS), tl.float32)
     for start in range(0, parts, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)[:, None]
-        valid = (part < parts) & channel_valid
-        total += tl.load(sums_ptr + part * channels + channel, mask=valid, other=0.0)
+        valid = (part < parts) & channel_valid[None, :]
+        total += tl.load(sums_ptr + part * channels + channel[None, :], mask=valid, other=0.0)
         if (grad_variance_ptr is not None) or (grad_weight_ptr is not None):
-            product += tl.load(sums_ptr + (parts + part) * channels + channel, mask=valid, other=0.0)
-    total = tl.sum(total, axis=0, keep_dims=True)
+            product += tl.load(sums_ptr + (parts + part) * channels + channel[None, :], mask=valid, other=0.0)
+    total = tl.sum(total, axis=0)
     if grad_bias_ptr is not None:
         tl.store(grad_bias_ptr + channel, total, mask=channel_valid)
     scale = scale_of(variance_ptr, weight_ptr, eps, channel, channel_valid)
     if grad_mean_ptr is not None:
         tl.store(grad_mean_ptr + channel, -scale * total, mask=channel_valid)
     deviation = tl.rsqrt(vector(variance_ptr, channel, channel_valid) + eps)
-    product = tl.sum(product, axis=0, keep_dims=True) * deviation  # Σ g·x̂
+    product = tl.sum(product, axis=0) * deviation  # Σ g·x̂
     if grad_weight_ptr is not None:
         tl.store(grad_weight_ptr + channel, product, mask=channel_valid)
     if grad_variance_ptr is not None:

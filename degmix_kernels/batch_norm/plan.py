@@ -243,10 +243,10 @@ def plan_examples(dtype: torch.dtype) -> list[Launch]:
 
 
 def _examples(dtype: torch.dtype) -> Iterator[Launch]:
-    """Launches of DeGMix on NYUD-v2 in both layouts; at odd sizes, and with more than 2³¹ elements."""
+    """Launches of DeGMix on NYUD-v2 in both layouts, at odd and even sizes, with more than 2³¹ elements."""
     calls = [((8, 256, 107, 140), False), ((8, 256, 107, 140), True)]
     if dtype == torch.bfloat16:
-        calls += [((2, 50, 7, 7), False), ((3, 256, 2048, 2048), True)]
+        calls += [((2, 50, 7, 7), False), ((8, 256, 128, 256), False), ((3, 256, 2048, 2048), True)]
     for shape, last in calls:
         x = torch.empty(shape, dtype=dtype, device="meta")
         if last:
