@@ -150,7 +150,7 @@ def test_offsets_are_those_of_the_convolution(device: torch.device) -> None:
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_addresses_of_both_widths(wide: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(computed_offsets, "needs_64_bit", lambda *tensors: wide)
+    monkeypatch.setattr(computed_offsets_plans, "needs_64_bit", lambda *tensors: wide)
     case = Case(channels=2, out=2, size=(2, 3))
     tensors = case.draw(device)
     with recorded_launches() as plans:
@@ -205,7 +205,7 @@ def test_scales_leave_room(device: torch.device) -> None:
 
 def test_undefined_values_stay_where_they_belong(device: torch.device) -> None:
     """NaN in a position, a constant, a gradient spoil exactly what they spoil in the reference."""
-    case = Case(activation="identity", channels=4, out=2, size=(5, 5))
+    case = Case(activation="identity", channels=4, out=5, size=(5, 5))
     tensors = case.draw(device)
     tensors["positions"][0, 2, 1, 1] = torch.nan
     tensors["constant_offset"][0, 5, 3, 2] = torch.nan
