@@ -172,7 +172,7 @@ def plan_backward_weight(problem: Problem, grad: Tensor) -> tuple[Launch, Tensor
             "BLOCK_CHANNELS": block_channels,
             "BLOCK_PIXELS": block_pixels,
         },
-        num_warps=8 if block_out * block_channels >= 4096 else 4,
+        num_warps=8 if wide and block_out * block_channels >= 4096 else 4,
     )
     return plan, partial
 
