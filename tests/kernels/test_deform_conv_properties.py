@@ -280,7 +280,8 @@ def test_undefined_offsets(path: str, dtype: torch.dtype, device: torch.device) 
     tensors = call.tensors(dtype)
     offset = tensors["offset"].zero_()
     offset[0, 0, 1, 1] = offset[0, 2, 2, 2] = offset[0, 3, 3, 0] = math.nan
-    offset[0, 1, 1, 1] = 9
+    offset[0, 1, 0, 3] = math.nan
+    offset[0, 1, 1, 1] = offset[0, 0, 0, 3] = 9
     grad = torch.ones(1, 4, 4, 4)
     leaves = {name: value.to(device).requires_grad_() for name, value in leaves_of(tensors).items()}
     with forced_triton():
