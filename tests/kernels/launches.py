@@ -15,16 +15,20 @@ from degmix_kernels.launch import Launch
 
 @contextmanager
 def recorded_launches(execute: bool = True) -> Iterator[list[Launch]]:
-    """Collect every launch made inside, in order, without its tensors, so that they live no longer than ever.
+    """Collect every launch made inside, in order.
 
+    In its arguments a tensor's dtype takes the tensor's place, so that no tensor lives longer than ever.
     With ``execute=False`` none of them runs. Results are then whatever the memory held, which is enough to
     see what a call allocates.
     """
     seen, original = [], launch._launch
 
     def record(plan: Launch) -> None:
-        numbers = {name: value for name, value in plan.arguments.items() if not isinstance(value, Tensor)}
-        seen.append(replace(plan, arguments=numbers))
+        arguments = {
+            name: value.dtype if isinstance(value, Tensor) else value
+            for name, value in plan.arguments.items()
+        }
+        seen.append(replace(plan, arguments=arguments))
         if execute:
             original(plan)
 
