@@ -6,6 +6,7 @@ from degmix_kernels.batch_norm import BatchNorm2d, batch_norm
 from degmix_kernels.channel_mix import ChannelMix, channel_mix
 from degmix_kernels.deform_conv import DeformConv2d, DeformMix, deform_conv2d, deform_mix, replace_deform_conv
 from degmix_kernels.gating import GatedMLP, SpatialGatingUnit, gated_mlp, spatial_gating_unit
+from degmix_kernels.linear_norm import LinearNorm, linear_norm
 from degmix_kernels.task_attention import TaskAttention, task_attention
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "GatedAttention",
     "GatedMLP",
     "LinearAttention",
+    "LinearNorm",
     "SpatialGatingUnit",
     "TaskAttention",
     "batch_norm",
@@ -26,6 +28,7 @@ __all__ = [
     "gated_attention",
     "gated_mlp",
     "linear_attention",
+    "linear_norm",
     "replace_deform_conv",
     "spatial_gating_unit",
     "task_attention",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,43 +42,6 @@ class Epilogue:
             "constant_ptr": self.constant,
             "linear_ptr": self.linear,
         }
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Per-channel statistics of a result in parts, one row per block of pixels, both fp32.
-
-    Attributes:
-        means: mean over the block's pixels, (blocks, channels).
-        squares: sum of the squared deviations from that mean, (blocks, channels).
-        block: pixels per block; the last block of every image may hold fewer.
-    """
-
-    means: Tensor
-    squares: Tensor
-    block: int
-
-
-def finish_statistics(statistics: Statistics, pixels: int) -> tuple[Tensor, Tensor]:
-    """Combine the parts by Chan's formula, in fp64: a mean a thousand deviations from 0 does no harm.
-
-    Args:
-        statistics: the parts of any number of images, filled.
-        pixels: of one image.
-
-    Returns:
-        Mean and biased variance of each channel, fp32; NaN without images.
-    """
-    blocks = -(-pixels // statistics.block)
-    images = statistics.means.shape[0] // blocks
-    means, squares = (
-        part.double().view(images, blocks, part.shape[1]) for part in (statistics.means, statistics.squares)
-    )
-    counts = torch.full((blocks, 1), float(statistics.block), dtype=torch.float64, device=means.device)
-    counts[-1] = pixels - (blocks - 1) * statistics.block
-    mean = (means * counts).sum((0, 1)) / (images * pixels)
-    deviations = squares.sum((0, 1)) + ((means - mean).square() * counts).sum((0, 1))
-    return mean.float(), (deviations / (images * pixels)).float()
 
 
 @triton.jit
@@ -132,7 +94,7 @@ def activate_with_slope(z, ACTIVATION: tl.constexpr):
 @triton.jit
 def store_result(
     z,  # (channels, pixels), fp32
-    output_ptr,  # of the image
+    output_ptr,  # of the image, or None
     pre_ptr,  # of the image, for z, or None
     channel,  # (channels, 1)
     channel_valid,
@@ -179,7 +141,8 @@ def store_result(
         if pre_ptr is not None:
             tl.store(pre_ptr + address, z.to(pre_ptr.dtype.element_ty), mask=valid)
         result = activate(z, ACTIVATION)
-        tl.store(output_ptr + address, result.to(output_ptr.dtype.element_ty), mask=valid)
+        if output_ptr is not None:
+            tl.store(output_ptr + address, result.to(output_ptr.dtype.element_ty), mask=valid)
         mean, squares = 0.0, 0.0
         if STATISTICS:
             count = tl.maximum(tl.minimum(pixels - pixel_start, BLOCK), 1)

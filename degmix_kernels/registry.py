@@ -6,6 +6,15 @@ from degmix_kernels.channel_mix import OPS as CHANNEL_MIX
 from degmix_kernels.contract import Op
 from degmix_kernels.deform_conv import OPS as DEFORM_CONV
 from degmix_kernels.gating import OPS as GATING
+from degmix_kernels.linear_norm import OPS as LINEAR_NORM
 from degmix_kernels.task_attention import OPS as TASK_ATTENTION
 
-OPS: tuple[Op, ...] = (*DEFORM_CONV, *BATCH_NORM, *CHANNEL_MIX, *TASK_ATTENTION, *GATING, *ATTENTION)
+OPS: tuple[Op, ...] = (
+    *DEFORM_CONV,
+    *BATCH_NORM,
+    *CHANNEL_MIX,
+    *LINEAR_NORM,
+    *TASK_ATTENTION,
+    *GATING,
+    *ATTENTION,
+)

@@ -9,6 +9,8 @@ and sums are fp32.
 import triton
 import triton.language as tl
 
+from degmix_kernels.epilogue import activate
+
 
 @triton.jit
 def vector(pointer, channel, valid):
@@ -39,13 +41,14 @@ def forward(
     pixels,
     channel_blocks,
     pixel_blocks,
+    ACTIVATION: tl.constexpr,
     UNIT: tl.constexpr,
     LAST: tl.constexpr,
     INDEX_64: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
 ):
-    """(x − mean) · weight / √(variance + eps) + bias + residual of one tile."""
+    """(act(x) − mean) · weight / √(variance + eps) + bias + residual of one tile."""
     program = tl.program_id(0)
     if INDEX_64:
         program = program.to(tl.int64)
@@ -65,7 +68,7 @@ def forward(
     address = pixel * channels + channel if LAST else (image * channels + channel) * pixels + pixel
 
     # Subtracted before anything is scaled: of a large mean only the difference is rounded.
-    result = tl.load(x_ptr + address, mask=valid, other=0.0).to(tl.float32)
+    result = activate(tl.load(x_ptr + address, mask=valid, other=0.0).to(tl.float32), ACTIVATION)
     result -= vector(mean_ptr, row, row_valid)[:, None]
     result *= scale_of(variance_ptr, weight_ptr, eps, row, row_valid)[:, None]
     if bias_ptr is not None:
@@ -92,13 +95,14 @@ def backward(
     tiles,  # of all images, for one block of channels
     steps,  # tiles of a program
     parts,
+    ACTIVATION: tl.constexpr,
     UNIT: tl.constexpr,
     LAST: tl.constexpr,
     INDEX_64: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
 ):
-    """The gradient of x, and Σ g and Σ g·(x − mean) per channel, over one part of the tiles."""
+    """The gradient of act(x), and Σ g and Σ g·(act(x) − mean) per channel, over one part of the tiles."""
     program = tl.program_id(0)
     if INDEX_64:
         program = program.to(tl.int64)
@@ -127,7 +131,8 @@ def backward(
         if sums_ptr is not None:
             total += gradient
         if x_ptr is not None:
-            product += gradient * (tl.load(x_ptr + address, mask=valid, other=0.0).to(tl.float32) - mean)
+            value = tl.load(x_ptr + address, mask=valid, other=0.0).to(tl.float32)
+            product += gradient * (activate(value, ACTIVATION) - mean)
         if grad_x_ptr is not None:
             tl.store(grad_x_ptr + address, (gradient * scale).to(grad_x_ptr.dtype.element_ty), mask=valid)
     if sums_ptr is not None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from degmix_kernels import autocast
 from degmix_kernels.batch_norm.op import batch_norm
 from degmix_kernels.batch_norm.reference import gather_and_normalize
+from degmix_kernels.batch_norm.running import step_momentum, update_running
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -64,21 +64,8 @@ class BatchNorm2d(nn.BatchNorm2d):
             output = output + residual
         return output.to(input.dtype)
 
-    @torch.no_grad()
     def _update(self, mean: Tensor, variance: Tensor, count: int) -> None:
         """Move running statistics toward a batch's, of ``count`` elements per channel."""
         momentum = step_momentum(self)
-        if not self.training or self.running_mean is None or count == 0:
-            return
-        unbiased = variance * (count / (count - 1))
-        for kept, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-            kept.copy_(torch.lerp(kept.to(new.dtype), new, momentum))
-
-
-def step_momentum(norm: nn.modules.batchnorm._BatchNorm) -> float:
-    """Weight of the coming batch in the running statistics; counts the batch when in training."""
-    if norm.training and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:  # a cumulative average
-            return 1.0 / float(norm.num_batches_tracked)
-    return 0.0 if norm.momentum is None else norm.momentum
+        if self.training and self.running_mean is not None:
+            update_running(self.running_mean, self.running_var, mean, variance, count, momentum)

@@ -23,6 +23,11 @@ def ceil_div(dividend: int, divisor: int) -> int:
     return -(-dividend // divisor)
 
 
+def largest_unit(size: int) -> int:
+    """The largest power of two up to 16 that divides a size."""
+    return 16 if size % 16 == 0 else max(size & -size, 1)
+
+
 def is_last(x: Tensor) -> bool:
     """Whether the kernels see a dense tensor as (pixels, channels): tokens, channels_last, 1×1 maps."""
     return x.dim() == 2 or layout.is_channels_last(x) or x.shape[2] * x.shape[3] == 1
@@ -54,8 +59,7 @@ class Sizes:
     @property
     def unit(self) -> int:
         """The largest power of two up to 16 that divides the size of the contiguous axis."""
-        inner = self.channels if self.last else self.pixels
-        return max(inner & -inner & 15, 16 if inner % 16 == 0 else 1)
+        return largest_unit(self.channels if self.last else self.pixels)
 
     def arguments(self, blocks: tuple[int, int]) -> dict[str, int]:
         """Sizes as kernels take them: the contiguous one in units."""
@@ -86,6 +90,21 @@ class Sizes:
         return min(tile // pixels, _power_of_two(self.channels)), pixels
 
 
+def backward_shares(sizes: Sizes) -> tuple[tuple[int, int], int, dict[str, int]]:
+    """How a backward pass that sums per channel divides its tiles.
+
+    Returns:
+        The sides of a tile, the number of parts that are summed apart, each a program per block of channels,
+        and the kernel's run-time sizes.
+    """
+    blocks = sizes.blocks(_BACKWARD_TILE)
+    arguments = sizes.arguments(blocks)
+    tiles = sizes.images * arguments["pixel_blocks"]
+    parts = min(tiles, max(1, _PROGRAMS // arguments["channel_blocks"]))
+    steps = ceil_div(tiles, max(parts, 1))
+    return blocks, ceil_div(tiles, max(steps, 1)), {**arguments, "tiles": tiles, "steps": steps}
+
+
 def _power_of_two(size: int) -> int:
     """The next power of two, at least 1."""
     return 1 << max(size - 1, 0).bit_length()
@@ -105,7 +124,8 @@ def _block(size: int, largest: int) -> int:
     return best
 
 
-def _warps(blocks: tuple[int, int]) -> int:
+def warps(blocks: tuple[int, int]) -> int:
+    """Warps for a tile."""
     return min(max(blocks[0] * blocks[1] // _ELEMENTS_PER_WARP, 1), 8)
 
 
@@ -118,8 +138,9 @@ def plan_forward(
     residual: Tensor | None,
     output: Tensor,
     eps: float,
+    activation: str = "identity",
 ) -> Launch:
-    """The forward pass on dense tensors, vectors contiguous."""
+    """The forward pass on dense tensors, vectors contiguous; what is normalised is the activation of x."""
     sizes = Sizes.of(x)
     blocks = sizes.blocks(_FORWARD_TILE)
     arguments = sizes.arguments(blocks)
@@ -137,8 +158,8 @@ def plan_forward(
             "eps": eps,
             **arguments,
         },
-        sizes.constants(blocks, x),
-        num_warps=_warps(blocks),
+        {"ACTIVATION": activation, **sizes.constants(blocks, x)},
+        num_warps=warps(blocks),
     )
 
 
@@ -152,6 +173,7 @@ def plan_backward(
     sums: bool,
     products: bool,
     eps: float,
+    activation: str = "identity",
 ) -> tuple[Launch, Tensor | None]:
     """The pass over the gradient, laid out as x.
 
@@ -165,17 +187,13 @@ def plan_backward(
         sums: whether to sum g.
         products: whether to sum g·(x − mean) too.
         eps: as in the forward pass.
+        activation: likewise; without one ``grad_x`` is the gradient of x, else of its activation.
 
     Returns:
         The launch and the sums in parts, (2, parts, channels), fp32, which it fills, or None.
     """
     sizes = Sizes.of(x)
-    blocks = sizes.blocks(_BACKWARD_TILE)
-    arguments = sizes.arguments(blocks)
-    tiles = sizes.images * arguments["pixel_blocks"]
-    parts = min(tiles, max(1, _PROGRAMS // arguments["channel_blocks"]))
-    steps = ceil_div(tiles, max(parts, 1))
-    parts = ceil_div(tiles, max(steps, 1))
+    blocks, parts, arguments = backward_shares(sizes)
     partial = grad.new_empty((2, parts, sizes.channels), dtype=torch.float32) if sums else None
     launch = Launch(
         kernels.backward,
@@ -190,12 +208,10 @@ def plan_backward(
             "sums_ptr": partial,
             "eps": eps,
             **arguments,
-            "tiles": tiles,
-            "steps": steps,
             "parts": parts,
         },
-        sizes.constants(blocks, x),
-        num_warps=_warps(blocks),
+        {"ACTIVATION": activation, **sizes.constants(blocks, x)},
+        num_warps=warps(blocks),
     )
     return launch, partial
 

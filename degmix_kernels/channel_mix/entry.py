@@ -5,20 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from degmix_kernels import backend
 from degmix_kernels.channel_mix import reference
 from degmix_kernels.channel_mix.module import ChannelMix
 from degmix_kernels.channel_mix.op import channel_mix
 from degmix_kernels.contract import Op, Sample
+from degmix_kernels.launch import Launch
 
-# shape of x, out_channels, activation, bias, training, norm parameters, residual
+# shape of x, out_channels, groups, activation, bias, training, norm parameters, residual
 _CALLS = (
-    ((2, 5, 6, 9), 7, "gelu", True, False, True, True),
-    ((3, 7, 4, 5), 6, "gelu", True, True, True, True),
-    ((1, 17, 5, 3), 3, "gelu", False, False, True, False),
-    ((9, 4, 1, 1), 6, "relu", True, True, False, False),
-    ((7, 11), 5, "silu", True, True, True, True),
-    ((1, 1, 1, 1), 1, "identity", True, False, True, True),
-    ((0, 4, 3, 5), 2, "gelu", True, False, True, True),
+    ((2, 5, 6, 9), 7, 1, "gelu", True, False, True, True),
+    ((3, 7, 4, 5), 6, 1, "gelu", True, True, True, True),
+    ((1, 17, 5, 3), 3, 1, "gelu", False, False, True, False),
+    ((2, 6, 3, 5), 9, 3, "gelu", True, True, True, True),
+    ((9, 4, 1, 1), 6, 2, "relu", True, True, False, False),
+    ((29, 11), 5, 1, "silu", True, True, True, True),
+    ((1, 1, 1, 1), 1, 1, "identity", True, False, True, True),
+    ((0, 4, 3, 5), 2, 1, "gelu", True, False, True, True),
 )
 
 
@@ -27,10 +30,12 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
         return torch.randn(shape, generator=generator).to(dtype).to(device)
 
     samples = []
-    for shape, out, activation, bias, training, affine, residual in _CALLS:
+    for shape, out, groups, activation, bias, training, affine, residual in _CALLS:
         arguments = {
-            "x": draw(*shape),
-            "weight": draw(out, shape[1], *[1] * (len(shape) - 2)) / shape[1] ** 0.5,
+            # Wide: small z make the activation linear, and behind a BatchNorm the gradient of a bias then
+            # cancels until rounding errors are left.
+            "x": draw(*shape) * 4,
+            "weight": draw(out, shape[1] // groups, *[1] * (len(shape) - 2)) / shape[1] ** 0.5,
             "bias": draw(out) if bias else None,
             "activation": activation,
             # In training no running statistics: a call would update them and so change the next one.
@@ -47,6 +52,15 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
     return samples
 
 
+def _plan(dtype: torch.dtype) -> list[Launch]:
+    """Every kind of launch, on meta tensors; none where Triton is not installed."""
+    if not backend.HAS_TRITON:
+        return []
+    from degmix_kernels.channel_mix.plan import plan_examples
+
+    return plan_examples(dtype)
+
+
 OPS = (
     Op(
         name="channel_mix",
@@ -58,5 +72,6 @@ OPS = (
         batched=("x", "residual"),
         keeps_layout_of="x",
         autocast=("x", "weight", "bias", "residual"),
+        kernels=_plan,
     ),
 )

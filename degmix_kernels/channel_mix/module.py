@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from degmix_kernels import autocast, checks
+from degmix_kernels import checks
 from degmix_kernels.activation import ACTIVATIONS
-from degmix_kernels.batch_norm.module import BatchNorm2d, step_momentum
+from degmix_kernels.batch_norm.module import BatchNorm2d
+from degmix_kernels.batch_norm.running import step_momentum
 from degmix_kernels.channel_mix.op import channel_mix
-from degmix_kernels.channel_mix.reference import mix_and_activate
 
 
 class ChannelMix(nn.Module):
@@ -65,8 +66,7 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(B, C, H, W) → (B, Cout, H, W); ``residual``, shaped as the result, is added last."""
         norm = self.norm
-        if isinstance(norm, nn.SyncBatchNorm):
-            return self._forward_synchronised(x, residual)
+        group = synchronised_group(norm) if isinstance(norm, nn.SyncBatchNorm) and self.training else None
         return channel_mix(
             x,
             self.weight,
@@ -80,19 +80,19 @@ class ChannelMix(nn.Module):
             momentum=step_momentum(norm),
             eps=norm.eps,
             residual=residual,
+            process_group=group,
         )
-
-    def _forward_synchronised(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """The same through the norm's own forward, which talks to the other processes."""
-        x, weight, bias, residual = autocast.cast_inputs(x.device, x, self.weight, self.bias, residual)
-        with autocast.disabled(x.device):
-            output = self.norm(mix_and_activate(x, weight, bias, self.activation))
-            if residual is not None:
-                output = output + residual
-        return output.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Constructor arguments."""
         out_channels, in_channels = self.weight.shape[:2]
         bias = "" if self.bias is not None else ", bias=False"
         return f"{in_channels}, {out_channels}, activation={self.activation!r}{bias}"
+
+
+def synchronised_group(norm: nn.SyncBatchNorm) -> dist.ProcessGroup | None:
+    """The processes that share a batch's statistics; None if it is one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = dist.group.WORLD if norm.process_group is None else norm.process_group
+    return group if dist.get_world_size(group) > 1 else None

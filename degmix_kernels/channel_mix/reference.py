@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional
 
 from degmix_kernels import autocast
 from degmix_kernels.activation import activate
-from degmix_kernels.batch_norm.reference import gather_and_normalize
+from degmix_kernels.batch_norm.reference import batch_norm, gather_and_normalize
+from degmix_kernels.batch_norm.running import update_running
 
 
 def channel_mix(
@@ -25,12 +28,19 @@ def channel_mix(
     momentum: float = 0.1,
     eps: float = 1e-5,
     residual: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Plain-PyTorch :func:`degmix_kernels.channel_mix`, with the same arguments (checked there)."""
     with autocast.disabled(x.device):
         mixed = mix_and_activate(x, weight, bias, activation)
-        statistics = (running_mean, running_var)
-        output = gather_and_normalize(mixed, *statistics, norm_weight, norm_bias, training, momentum, eps)
+        running = (running_mean, running_var)
+        if process_group is not None and (training or running_mean is None):
+            mean, variance, count = gather_from(mixed, process_group)
+            if training and running_mean is not None:
+                update_running(*running, mean.detach(), variance.detach(), count, momentum)
+            output = batch_norm(mixed, mean, variance, norm_weight, norm_bias, None, eps)
+        else:
+            output = gather_and_normalize(mixed, *running, norm_weight, norm_bias, training, momentum, eps)
         if residual is not None:
             output = output + residual.to(output.dtype)
     return output.to(x.dtype)
@@ -41,6 +51,19 @@ def mix_and_activate(x: Tensor, weight: Tensor, bias: Tensor | None, activation:
     compute = torch.promote_types(x.dtype, torch.float32)
     x, weight = x.to(compute), weight.to(compute)
     bias = None if bias is None else bias.to(compute)
+    groups = x.shape[1] // weight.shape[1]
+    weight = weight.flatten(1)[:, :, None, None]
     if x.dim() == 2:
-        return activate(functional.linear(x, weight.flatten(1), bias), activation)
-    return activate(functional.conv2d(x, weight.flatten(1)[:, :, None, None], bias), activation)
+        return activate(functional.conv2d(x[:, :, None, None], weight, bias, groups=groups), activation)[
+            ..., 0, 0
+        ]
+    return activate(functional.conv2d(x, weight, bias, groups=groups), activation)
+
+
+def gather_from(x: Tensor, process_group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and number of elements per channel over all processes, differentiable."""
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    count = all_reduce(x.new_full((1,), x.numel() // x.shape[1]), group=process_group)
+    mean = all_reduce(x.sum(axes), group=process_group) / count
+    deviation = x - mean.view(-1, *[1] * (x.dim() - 2))
+    return mean, all_reduce(deviation.square().sum(axes), group=process_group) / count, count

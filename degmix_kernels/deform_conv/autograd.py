@@ -17,9 +17,10 @@ from degmix_kernels.deform_conv.execution import (
     parts,
     readable,
 )
-from degmix_kernels.epilogue import Epilogue, finish_statistics
+from degmix_kernels.epilogue import Epilogue
 from degmix_kernels.launch import run
 from degmix_kernels.registered import RegisteredOp
+from degmix_kernels.statistics import finish_statistics
 
 # --- deform_conv2d -----------------------------------------------------------------------------------------
 

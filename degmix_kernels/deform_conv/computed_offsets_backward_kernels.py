@@ -11,14 +11,9 @@ from degmix_kernels.deform_conv.computed_offsets_kernels import (
     load_taps,
 )
 from degmix_kernels.deform_conv.planar_tiles import corner_addresses, gather
-from degmix_kernels.deform_conv.sampling import (
-    corners_on_map,
-    locate,
-    multiply,
-    scatter,
-    tensor_address,
-)
+from degmix_kernels.deform_conv.sampling import corners_on_map, locate, scatter, tensor_address
 from degmix_kernels.epilogue import load_gradient
+from degmix_kernels.product import multiply
 
 
 @triton.jit

@@ -11,14 +11,9 @@ import triton
 import triton.language as tl
 
 from degmix_kernels.deform_conv.planar_tiles import corner_addresses, gather
-from degmix_kernels.deform_conv.sampling import (
-    blend,
-    corners_on_map,
-    locate,
-    multiply,
-    tensor_address,
-)
+from degmix_kernels.deform_conv.sampling import blend, corners_on_map, locate, tensor_address
 from degmix_kernels.epilogue import activate
+from degmix_kernels.product import multiply
 
 TAPS = tl.constexpr(32)
 

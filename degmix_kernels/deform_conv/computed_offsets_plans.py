@@ -14,9 +14,10 @@ from degmix_kernels import backend, layout
 from degmix_kernels.deform_conv import computed_offsets_backward_kernels as backward_kernels
 from degmix_kernels.deform_conv import computed_offsets_kernels as kernels
 from degmix_kernels.deform_conv import planar
-from degmix_kernels.deform_conv.problem import Problem, block, precision
+from degmix_kernels.deform_conv.problem import Problem, block
 from degmix_kernels.epilogue import Epilogue
 from degmix_kernels.launch import Launch, needs_64_bit
+from degmix_kernels.product import precision
 
 # Maps that the offsets are computed from: nine for each half of the channels, each seen through 3×3 weights.
 MAPS = 18

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from degmix_kernels import layout
 from degmix_kernels.deform_conv import general_backward_kernels, general_kernels
-from degmix_kernels.deform_conv.problem import Problem, block, ceil_div, precision
+from degmix_kernels.deform_conv.problem import Problem, block, ceil_div
 from degmix_kernels.launch import Launch, needs_64_bit
+from degmix_kernels.product import precision
 
 # Programs below which a launch leaves parts of a large GPU idle, so that smaller tiles pay.
 BUSY_PROGRAMS = 128

@@ -11,7 +11,8 @@ from degmix_kernels.deform_conv.general_kernels import (
     sample_points,
     weight_address,
 )
-from degmix_kernels.deform_conv.sampling import corners_on_map, is_number, multiply, scatter, tensor_address
+from degmix_kernels.deform_conv.sampling import corners_on_map, is_number, scatter, tensor_address
+from degmix_kernels.product import multiply
 
 
 @triton.jit

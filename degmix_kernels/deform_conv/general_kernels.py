@@ -9,7 +9,8 @@ A tile of columns is (BLOCK_PIXELS, BLOCK_CHANNELS) at one tap; it lives in regi
 import triton
 import triton.language as tl
 
-from degmix_kernels.deform_conv.sampling import corners_on_map, locate, multiply, tensor_address
+from degmix_kernels.deform_conv.sampling import corners_on_map, locate, tensor_address
+from degmix_kernels.product import multiply
 
 
 @triton.jit

@@ -15,8 +15,9 @@ from degmix_kernels import layout
 from degmix_kernels.deform_conv import planar_backward_kernels, planar_kernels
 from degmix_kernels.deform_conv.planar_blocks import Blocks, Span, layouts, tile, touched, warps
 from degmix_kernels.deform_conv.problem import Problem, block, ceil_div
-from degmix_kernels.epilogue import Epilogue, Statistics
+from degmix_kernels.epilogue import Epilogue
 from degmix_kernels.launch import Launch, needs_64_bit
+from degmix_kernels.statistics import Statistics, plan_combine
 
 
 def plan_forward(
@@ -318,7 +319,11 @@ class _Example:
         sums, scale = input.float(), None
         if self.deterministic:
             sums, scale = input.long(), empty(of=torch.float32)
+        combined = (
+            [] if statistics is None else [plan_combine(statistics, problem.out_pixels, vector, vector)]
+        )
         return [
+            *combined,
             plan_forward(problem, bias, output, self.activation, pre, statistics),
             plan_backward_weight(problem, output, epilogue, bias is not None)[0],
             plan_backward_samples(problem, output, sums, offset, mask, scale, epilogue),

@@ -16,11 +16,11 @@ from degmix_kernels.deform_conv.sampling import (
     corners_on_map,
     is_number,
     locate,
-    multiply,
     scatter,
     tensor_address,
 )
 from degmix_kernels.epilogue import load_gradient
+from degmix_kernels.product import multiply
 
 
 @triton.jit

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from degmix_kernels import layout
-from degmix_kernels.deform_conv.problem import Problem, block, ceil_div, precision
+from degmix_kernels.deform_conv.problem import Problem, block, ceil_div
 from degmix_kernels.launch import needs_64_bit
+from degmix_kernels.product import precision
 
 # A span of groups larger than this shares no tiles: its block diagonal products would be mostly zeros.
 LARGEST_SPAN = 32

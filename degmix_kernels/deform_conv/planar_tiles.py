@@ -12,7 +12,8 @@ says that it holds nothing else.
 import triton
 import triton.language as tl
 
-from degmix_kernels.deform_conv.sampling import blend, corners_on_map, locate, multiply, tensor_address
+from degmix_kernels.deform_conv.sampling import blend, corners_on_map, locate, tensor_address
+from degmix_kernels.product import multiply
 
 
 @triton.jit

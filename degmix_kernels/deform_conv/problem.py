@@ -6,10 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 from torch import Tensor
-
-from degmix_kernels import backend
 
 # Programs of a weight gradient that keep a GPU busy. Not the GPU's own number of multiprocessors: sums
 # would then differ between GPUs.
@@ -133,13 +130,6 @@ class Problem:
         small = WEIGHT_SHARE * self.columns * self.input.element_size()
         small = int(max(small, WEIGHT_BYTES) / bytes_of_one)
         return max(1, min(busy, small))
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How matrix products treat their operands, see ``sampling.multiply``; PyTorch's flag allows TF32."""
-    if backend.INTERPRETED:
-        return "interpreter"
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def ceil_div(dividend: int, divisor: int) -> int:

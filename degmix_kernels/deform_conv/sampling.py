@@ -1,18 +1,10 @@
-"""What the deformable convolution's kernels share: products, coordinates, addresses, blends.
+"""What the deformable convolution's kernels share: coordinates, addresses, blends.
 
-Coordinates, blends and sums are fp32; only the operands of matrix products are rounded to the input's dtype.
+Coordinates, blends and sums are fp32.
 """
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def multiply(left, right, accumulator, PRECISION: tl.constexpr):
-    """accumulator + left · right in fp32. PRECISION: "ieee" or "tf32" for fp32 operands, or "interpreter"."""
-    if PRECISION == "interpreter":  # which would multiply the bit patterns of bf16 as integers
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), accumulator, input_precision="ieee")
-    return tl.dot(left, right, accumulator, input_precision=PRECISION)
 
 
 @triton.jit

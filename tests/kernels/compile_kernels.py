@@ -93,8 +93,8 @@ def widths(ptx: str) -> dict[str, dict[int, int]]:
     for name, instruction in {"loads": r"ld\.global", "reductions": r"(?:red|atom)\.global"}.items():
         found = re.findall(rf"\b{instruction}[.\w:]*?(?:\.v(\d))?\.(?:noftz\.)?[bfsu](\d+)\b", ptx)
         counts[name] = dict(Counter(int(count or 1) * int(bits) for count, bits in found))
-    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?, (\d+)", ptx)
-    counts["loads"] = dict(Counter(counts["loads"]) + Counter(8 * int(size) for size in copies))
+    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+|\d+)", ptx)
+    counts["loads"] = dict(Counter(counts["loads"]) + Counter(8 * int(size, 0) for size in copies))
     return counts
 
 

@@ -225,6 +225,9 @@ def layer_and_input(device: torch.device) -> tuple[MixerLayer, Tensor]:
     torch.manual_seed(0)
     layer = MixerLayer(4)
     nn.init.normal_(layer.offsets.p_conv.weight, std=0.2)
+    # Small values make GELU linear, and the normalisation then cancels the gradients of biases.
+    for mix in (layer.channel_mix, layer.deform_mix):
+        nn.init.normal_(mix.weight, std=2)
     for norm in (layer.channel_mix.norm, layer.norm):
         nn.init.normal_(norm.weight, 1, 0.2)
         nn.init.normal_(norm.bias)

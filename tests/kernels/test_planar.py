@@ -18,8 +18,9 @@ from degmix_kernels.deform_conv import (
     reference,
 )
 from degmix_kernels.deform_conv.problem import Problem
-from degmix_kernels.epilogue import Epilogue, Statistics, finish_statistics
+from degmix_kernels.epilogue import Epilogue
 from degmix_kernels.launch import run
+from degmix_kernels.statistics import Statistics, finish_statistics
 from degmix_kernels.testing import assert_close, poisoned_empty, relative_l2
 
 F64 = torch.float64

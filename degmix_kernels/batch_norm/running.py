@@ -1,0 +1,44 @@
+"""Running statistics, as ``nn.BatchNorm2d`` keeps them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def step_momentum(norm: nn.modules.batchnorm._BatchNorm) -> float:
+    """Weight of the coming batch in the running statistics; counts the batch when in training."""
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # a cumulative average
+            return 1.0 / float(norm.num_batches_tracked)
+    return 0.0 if norm.momentum is None else norm.momentum
+
+
+@torch.no_grad()
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    count: int | Tensor,
+    momentum: float,
+) -> None:
+    """Move running statistics, in place, toward a batch's, as ``nn.BatchNorm2d`` does.
+
+    Args:
+        running_mean: (channels,).
+        running_var: (channels,).
+        mean: the batch's, fp32 or fp64.
+        variance: the batch's, the biased one.
+        count: elements per channel behind them; without any, nothing moves.
+        momentum: weight of the batch.
+    """
+    if isinstance(count, int) and count == 0:
+        return
+    unbiased = variance * (count / (count - 1))
+    for kept, new in ((running_mean, mean), (running_var, unbiased)):
+        if kept.dtype == new.dtype:
+            kept.lerp_(new, momentum)
+        else:
+            kept.copy_(torch.lerp(kept.to(new.dtype), new, momentum))

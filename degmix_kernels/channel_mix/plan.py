@@ -1,0 +1,201 @@
+"""Launches of ``channel_mix``'s kernels. Plans touch no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from degmix_kernels.batch_norm import plan as norm_plan
+from degmix_kernels.batch_norm.plan import Sizes, backward_shares
+from degmix_kernels.channel_mix import kernels
+from degmix_kernels.launch import Launch, needs_64_bit
+from degmix_kernels.product import Product, block_of
+from degmix_kernels.statistics import Statistics, plan_combine
+
+
+def _product(x: Tensor, weight: Tensor) -> Product:
+    """Tiles of the product: as many out channels as registers allow, so that x is read once or twice."""
+    half = x.dtype != torch.float32
+    out_channels = weight.shape[0] // (x.shape[1] // weight.shape[1])
+    pixels = block_of(Sizes.of(x).pixels, 128)
+    return Product(x, weight, block_of(out_channels, 128 if half else 64), pixels, 64 if half else 32)
+
+
+def _launch(product: Product, activation: str, arguments: dict, *tensors: Tensor | None) -> Launch:
+    names = (
+        "pre_ptr", "means_ptr", "squares_ptr", "output_ptr", "mean_ptr", "variance_ptr", "norm_weight_ptr",
+        "norm_bias_ptr", "residual_ptr",
+    )  # fmt: skip
+    return Launch(
+        kernels.forward,
+        product.programs,
+        {
+            "x_ptr": product.x,
+            "weight_ptr": product.weight,
+            **dict.fromkeys(names),
+            "eps": 0.0,
+            **arguments,
+            **product.arguments(),
+        },
+        {"ACTIVATION": activation, **product.constants(*tensors), "PART": min(32, product.pixel_block)},
+        num_warps=8 if product.out_block * product.pixel_block >= 8192 else 4,
+        num_stages=3,
+    )
+
+
+def plan_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, pre: Tensor
+) -> tuple[Launch, Statistics]:
+    """Plan z = weight · x + bias, and the statistics of act(z), in parts.
+
+    Args:
+        x: (N, groups·inner, H, W) or (tokens, groups·inner), dense.
+        weight: (Cout, inner), contiguous.
+        bias: (Cout,) or None.
+        activation: one of ``epilogue.ACTIVATIONS``.
+        pre: to be filled with z, laid out as x.
+
+    Returns:
+        The launch, and the statistics that it fills.
+    """
+    product = _product(x, weight)
+    shape = (product.sizes.images * product.pixel_blocks, weight.shape[0])
+    statistics = Statistics(
+        *(weight.new_empty(shape, dtype=torch.float32) for _ in range(2)), product.pixel_block
+    )
+    arguments = {
+        "bias_ptr": bias,
+        "pre_ptr": pre,
+        "means_ptr": statistics.means,
+        "squares_ptr": statistics.squares,
+    }
+    return _launch(product, activation, arguments, pre), statistics
+
+
+def plan_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    pre: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    output: Tensor,
+    eps: float,
+) -> Launch:
+    """Plan the whole op where the statistics are known: one pass. ``pre`` is filled with z, if given."""
+    arguments = {
+        "bias_ptr": bias,
+        "pre_ptr": pre,
+        "output_ptr": output,
+        "mean_ptr": mean,
+        "variance_ptr": variance,
+        "norm_weight_ptr": norm_weight,
+        "norm_bias_ptr": norm_bias,
+        "residual_ptr": residual,
+        "eps": eps,
+    }
+    return _launch(_product(x, weight), activation, arguments, output)
+
+
+def plan_backward_activation(
+    grad: Tensor,
+    pre: Tensor,
+    activation: str,
+    mean: Tensor,
+    variance: Tensor,
+    norm_weight: Tensor | None,
+    sums: tuple[Tensor, Tensor] | None,
+    elements: int,
+    grad_pre: Tensor,
+    bias: bool,
+    eps: float,
+) -> tuple[Launch, Tensor | None]:
+    """Plan dz, the gradient before the activation.
+
+    Args:
+        grad: of the result, laid out as z.
+        pre: z.
+        activation: as in the forward pass.
+        mean: of the normalisation.
+        variance: likewise.
+        norm_weight: likewise.
+        sums: Σ g·x̂ and Σ g over the elements behind a statistic; None if the statistics are constants.
+        elements: how many these are.
+        grad_pre: to be filled with dz, laid out as z.
+        bias: whether to sum dz.
+        eps: as in the forward pass.
+
+    Returns:
+        The launch and the sums of dz in parts, (parts, Cout), fp32, which it fills, or None.
+    """
+    sizes = Sizes.of(pre)
+    blocks, parts, arguments = backward_shares(sizes)
+    partial = pre.new_empty((parts, sizes.channels), dtype=torch.float32) if bias else None
+    launch = Launch(
+        kernels.backward_activation,
+        parts * arguments["channel_blocks"],
+        {
+            "grad_ptr": grad,
+            "pre_ptr": pre,
+            "mean_ptr": mean,
+            "variance_ptr": variance,
+            "norm_weight_ptr": norm_weight,
+            "grad_norm_weight_ptr": None if sums is None else sums[0],
+            "grad_norm_bias_ptr": None if sums is None else sums[1],
+            "grad_pre_ptr": grad_pre,
+            "sums_ptr": partial,
+            "eps": eps,
+            "elements": float(max(elements, 1)),
+            **arguments,
+        },
+        {
+            "ACTIVATION": activation,
+            "UNIT": sizes.unit,
+            "LAST": sizes.last,
+            "INDEX_64": needs_64_bit(pre),
+            "BLOCK_CHANNELS": blocks[0],
+            "BLOCK_PIXELS": blocks[1],
+        },
+        num_warps=norm_plan.warps(blocks),
+    )
+    return launch, partial
+
+
+def plan_examples(dtype: torch.dtype) -> list[Launch]:
+    """Every kind of launch, planned on meta tensors: what the compile check compiles."""
+    return list(_examples(dtype))
+
+
+def _examples(dtype: torch.dtype) -> Iterator[Launch]:
+    """DeGMix on NYUD-v2 in both layouts, four tasks side by side, ragged sizes, more than 2³¹ elements."""
+    # shape of x, channels last, groups, out channels
+    calls = [((8, 256, 107, 140), False, 1, 256), ((8, 256, 107, 140), True, 1, 256)]
+    if dtype == torch.bfloat16:
+        calls += [
+            ((8, 1024, 107, 140), False, 4, 1024),
+            ((2, 50, 7, 7), False, 1, 27),
+            ((3, 256, 2048, 2048), True, 1, 256),
+        ]
+    for shape, last, groups, out_channels in calls:
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        pre = x.new_empty(shape[0], out_channels, *shape[2:])
+        if last:
+            x, pre = (each.contiguous(memory_format=torch.channels_last) for each in (x, pre))
+        weight = x.new_empty(out_channels, shape[1] // groups)
+        vector = torch.empty(out_channels, device="meta")
+        product, statistics = plan_product(x, weight, weight[:, 0].contiguous(), "gelu", pre)
+        yield product
+        yield plan_combine(statistics, Sizes.of(x).pixels, vector, vector)
+        norm = (vector, vector, vector, vector)
+        yield plan_forward(x, weight, weight[:, 0].contiguous(), "gelu", None, *norm, pre, pre, 1e-5)
+        yield norm_plan.plan_forward(pre, *norm, pre, pre, 1e-5, "gelu")
+        yield norm_plan.plan_backward(pre, pre, *norm[:3], None, True, True, 1e-5, "gelu")[0]
+        yield plan_backward_activation(
+            pre, pre, "gelu", *norm[:3], (vector, vector), 1000, pre, True, 1e-5
+        )[0]  # fmt: skip

@@ -1,0 +1,164 @@
+"""The registered op behind ``linear_norm``: allocation and launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from degmix_kernels import layout
+from degmix_kernels.launch import run
+from degmix_kernels.linear_norm.plan import plan_backward, plan_forward
+from degmix_kernels.product import input_gradient, weight_gradient
+from degmix_kernels.registered import RegisteredOp
+
+
+def _rows(tensor: Tensor | None, x: Tensor) -> Tensor | None:
+    """Tokens as (tokens, channels), maps laid out as x, or contiguous if that is neither of the two."""
+    if tensor is None:
+        return None
+    if tensor.dim() == 3:
+        return tensor.reshape(-1, tensor.shape[2]).contiguous()
+    return tensor.contiguous(memory_format=_memory_format(x))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    last = x.dim() == 4 and layout.is_channels_last(x)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _empty_result(x: Tensor, channels: int) -> Tensor:
+    shape = (x.shape[0], channels, *x.shape[2:]) if x.dim() == 4 else (*x.shape[:2], channels)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    addend: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, x̂, and 1 / √(variance + eps) of every pixel, the latter two empty if not to be kept."""
+    results = _fake_forward(x, weight, bias, norm_weight, norm_bias, addend, residual, eps, keep)
+    output, normed, deviation = results
+    run(
+        plan_forward(
+            _rows(x, x),
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            norm_weight.contiguous(),
+            norm_bias.contiguous(),
+            _rows(addend, x),
+            _rows(residual, x),
+            _rows(output, x),
+            _rows(normed, x) if keep else None,
+            deviation if keep else None,
+            eps,
+        ),
+        x.device,
+    )
+    return results
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    addend: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    output = _empty_result(x, weight.shape[0])
+    pixels = x.shape[0] * (x.shape[2] * x.shape[3] if x.dim() == 4 else x.shape[1])
+    deviation = x.new_empty(pixels if keep else 0, dtype=torch.float32)
+    return output, torch.empty_like(output) if keep else x.new_empty(0), deviation
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, norm_weight, norm_bias, *_ = inputs
+    _, normed, deviation = output
+    ctx.save_for_backward(x, weight, norm_weight, normed, deviation)
+    ctx.dtypes = [None if each is None else each.dtype for each in (bias, norm_weight, norm_bias)]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    normed: Tensor,
+    deviation: Tensor,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """Gradients of x, weight, bias, norm_weight, norm_bias (the vectors' in fp32) and addend; or empty."""
+    results = [x.new_empty(0) for _ in range(6)]
+    inner = any(wanted[:3]) or wanted[5]
+    grad_pre = torch.empty_like(normed) if inner else None
+    rows = None if grad_pre is None else _rows(grad_pre, x)
+    launch, sums = plan_backward(_rows(grad, x), _rows(normed, x), deviation, norm_weight.contiguous(), rows)
+    run(launch, x.device)
+    if wanted[0]:
+        results[0] = input_gradient(rows, weight, _rows(x, x)).view(x.shape)
+    if wanted[1]:
+        results[1] = weight_gradient(rows, weight, _rows(x, x))
+    if any(wanted[2:5]):
+        totals = sums.sum(1)
+        # In the kernel's order: norm_weight, norm_bias, bias.
+        for index, total in ((3, 0), (4, 1), (2, 2)):
+            if wanted[index]:
+                results[index] = totals[total].clone()
+    if wanted[5]:
+        results[5] = grad_pre
+    return results
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    normed: Tensor,
+    deviation: Tensor,
+    wanted: list[bool],
+) -> list[Tensor]:
+    like_x = torch.empty_like(x, memory_format=_memory_format(x)) if wanted[0] else x.new_empty(0)
+    like_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    channels = weight.shape[0]
+    vectors = (x.new_empty(channels if want else 0, dtype=torch.float32) for want in wanted[2:5])
+    addend = torch.empty_like(normed) if wanted[5] else x.new_empty(0)
+    return [like_x, like_weight if wanted[1] else x.new_empty(0), *vectors, addend]
+
+
+def _differentiate(ctx: Any, backward: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:6])
+    gradients = [None] * 6
+    if any(wanted) and grad is not None:
+        computed = backward(grad, *ctx.saved_tensors, wanted)
+        dtypes = [grad.dtype, grad.dtype, *ctx.dtypes, grad.dtype]
+        gradients = [
+            gradient.to(dtype) if want else None
+            for gradient, dtype, want in zip(computed, dtypes, wanted, strict=True)
+        ]
+    return *gradients, grad if ctx.needs_input_grad[6] else None, None, None
+
+
+# norm_op(x, weight, bias, norm_weight, norm_bias, addend, residual, eps, keep) -> (result, x̂, deviation)
+norm_op = RegisteredOp(
+    "degmix::linear_norm",
+    _forward,
+    _fake_forward,
+    _setup_context,
+    _backward,
+    _fake_backward,
+    _differentiate,
+)

@@ -1,0 +1,152 @@
+"""Launches of ``linear_norm``'s kernels. Plans touch no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from degmix_kernels.batch_norm.plan import Sizes, ceil_div
+from degmix_kernels.launch import Launch, needs_64_bit
+from degmix_kernels.linear_norm import kernels
+from degmix_kernels.product import Product, block_of
+
+_PROGRAMS = 1024  # of the backward pass, as in ``batch_norm.plan``
+_BACKWARD_TILE = 4096  # elements
+
+
+def plan_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    addend: Tensor | None,
+    residual: Tensor | None,
+    output: Tensor,
+    normed: Tensor | None,
+    deviation: Tensor | None,
+    eps: float,
+) -> Launch:
+    """Plan the forward pass.
+
+    Args:
+        x: (N, inner, H, W) or (tokens, inner), dense.
+        weight: (Cout, inner), contiguous.
+        bias: (Cout,) or None.
+        norm_weight: (Cout,).
+        norm_bias: (Cout,).
+        addend: laid out as the result, or None.
+        residual: likewise.
+        output: to be filled, laid out as x.
+        normed: to be filled with x̂, laid out as x, if given.
+        deviation: to be filled with 1 / √(variance + eps) of every pixel, fp32, with ``normed``.
+        eps: added to the variance.
+    """
+    half = x.dtype != torch.float32
+    out_block = block_of(weight.shape[0], 512)
+    # A thread holds 64 sums of a product at most: with 512 out channels the pixels are fewer.
+    largest = (16384 if half else 8192) // out_block
+    product = Product(x, weight, out_block, block_of(Sizes.of(x).pixels, min(largest, 64)), 32)
+    return Launch(
+        kernels.forward,
+        product.programs,
+        {
+            "x_ptr": x,
+            "weight_ptr": weight,
+            "bias_ptr": bias,
+            "norm_weight_ptr": norm_weight,
+            "norm_bias_ptr": norm_bias,
+            "addend_ptr": addend,
+            "residual_ptr": residual,
+            "output_ptr": output,
+            "normed_ptr": normed,
+            "deviation_ptr": deviation,
+            "eps": eps,
+            **product.arguments(),
+        },
+        product.constants(output),
+        num_warps=8 if out_block * product.pixel_block >= 4096 else 4,
+        num_stages=3,
+    )
+
+
+def plan_backward(
+    grad: Tensor, normed: Tensor, deviation: Tensor, norm_weight: Tensor, grad_pre: Tensor | None
+) -> tuple[Launch, Tensor]:
+    """Plan the way back through the LayerNorm.
+
+    Args:
+        grad: of the result, laid out as ``normed``.
+        normed: from the forward pass.
+        deviation: likewise.
+        norm_weight: (Cout,).
+        grad_pre: to be filled with the gradient before the LayerNorm, laid out as ``normed``; or None.
+
+    Returns:
+        The launch and the sums in parts that it fills, (3, parts, Cout), fp32: the gradients of norm_weight
+        and norm_bias and, with ``grad_pre``, of bias.
+    """
+    sizes = Sizes.of(normed)
+    channels = block_of(sizes.channels, 512)
+    pixels = max(1, min(_BACKWARD_TILE // channels, 1 << max(sizes.pixels - 1, 0).bit_length()))
+    pixel_blocks = ceil_div(sizes.pixels, pixels)
+    tiles = sizes.images * pixel_blocks
+    steps = ceil_div(tiles, _PROGRAMS)
+    parts = ceil_div(tiles, max(steps, 1))
+    sums = normed.new_empty((3, parts, sizes.channels), dtype=torch.float32)
+    unit = sizes.unit
+    launch = Launch(
+        kernels.backward,
+        parts,
+        {
+            "grad_ptr": grad,
+            "normed_ptr": normed,
+            "deviation_ptr": deviation,
+            "norm_weight_ptr": norm_weight,
+            "grad_pre_ptr": grad_pre,
+            "sums_ptr": sums,
+            "channels": sizes.channels // unit if sizes.last else sizes.channels,
+            "pixels": sizes.pixels if sizes.last else sizes.pixels // unit,
+            "pixel_blocks": pixel_blocks,
+            "tiles": tiles,
+            "steps": steps,
+            "parts": parts,
+        },
+        {
+            "UNIT": unit,
+            "LAST": sizes.last,
+            "INDEX_64": needs_64_bit(normed),
+            "BLOCK_CHANNELS": channels,
+            "BLOCK_PIXELS": pixels,
+        },
+        num_warps=8 if channels * pixels >= 4096 else 4,
+    )
+    return launch, sums
+
+
+def plan_examples(dtype: torch.dtype) -> list[Launch]:
+    """Every kind of launch, planned on meta tensors: what the compile check compiles."""
+    return list(_examples(dtype))
+
+
+def _examples(dtype: torch.dtype) -> Iterator[Launch]:
+    """DeGMix's embedding (maps) and blocks (tokens) on NYUD-v2, ragged sizes, more than 2³¹ elements."""
+    # shape of x, out channels; maps are also tried with channels last
+    calls = [((8, 96, 107, 140), 256), ((4 * 8 * 14980, 256), 256)]
+    if dtype == torch.bfloat16:
+        calls += [((2, 50, 7, 7), 27), ((1000, 384), 512), ((3, 256, 2048, 2048), 256)]
+    for shape, out_channels in calls:
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        output = x.new_empty(shape[0], out_channels, *shape[2:])
+        weight, vector = x.new_empty(out_channels, shape[1]), torch.empty(out_channels, device="meta")
+        deviation = torch.empty(output.numel() // out_channels, device="meta")
+        for last in (False, True) if len(shape) == 4 else (True,):
+            if last and len(shape) == 4:
+                x, output = (each.contiguous(memory_format=torch.channels_last) for each in (x, output))
+            yield plan_forward(
+                x, weight, weight[:, 0].contiguous(), vector, vector, output, output, output, output,
+                deviation, 1e-5,
+            )  # fmt: skip
+            yield plan_backward(output, output, deviation, vector, output)[0]
