@@ -95,7 +95,7 @@ def backward(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
 ):
-    """dz = (h − mean h − x̂ · mean(h·x̂)) / √(variance + eps), h = norm_weight · g, over one part of the tiles."""
+    """dz = (h − mean h − x̂ · mean(h·x̂)) / √(variance + eps), h = norm_weight · g, of a part of the tiles."""
     part = tl.program_id(0)
     if INDEX_64:
         part = part.to(tl.int64)

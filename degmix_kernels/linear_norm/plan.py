@@ -48,7 +48,9 @@ def plan_forward(
     out_block = block_of(weight.shape[0], 512)
     # A thread holds 64 sums of a product at most: with 512 out channels the pixels are fewer.
     largest = (16384 if half else 8192) // out_block
-    product = Product(x, weight, out_block, block_of(Sizes.of(x).pixels, min(largest, 64)), 32)
+    product = Product(
+        x, weight, out_block, block_of(Sizes.of(x).pixels, min(largest, 64)), 32 if half else 16
+    )
     return Launch(
         kernels.forward,
         product.programs,

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
+from launches import recorded_launches
 from torch import nn
 
-from degmix_kernels import BatchNorm2d, ChannelMix, channel_mix
-from degmix_kernels.testing import assert_close
+from degmix_kernels import BatchNorm2d, ChannelMix, channel_mix, use_backend
+from degmix_kernels.testing import assert_close, relative_l2
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -180,3 +182,138 @@ def test_bad_input(change, error, message):
     arguments = {"x": torch.zeros(2, 3), "weight": torch.zeros(5, 3)} | change
     with pytest.raises(error, match=message):
         channel_mix(**arguments)
+
+
+# --- kernels ----------------------------------------------------------------------------------------------
+
+
+def mix_call(device, dtype=torch.float32) -> dict:
+    """A call in training, with gradients wanted for everything."""
+    shapes = {"x": (3, 5, 4, 6), "weight": (7, 5), "bias": (7,), "residual": (3, 7, 4, 6)}
+    shapes |= {"norm_weight": (7,), "norm_bias": (7,)}
+    call = {name: draw(*shape, seed=seed, dtype=dtype) for seed, (name, shape) in enumerate(shapes.items())}
+    call["x"] *= 4
+    return {name: value.to(device).requires_grad_() for name, value in call.items()} | {"training": True}
+
+
+def test_launches(device):
+    call = mix_call(device)
+    running = {"running_mean": torch.zeros(7, device=device), "running_var": torch.ones(7, device=device)}
+    with use_backend("triton"):
+        with recorded_launches() as forward:
+            output = channel_mix(**call)
+        with recorded_launches() as backward:
+            output.sum().backward()
+        with recorded_launches() as evaluation:
+            channel_mix(**call | {"training": False} | running)
+        weights = {name: call[name].detach() for name in ("weight", "bias", "norm_weight", "norm_bias")}
+        output = channel_mix(**call | weights)
+        with recorded_launches() as frozen:
+            output.sum().backward()
+
+    def names(launches):
+        return [each.kernel.__name__ for each in launches]
+
+    assert names(forward) == ["forward", "combine", "forward"]
+    assert forward[0].arguments["output_ptr"] is None  # z alone: its activation is computed where it is read
+    assert names(backward) == ["backward", "finish", "backward_activation"]
+    assert names(evaluation) == ["forward"]
+    assert names(frozen) == names(backward)
+    assert frozen[2].arguments["sums_ptr"] is None
+
+
+def test_saves_x_and_z_only(device):
+    call = mix_call(device)
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        channel_mix(**call)
+    parameters = {call[name].data_ptr() for name in ("weight", "norm_weight")}
+    kept = sum(size for pointer, size in saved.items() if pointer not in parameters)
+    z = 3 * 7 * 24
+    assert kept <= 4 * (call["x"].numel() + z + 2 * 7)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_statistics_far_from_zero(device, last):
+    call = mix_call(device)
+    with torch.no_grad():
+        call["bias"].add_(5000)  # z has a standard deviation of about 5
+        if last:
+            call["x"] = call["x"].contiguous(memory_format=torch.channels_last)
+    call["x"].requires_grad_()
+    tensors = {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
+    exact = {name: value.detach().double().requires_grad_() for name, value in tensors.items()}
+    running = [torch.zeros(7, device=device), torch.ones(7, device=device)]
+    kept = [value.double() for value in running]
+    outputs = []
+    for backend, values, buffers in (("triton", tensors, running), ("reference", exact, kept)):
+        statistics = {"running_mean": buffers[0], "running_var": buffers[1], "momentum": 1.0}
+        with use_backend(backend):
+            outputs.append(channel_mix(**values, **statistics, training=True))
+    # A sum in fp32 loses the digits of the mean: one part in a thousand deviations of 2⁻²⁴.
+    assert relative_l2(outputs[0], outputs[1]) < 1000 * 2**-23
+    assert relative_l2(running[0], kept[0]) < 1e-6
+    assert relative_l2(running[1], kept[1]) < 1000 * 2**-23
+    probe = draw(*outputs[0].shape, seed=9, dtype=torch.float32).to(device)
+    for output in outputs:
+        output.backward(probe.to(output.dtype))
+    for name in ("x", "weight", "norm_weight", "norm_bias", "residual"):
+        assert relative_l2(tensors[name].grad, exact[name].grad) < 10 * 1000 * 2**-23, name
+
+
+# --- several processes ------------------------------------------------------------------------------------
+
+
+def one_process(rank: int, world: int, store: str, backend: str, folder: str) -> None:
+    """The share of one process: a part of the batch, forward and backward, results to a file."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        module, x, residual, probe = shared_call(torch.float32 if backend == "triton" else torch.float64)
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        mine = slice(0, 1) if rank == 0 else slice(1, None)
+        leaf, added = x[mine].clone().requires_grad_(), residual[mine].clone().requires_grad_()
+        with use_backend(backend):
+            output = module(leaf, added)
+            output.backward(probe[mine])
+        results = {"output": output.detach(), "x": leaf.grad, "residual": added.grad}
+        results |= {name: parameter.grad for name, parameter in module.named_parameters()}
+        torch.save(results | dict(module.named_buffers()), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def shared_call(dtype):
+    torch.manual_seed(0)
+    module = ChannelMix(3, 4).to(dtype)
+    nn.init.normal_(module.norm.weight)
+    return (
+        module,
+        draw(3, 3, 2, 3).to(dtype) * 4,
+        draw(3, 4, 2, 3, seed=1).to(dtype),
+        draw(3, 4, 2, 3, seed=2).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_two_processes_normalise_as_one(backend, tmp_path):
+    torch.multiprocessing.spawn(one_process, (2, str(tmp_path / "store"), backend, str(tmp_path)), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    module, x, residual, probe = shared_call(torch.float64)
+    leaf, added = x.clone().requires_grad_(), residual.clone().requires_grad_()
+    with use_backend("reference"):
+        output = module(leaf, added)
+        output.backward(probe)
+    expected = {"output": output, "x": leaf.grad, "residual": added.grad}
+    for name, value in expected.items():
+        assert_close(torch.cat([part[name] for part in parts]), value, 18 * 3 * 4, name=name)
+    for name, parameter in module.named_parameters():
+        assert_close(parts[0][name] + parts[1][name], parameter.grad, 18 * 3 * 4, name=name)
+    for part in parts:
+        for name in ("norm.running_mean", "norm.running_var"):
+            assert_close(part[name], module.get_buffer(name), 18 * 3, name=name)
+        assert part["norm.num_batches_tracked"] == 1
