@@ -29,6 +29,15 @@ def cast_inputs(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor |
     )
 
 
+def widen_other_half(tensor: Tensor, like: Tensor) -> Tensor:
+    """Under autocast, a half-precision tensor of the other half dtype than ``like``'s as fp32.
+
+    For tensors that keep their own dtype, coordinates for example: autocast may have cast the rest.
+    """
+    other = tensor.dtype in (torch.float16, torch.bfloat16) and tensor.dtype != like.dtype
+    return tensor.float() if other and enabled(tensor.device) else tensor
+
+
 def disabled(device: torch.device) -> AbstractContextManager[object]:
     """A region in which autocast leaves the op's own arithmetic alone; references run inside it."""
     if enabled(device):

@@ -19,14 +19,20 @@ def expect(condition: bool, argument: str, expected: str, got: object) -> None:
         raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def expect_tensor(argument: str, value: object, dims: int | None = None) -> None:
-    """Raise unless the value is a dense floating-point tensor, with ``dims`` dimensions if given."""
+    """Raise unless the value is a dense tensor of one of ``FLOATS``, with ``dims`` dimensions if given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{argument}: expected a dense tensor, got layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{argument}: expected a dense tensor, got {kind}")
     if not value.is_floating_point():
         raise TypeError(f"{argument}: expected a floating-point tensor, got {value.dtype}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{argument}: expected 16, 32 or 64 bits per element, got {value.dtype}")
     if dims is not None:
         expect(value.dim() == dims, argument, f"{dims} dimensions", value.shape)
 

@@ -29,7 +29,8 @@ def deform_conv2d(
     Groups and offset groups follow from the shapes, each dividing the channels on its own.
 
     A sample is 0 where it has no pixel within a distance of 1; an offset's gradient at an integer coordinate
-    is the right-hand derivative; a NaN offset gives NaN, an infinite one a sample outside the map.
+    is the right-hand derivative; a NaN offset gives NaN, an infinite one a sample outside the map. A sample
+    at exactly -1 takes its neighbour's pixel times 0, which is NaN if that is infinite or NaN.
 
     Under autocast ``input``, ``weight``, ``bias`` and ``mask`` are cast to the autocast dtype and the result
     has it; offsets keep their dtype (keep them fp32: they address pixels); doubles are left alone.
@@ -62,6 +63,7 @@ def deform_conv2d(
     if bias is not None:
         checks.expect_tensor("bias", bias, dims=1)
     input, weight, bias, mask = autocast.cast_inputs(input.device, input, weight, bias, mask)
+    offset = autocast.widen_other_half(offset, input)
     stride, padding, dilation = (
         checked_pair("stride", stride, 1),
         checked_pair("padding", padding, 0),
@@ -115,6 +117,7 @@ def deform_mix(
     checks.expect_shape("offset", offset, (batch, 2 * channels, height, width))
     checks.expect_shape("weight", weight, (weight.shape[0], channels, 1, 1))
     x, weight, bias = autocast.cast_inputs(x.device, x, weight, bias)
+    offset = autocast.widen_other_half(offset, x)
     check_arguments(x, offset, weight, bias, (1, 1), (0, 0), (1, 1), None)
     if backend.runs_triton("deform_mix", x.device, x.dtype):
         leaves = (tensor for tensor in (x, offset, weight, bias) if tensor is not None)

@@ -51,6 +51,7 @@ def replace_deform_conv(model: nn.Module) -> Replacement:
 
     Two things differ afterwards, both in :func:`degmix_kernels.deform_conv2d`: under autocast the result has
     the autocast dtype (torchvision's is fp32), and channels_last input gives channels_last output.
+    And two things that torchvision's layer can do, ours cannot: ``torch.jit`` and ``torch.func.vmap``.
 
     torchvision is not imported: a model with one of its layers has loaded it, else there is none to swap.
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from degmix_kernels import DeformConv2d, DeformMix, deform_conv2d, deform_mix, launch, use_backend
 from degmix_kernels.deform_conv import autograd, execution, planar, reference
 from degmix_kernels.deform_conv.problem import Problem
-from degmix_kernels.testing import assert_close, relative_l2
+from degmix_kernels.testing import assert_close, relative_l2, tolerance
 
 # --- the reference -----------------------------------------------------------------------------------------
 
@@ -259,6 +259,25 @@ def normalise(output: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """BatchNorm from given statistics."""
     mean, variance = mean[:, None, None], variance[:, None, None]
     return (output - mean) / (variance + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_a_variance_beside_a_mean(dtype: torch.dtype, device: torch.device) -> None:
+    """Five deviations from 0: what is a sum of deviations in theory is one in the kernel, too."""
+    shapes = (2, 16, 4, 4), (2, 32, 4, 4), (8, 16, 1, 1)
+    x, offset, weight = (value.to(device) for value in draw(4, *shapes, dtype=torch.float32))
+    leaves = [x.to(dtype), offset, (weight / 4).to(dtype), torch.full((8,), 3.0, device=device, dtype=dtype)]
+    exact = [leaf.double().requires_grad_() for leaf in leaves]
+    with use_backend("triton"):
+        variance = deform_mix(*(leaf.requires_grad_() for leaf in leaves), "identity", statistics=True)[2]
+    expected = deform_mix(*exact, "identity", statistics=True)[2]
+    grad = torch.linspace(-1, 1, 8, device=device)
+    *actual, bias = torch.autograd.grad(variance, leaves, grad)
+    for mine, other in zip(actual, torch.autograd.grad(expected, exact, grad.double()), strict=False):
+        # Rounding z costs five deviations' digits.
+        assert relative_l2(mine, other) < 5 * tolerance(dtype, 32)
+    # The exact gradient is 0; what is left is the rounding of the mean, or of the sum of 32 gradients.
+    assert bias.abs().max() < 2 * torch.finfo(dtype).eps * (3 if dtype == torch.float32 else 0.5)
 
 
 def test_only_a_gradient_keeps_the_value_before_the_activation(device: torch.device) -> None:

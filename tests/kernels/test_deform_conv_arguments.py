@@ -32,6 +32,12 @@ NUMBERS = "expected an integer or a pair of integers"
         ({"weight": 1.0}, TypeError, "weight: expected a tensor, got float"),
         ({"mask": [1.0]}, TypeError, "mask: expected a tensor, got list"),
         ({"bias": 1.0}, TypeError, "bias: expected a tensor, got float"),
+        ({"input": torch.zeros(2, 3, 5, 6).to(torch.float8_e4m3fn)}, TypeError, "input: .*16, 32 or 64 bits"),
+        (
+            {"input": torch.nested.nested_tensor([torch.zeros(3, 5, 6)])},
+            TypeError,
+            "input: expected a dense tensor, got a nested tensor",
+        ),
         ({"input": torch.zeros(2, 3, 5, 6).int()}, TypeError, r"input: .*floating-point.* got torch\.int32"),
         ({"input": torch.zeros(2, 3, 5, 6).bool()}, TypeError, "input: .*floating-point"),
         ({"input": torch.zeros(2, 3, 5, 6).cfloat()}, TypeError, "input: .*floating-point"),
@@ -129,6 +135,16 @@ def test_good_arguments_launch(device: torch.device) -> None:
         with use_backend("triton"), recorded_launches() as launches:
             assert_close(deform_conv2d(**given | changes), expected, 4)
         assert len(launches) == 1
+
+
+def test_autocast_takes_offsets_of_the_other_half(device: torch.device) -> None:
+    arguments = per_channel_call(device)
+    arguments["offset"] = arguments["offset"].half()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        output = deform_conv2d(**arguments)
+        expected = deform_conv2d(**arguments | {"offset": arguments["offset"].float()})
+    assert torch.equal(output, expected)
+    assert output.dtype == torch.bfloat16
 
 
 def test_shapes_without_memory() -> None:
