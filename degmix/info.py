@@ -70,7 +70,7 @@ def measure(config: Config, size: tuple[int, int]) -> Cost:
         with torch.no_grad():
             functional_call(written_out, tensors, image)
         model.train()
-        saved = _saved_for_backward(forward, list(parameters.values()))
+        saved = saved_for_backward(forward, list(parameters.values()))
     flops = {name: sum(by_op.values()) for name, by_op in counter.get_flop_counts().items()}
     modules = {"backbone": model.backbone}
     modules |= {f"head.{name}": child for name, child in model.head.named_children()}
@@ -153,7 +153,7 @@ def _flops_of(flops: dict[str, int], name: str, module: nn.Module) -> int:
     return sum(_flops_of(flops, f"{name}.{child}", inner) for child, inner in module.named_children())
 
 
-def _saved_for_backward(forward: Callable[[], object], parameters: Sequence[Tensor]) -> int:
+def saved_for_backward(forward: Callable[[], object], parameters: Sequence[Tensor]) -> int:
     """Bytes of the distinct tensors that autograd keeps for the backward pass, the parameters aside."""
     weights = {parameter.untyped_storage()._cdata for parameter in parameters}
     storages: dict[int, torch.UntypedStorage] = {}

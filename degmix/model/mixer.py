@@ -26,7 +26,8 @@ class DeformableMixers(nn.ModuleDict):
     def forward(self, x: Tensor) -> list[Tensor]:
         """The shared map (B, C, H, W) → every task's, of the same shape."""
         offsets = [layer.offsets for layers in self.values() for layer in layers]
-        tables = iter(constant_tables(offsets, *x.shape[2:]))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        tables = iter(constant_tables(offsets, *x.shape[2:], dtype))
         maps = []
         for layers in self.values():
             mixed = x
@@ -100,10 +101,10 @@ class Offsets(nn.Module):
         height, width = x.shape[2:]
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if tables is None:
-            (tables,) = constant_tables([self], height, width)
+            (tables,) = constant_tables([self], height, width, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             learned = convolve(convolve(x, self.p_conv), self.opt)
-            return learned + constant_offsets(tables, height, width, x.dtype)
+            return learned + constant_offsets(tables, height, width)
 
 
 def convolve(x: Tensor, layer: nn.Conv2d) -> Tensor:
@@ -111,12 +112,15 @@ def convolve(x: Tensor, layer: nn.Conv2d) -> Tensor:
     return functional.conv2d(x, layer.weight.to(x.dtype), padding=layer.padding, groups=layer.groups)
 
 
-def constant_tables(layers: Sequence[Offsets], height: int, width: int) -> list[tuple[Tensor, Tensor]]:
-    """The part of the offsets that is the same for every image, of several layers at once, in fp64.
+def constant_tables(
+    layers: Sequence[Offsets], height: int, width: int, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """The part of the offsets that is the same for every image, of several layers at once.
 
     It is the convolution ``opt`` of a grid of coordinates. Rows do not change from column to column and
     columns not from row to row, but for the zeros around the grid: of each half of the channels, a grid of
     three columns (or rows) has all values there are: those at the first border, inside, and at the last.
+    Computed in fp64, then rounded to ``dtype``.
 
     Returns:
         Per layer (1, C, H, min(W, 3)) for the half computed from rows and (1, C, min(H, 3), W) for the other;
@@ -133,13 +137,13 @@ def constant_tables(layers: Sequence[Offsets], height: int, width: int) -> list[
         for grid, kernel, shift in zip((rows, columns), weight.chunk(2, 1), bias.chunk(2, 1), strict=True):
             windows = functional.unfold(grid, 3, padding=1)  # (L, 81, pixels)
             table = torch.baddbmm(shift[..., None], kernel.flatten(2), windows)
-            tables.append(table.unflatten(2, grid.shape[2:]).split(1))
+            tables.append(table.to(dtype).unflatten(2, grid.shape[2:]).split(1))
     return list(zip(*tables, strict=True))
 
 
-def constant_offsets(tables: tuple[Tensor, Tensor], height: int, width: int, dtype: torch.dtype) -> Tensor:
+def constant_offsets(tables: tuple[Tensor, Tensor], height: int, width: int) -> Tensor:
     """One layer's :func:`constant_tables` as a map, (1, 2·C, H, W)."""
-    rows, columns = (table.to(dtype) for table in tables)
+    rows, columns = tables
     return torch.cat([repeat_middle(rows, 3, width), repeat_middle(columns, 2, height)], dim=1)
 
 

@@ -78,8 +78,8 @@ def grid_offsets(offsets: Offsets, height: int, width: int) -> Tensor:
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 13])
 def test_constant_offsets_are_those_of_the_whole_grid(height, width):
     layers = [Offsets(4).double() for _ in range(2)]
-    for layer, tables in zip(layers, constant_tables(layers, height, width), strict=True):
-        got, want = constant_offsets(tables, height, width, torch.float64), grid_offsets(layer, height, width)
+    for layer, tables in zip(layers, constant_tables(layers, height, width, torch.float64), strict=True):
+        got, want = constant_offsets(tables, height, width), grid_offsets(layer, height, width)
         assert got.shape == want.shape == (1, 8, height, width)
         wanted = (layer.opt.weight, layer.opt.bias, layer.p_conv.bias)
         probe = draw(*want.shape)
@@ -96,8 +96,8 @@ def test_constant_offsets_of_single_precision_are_in_double_precision():
     offsets = Offsets(16)
     want = grid_offsets(offsets, 60, 90).float()
     with torch.autocast("cpu", torch.bfloat16):
-        (tables,) = constant_tables([offsets], 60, 90)
-        got = constant_offsets(tables, 60, 90, torch.float32)
+        (tables,) = constant_tables([offsets], 60, 90, torch.float32)
+        got = constant_offsets(tables, 60, 90)
     assert got.dtype == torch.float32
     assert relative_l2(got, want) < 1e-8  # but for an element that rounds to the other side
 
