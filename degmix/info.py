@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from rich.table import Table
@@ -14,11 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from degmix import build
 from degmix.config import Config
+from degmix.model import formula
 from degmix_kernels.backend import use_backend
 
 NOTE = (
     "MACs: one per multiply-add of convolutions, matrix products and attention (half of PyTorch's FLOPs); "
-    "sampling, normalisation and activations are not counted."
+    "sampling, normalisation and activations are not counted. Formula: the same function computed as the "
+    "paper writes it."
 )
 
 
@@ -27,15 +30,17 @@ class Cost:
     """The cost of a model for one image.
 
     Attributes:
-        parts: (name, parameters, MACs) of the backbone and the parts of the head.
-        parameters, macs: of the whole model.
+        parts: (name, parameters, MACs of :mod:`degmix.model.formula`, MACs) of the backbone and the parts of
+            the head.
+        parameters, formula_macs, macs: of the whole model.
         weights_bytes: parameters and buffers.
         training_bytes: parameters, gradients and momentum, and the tensors that autograd saves between
             forward and backward for one image in float32. Workspaces and fragmentation come on top.
     """
 
-    parts: list[tuple[str, int, int]]
+    parts: list[tuple[str, int, int, int]]
     parameters: int
+    formula_macs: int
     macs: int
     weights_bytes: int
     training_bytes: int
@@ -60,24 +65,66 @@ def measure(config: Config, size: tuple[int, int]) -> Cost:
         model.eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             forward()
+        written_out = _WrittenOut(model)
+        tensors = {f"model.{name}": tensor for name, tensor in (parameters | buffers).items()}
+        with torch.no_grad():
+            functional_call(written_out, tensors, image)
         model.train()
-        saved = _saved_for_backward(forward, list(parameters.values()))
+        saved = saved_for_backward(forward, list(parameters.values()))
     flops = {name: sum(by_op.values()) for name, by_op in counter.get_flop_counts().items()}
-    parts = [("backbone", model.backbone)]
-    parts += [(f"head.{name}", child) for name, child in model.head.named_children()]
+    modules = {"backbone": model.backbone}
+    modules |= {f"head.{name}": child for name, child in model.head.named_children()}
     # The counter names modules after the class of the model they are in.
     prefix = type(model).__name__
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     return Cost(
         parts=[
-            (name, _count(module), _flops_of(flops, f"{prefix}.{name}", module) // 2)
-            for name, module in parts
+            (name, _count(module), written_out.macs[name], _flops_of(flops, f"{prefix}.{name}", module) // 2)
+            for name, module in modules.items()
         ],
         parameters=_count(model),
+        formula_macs=sum(written_out.macs.values()),
         macs=flops["Global"] // 2,
         weights_bytes=weights,
         training_bytes=weights + 2 * 4 * _count(model) + saved,
     )
+
+
+class _WrittenOut(nn.Module):
+    """The model with its head as :mod:`degmix.model.formula` has it; counts the MACs of each part."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.macs: dict[str, int] = {}
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        backbone, head = self.model.backbone, self.model.head
+        features = self._counted("backbone", backbone, image)
+        x = self._counted("head.embed", formula.embed, head, features)
+        maps = self._counted("head.mixers", formula.mix, head, x)
+        decoded = self._counted("head.decoder", formula.decode, head, maps)
+        return self._counted("head.predictions", formula.predict, head, decoded, tuple(image.shape[2:]))
+
+    def _counted(self, name: str, function: Callable[..., object], *arguments: object) -> object:
+        custom = {}
+        if hasattr(torch.ops.torchvision, "deform_conv2d"):
+            custom[torch.ops.torchvision.deform_conv2d] = _deform_conv2d_flops
+        with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+            result = function(*arguments)
+        self.macs[name] = counter.get_total_flops() // 2
+        return result
+
+
+def _deform_conv2d_flops(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *_: object,
+    out_shape: Sequence[int],
+    **__: object,
+) -> int:
+    """FLOPs of the product behind the samples."""
+    return 2 * prod(out_shape) * prod(weight_shape[1:])
 
 
 def cost_table(cost: Cost, title: str) -> Table:
@@ -85,11 +132,13 @@ def cost_table(cost: Cost, title: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("part")
     table.add_column("parameters", justify="right")
+    table.add_column("GMACs, formula", justify="right")
     table.add_column("GMACs", justify="right")
-    for name, parameters, macs in cost.parts:
-        table.add_row(name, f"{parameters:,}", f"{macs / 1e9:.2f}")
-    table.add_section()
-    table.add_row("whole model", f"{cost.parameters:,}", f"{cost.macs / 1e9:.2f}")
+    whole = ("whole model", cost.parameters, cost.formula_macs, cost.macs)
+    for name, parameters, *macs in (*cost.parts, whole):
+        if name == whole[0]:
+            table.add_section()
+        table.add_row(name, f"{parameters:,}", *(f"{count / 1e9:.2f}" for count in macs))
     return table
 
 
@@ -104,7 +153,7 @@ def _flops_of(flops: dict[str, int], name: str, module: nn.Module) -> int:
     return sum(_flops_of(flops, f"{name}.{child}", inner) for child, inner in module.named_children())
 
 
-def _saved_for_backward(forward: Callable[[], object], parameters: Sequence[Tensor]) -> int:
+def saved_for_backward(forward: Callable[[], object], parameters: Sequence[Tensor]) -> int:
     """Bytes of the distinct tensors that autograd keeps for the backward pass, the parameters aside."""
     weights = {parameter.untyped_storage()._cdata for parameter in parameters}
     storages: dict[int, torch.UntypedStorage] = {}

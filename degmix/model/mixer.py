@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -9,16 +11,30 @@ from torch.nn import functional
 from degmix_kernels import BatchNorm2d, ChannelMix, DeformMix
 
 
-class DeformableMixer(nn.Sequential):
-    """One task's encoder, a stack of mixer layers.
+class DeformableMixers(nn.ModuleDict):
+    """The encoders of all tasks, each a stack of mixer layers.
 
     Args:
+        tasks: names of the tasks.
         dim: channels C of the map.
-        depth: number of layers.
+        depth: number of layers of each.
     """
 
-    def __init__(self, dim: int, depth: int) -> None:
-        super().__init__(*(MixerLayer(dim) for _ in range(depth)))
+    def __init__(self, tasks: Iterable[str], dim: int, depth: int) -> None:
+        super().__init__({task: nn.Sequential(*(MixerLayer(dim) for _ in range(depth))) for task in tasks})
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The shared map (B, C, H, W) → every task's, of the same shape."""
+        offsets = [layer.offsets for layers in self.values() for layer in layers]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        tables = iter(constant_tables(offsets, *x.shape[2:], dtype))
+        maps = []
+        for layers in self.values():
+            mixed = x
+            for layer in layers:
+                mixed = layer(mixed, next(tables))
+            maps.append(mixed)
+        return maps
 
 
 class MixerLayer(nn.Module):
@@ -37,10 +53,10 @@ class MixerLayer(nn.Module):
         self.deform_mix = DeformMix(dim, dim)
         self.norm = BatchNorm2d(dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, H, W)."""
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, C, H, W) → (B, C, H, W); ``tables`` as in :class:`Offsets`."""
         x = self.channel_mix(x)
-        offset, norm = self.offsets(x), self.norm
+        offset, norm = self.offsets(x, tables), self.norm
         if not isinstance(norm, BatchNorm2d):  # converted: nn.SyncBatchNorm gathers its statistics itself
             return x + norm(self.deform_mix(x, offset))
         if norm.uses_batch_statistics:
@@ -54,8 +70,10 @@ class Offsets(nn.Module):
 
     Always in fp32 (fp64 for doubles), autocast or not: bf16 has no room for a pixel coordinate. Both
     convolutions are linear, so the large coordinates, the same for every image, pass through them apart from
-    the small learned positions and in fp64: the gradient of a bilinear sample jumps where it crosses a pixel,
-    and a sum in fp32 errs four times as far.
+    the small learned positions and in fp64 (:func:`constant_tables`): the gradient of a bilinear sample jumps
+    where it crosses a pixel, and a sum in fp32 errs four times as far. Where cuDNN runs fp32 convolutions in
+    TF32, as it does unless told otherwise, the learned part is that exact, 2⁻¹¹ of the learned positions;
+    coordinates are not touched by it.
 
     ``p_conv.weight`` starts at zero, the rest is drawn as PyTorch does.
 
@@ -70,32 +88,83 @@ class Offsets(nn.Module):
         self.opt = nn.Conv2d(18, 2 * dim, 3, padding=1, groups=2)
         nn.init.zeros_(self.p_conv.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, 2·C, H, W); channel 2i is dy of channel i, 2i + 1 its dx."""
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Offsets at every pixel.
+
+        Args:
+            x: (B, C, H, W).
+            tables: this layer's of :func:`constant_tables` for maps of that size; computed if not given.
+
+        Returns:
+            (B, 2·C, H, W); channel 2i is dy of channel i, 2i + 1 its dx.
+        """
+        height, width = x.shape[2:]
         x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if tables is None:
+            (tables,) = constant_tables([self], height, width, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            learned = convolve(convolve(x, self.p_conv, None), self.opt, None)
-            coordinates = window_grid(x.shape[2], x.shape[3], x.double())
-            coordinates = coordinates + self.p_conv.bias.double()[:, None, None]
-            return learned + convolve(coordinates, self.opt, self.opt.bias).to(x.dtype)
+            learned = convolve(convolve(x, self.p_conv), self.opt)
+            return learned + constant_offsets(tables, height, width)
 
 
-def convolve(x: Tensor, layer: nn.Conv2d, bias: Tensor | None) -> Tensor:
-    """Apply a layer with this bias instead of its own, in the dtype of ``x``."""
-    bias = None if bias is None else bias.to(x.dtype)
-    return functional.conv2d(x, layer.weight.to(x.dtype), bias, padding=layer.padding, groups=layer.groups)
+def convolve(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """Apply a layer without its bias, in the dtype of ``x``."""
+    return functional.conv2d(x, layer.weight.to(x.dtype), padding=layer.padding, groups=layer.groups)
 
 
-def window_grid(height: int, width: int, like: Tensor) -> Tensor:
-    """Coordinates of the 3×3 window around each pixel, 1-based: nine rows, then nine columns.
+def constant_tables(
+    layers: Sequence[Offsets], height: int, width: int, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """The part of the offsets that is the same for every image, of several layers at once.
+
+    It is the convolution ``opt`` of a grid of coordinates. Rows do not change from column to column and
+    columns not from row to row, but for the zeros around the grid: of each half of the channels, a grid of
+    three columns (or rows) has all values there are: those at the first border, inside, and at the last.
+    Computed in fp64, then rounded to ``dtype``.
 
     Returns:
-        (1, 18, height, width), with device and dtype of ``like``.
+        Per layer (1, C, H, min(W, 3)) for the half computed from rows and (1, C, min(H, 3), W) for the other;
+        :func:`constant_offsets` makes a map of them.
     """
-    step = torch.arange(-1, 2, device=like.device, dtype=like.dtype)
-    rows = (
-        torch.arange(1, height + 1, device=like.device, dtype=like.dtype) + step.repeat_interleave(3)[:, None]
-    )
-    columns = torch.arange(1, width + 1, device=like.device, dtype=like.dtype) + step.repeat(3)[:, None]
-    grids = (rows[:, :, None].expand(-1, -1, width), columns[:, None, :].expand(-1, height, -1))
-    return torch.cat(grids)[None]
+    with torch.autocast(layers[0].opt.weight.device.type, enabled=False):
+        weight = torch.stack([layer.opt.weight for layer in layers]).double()  # (L, 2·C, 9, 3, 3)
+        bias = torch.stack([layer.opt.bias for layer in layers]).double()
+        start = torch.stack([layer.p_conv.bias for layer in layers]).double()[..., None]  # (L, 18, 1)
+        rows, columns = window_coordinates(height, width, like=start)
+        rows = (start[:, :9] + rows)[..., None].expand(-1, -1, -1, min(width, 3))
+        columns = (start[:, 9:] + columns)[:, :, None].expand(-1, -1, min(height, 3), -1)
+        tables = []
+        for grid, kernel, shift in zip((rows, columns), weight.chunk(2, 1), bias.chunk(2, 1), strict=True):
+            windows = functional.unfold(grid, 3, padding=1)  # (L, 81, pixels)
+            table = torch.baddbmm(shift[..., None], kernel.flatten(2), windows)
+            tables.append(table.to(dtype).unflatten(2, grid.shape[2:]).split(1))
+    return list(zip(*tables, strict=True))
+
+
+def constant_offsets(tables: tuple[Tensor, Tensor], height: int, width: int) -> Tensor:
+    """One layer's :func:`constant_tables` as a map, (1, 2·C, H, W)."""
+    rows, columns = tables
+    return torch.cat([repeat_middle(rows, 3, width), repeat_middle(columns, 2, height)], dim=1)
+
+
+def repeat_middle(table: Tensor, dim: int, size: int) -> Tensor:
+    """Repeat the second of three slices until there are ``size`` of them; fewer are all there."""
+    if size <= 3:
+        return table
+    first, middle, last = table.split(1, dim)
+    shape = list(table.shape)
+    shape[dim] = size - 2
+    return torch.cat([first, middle.expand(shape), last], dim)
+
+
+def window_coordinates(height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """1-based coordinates of the 3×3 window around each pixel.
+
+    Returns:
+        (9, height) rows and (9, width) columns, with device and dtype of ``like``.
+    """
+    options = {"device": like.device, "dtype": like.dtype}
+    step = torch.arange(-1, 2, **options)
+    rows = torch.arange(1, height + 1, **options) + step.repeat_interleave(3)[:, None]
+    columns = torch.arange(1, width + 1, **options) + step.repeat(3)[:, None]
+    return rows, columns

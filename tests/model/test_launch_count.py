@@ -1,0 +1,52 @@
+"""The counts of launches and saved bytes are right, and the head's are below its formula's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from launch_count import assert_lean, count_head, count_launches
+from test_head import every_attention
+
+from degmix_kernels import deform_mix, use_backend
+from degmix_kernels.backend import INTERPRETED
+
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or Triton's interpreter"
+)
+
+
+def test_views_and_allocations_launch_nothing() -> None:
+    x = torch.ones(4, 6)
+    counts = count_launches(lambda: x.t().reshape(3, 8).view(-1)[2:] + torch.empty_like(x).view(-1)[2:])
+    assert counts == {"aten.clone": 1, "aten.add": 1}  # reshape has to copy
+
+
+def test_triton_kernels_count(device: torch.device) -> None:
+    x, offset, weight = (
+        torch.ones(shape, device=device) for shape in ((1, 4, 5, 5), (1, 8, 5, 5), (4, 4, 1, 1))
+    )
+    with use_backend("triton"):
+        counts = count_launches(lambda: deform_mix(x, offset, weight))
+    assert sum(count for name, count in counts.items() if name.startswith("triton ")) == 1
+
+
+@every_attention
+def test_the_head_launches_and_saves_less_than_its_formula(attention: str) -> None:
+    counts = count_head(attention=attention, size=(224, 288))
+    head, plain = counts["head"], counts["formula"]
+    assert head.inference < plain.inference
+    if attention in ("released", "pixel"):  # the references of the other attentions keep more than PyTorch's
+        assert head.saved_bytes < plain.saved_bytes
+
+
+def test_saved_bytes_grow_with_the_batch() -> None:
+    counts = [count_head((8, 16), {"depth": 1}, (64, 64), batch, dim=16) for batch in (1, 2, 3)]
+    for name in ("formula", "head"):
+        one, two, three = (count[name].saved_bytes for count in counts)
+        assert 0 < three - two == two - one <= one
+
+
+def test_lean_is_refused_where_it_is_not() -> None:
+    plain = count_head((8, 16), {"depth": 1}, (64, 64), dim=16)["formula"]
+    with pytest.raises(AssertionError):
+        assert_lean({"head": plain, "formula": plain})
