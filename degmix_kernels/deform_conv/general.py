@@ -103,10 +103,15 @@ def plan_backward_samples(
     """Plan the gradients of input, offset and mask; see ``general_backward_kernels``."""
     sizes = problem.sizes()
     wide = problem.input.dtype != torch.float32
-    block_pixels = block(problem.out_pixels, 64 if wide else 32)
     # The scatter keeps four corners of every sample alive, in registers. With 16 channels, 4 samples a
     # thread, two programs or more fit a multiprocessor and hide each other's latencies; 32 spill on sm_100.
-    block_channels = 16
+    # In fp32 a thread has 4 samples, too; the sides are those that Triton 3.6 and 3.9 compile without a spill.
+    if wide:
+        block_pixels, block_channels = 64, 16
+    else:
+        block_pixels, block_channels = (16, 32) if scale is None else (32, 16)
+    block_pixels = block(problem.out_pixels, block_pixels)
+    block_channels = _block_channels(problem.segment, block_channels)
     held = problem.groups == 1 and problem.group_out <= 256 and wide
     if held:
         largest = 256
