@@ -105,7 +105,7 @@ def plan_backward_samples(
     wide = problem.input.dtype != torch.float32
     # The scatter keeps four corners of every sample alive, in registers. With 16 channels, 4 samples a
     # thread, two programs or more fit a multiprocessor and hide each other's latencies; 32 spill on sm_100.
-    # In fp32 a thread has 4 samples, too; the sides are those that Triton 3.6 and 3.9 compile without a spill.
+    # In fp32 a thread has 4 samples, too; on these sides neither Triton 3.6 nor 3.9 spills.
     if wide:
         block_pixels, block_channels = 64, 16
     else:
