@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from degmix_kernels import GatedAttention, GatedMLP, LinearAttention, TaskAttention
+from degmix_kernels import GatedAttention, GatedMLP, LinearAttention, TaskAttention, linear_norm
 
 # Variant → attention of the query block.
 QUERY_ATTENTION = {
@@ -46,11 +45,10 @@ class GatingDecoder(nn.Module):
         """(T, B, N, C) → (T, B, N, C)."""
         fused, queries = self.interaction(tokens), list(self.queries.values())
         if self.per_pixel:
-            attended = attend_pixels(queries, tokens, fused)
+            answers = attend_pixels(queries, tokens, fused, residuals=tokens)
         else:
             context = fused.transpose(0, 1).flatten(1, 2)  # (B, T·N, C)
-            attended = [query.attend(own, context) for query, own in zip(queries, tokens, strict=True)]
-        answers = [query(own, each) for query, own, each in zip(queries, tokens, attended, strict=True)]
+            answers = [query(own, context) for query, own in zip(queries, tokens, strict=True)]
         return self.gate(torch.cat(answers)).view_as(tokens)
 
 
@@ -77,11 +75,14 @@ class TaskInteraction(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(T, B, N, C) → (T, B, N, C)."""
         if self.mode == "pixel":
-            return self.norm(attend_pixels([self], tokens, tokens))
+            (attended,) = attend_pixels([self], tokens, tokens)
+            return attended.view_as(tokens)
         if self.mode in ("released", "linear"):
-            return self.norm(functional.linear(tokens, *self.merge_pointwise(tokens.dtype)))
+            weight, bias = self.merge_pointwise(tokens.dtype)
+            return linear_norm(tokens.flatten(0, 1), weight, bias, *norm_of(self.norm)).view_as(tokens)
         every = tokens.transpose(0, 1).flatten(1, 2)  # (B, T·N, C)
-        attended = self.norm(self.linear(self.attention(every, every)))
+        attended = self.attention(every, every)
+        attended = linear_norm(attended, self.linear.weight, self.linear.bias, *norm_of(self.norm))
         return attended.unflatten(1, (len(tokens), -1)).transpose(0, 1)
 
     def merge_pointwise(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -114,21 +115,19 @@ class TaskQuery(nn.Module):
         self.linear = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
 
-    def attend(self, tokens: Tensor, context: Tensor) -> Tensor:
-        """``Linear(Attention)`` of the task's (B, N, C) to (B, T·N, C) → (B, N, C)."""
-        return self.linear(self.attention(tokens, context))
-
-    def forward(self, tokens: Tensor, attended: Tensor) -> Tensor:
-        """The task's tokens and ``Linear(Attention)`` of them, (B, N, C) each → (B, N, C)."""
-        return tokens + self.norm(attended)
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        """The task's (B, N, C) and all tasks' (B, T·N, C) → (B, N, C)."""
+        attended = self.attention(tokens, context)
+        norm = norm_of(self.norm)
+        return linear_norm(attended, self.linear.weight, self.linear.bias, *norm, residual=tokens)
 
 
 class Folded(NamedTuple):
-    """The matrices of W blocks' attention after :func:`fold`, as right factors: D = heads·C.
+    """The matrices of W blocks' attention after :func:`fold`: D = heads·C.
 
     Attributes:
-        query_weight, query_bias: (W, C, D) and (W, 1, D).
-        output_weight, output_bias: (W, D, C) and (W, 1, C).
+        query_weight, query_bias: (W, C, D), a right factor, and (W, 1, D).
+        output_weight, output_bias: (W, C, D), a left factor, and (W, C).
     """
 
     query_weight: Tensor
@@ -137,8 +136,13 @@ class Folded(NamedTuple):
     output_bias: Tensor
 
 
-def attend_pixels(blocks: Sequence[TaskInteraction | TaskQuery], queries: Tensor, context: Tensor) -> Tensor:
-    """``Linear(Attention)`` of S tasks' tokens to all T tasks' tokens at their pixel.
+def attend_pixels(
+    blocks: Sequence[TaskInteraction | TaskQuery],
+    queries: Tensor,
+    context: Tensor,
+    residuals: Tensor | None = None,
+) -> list[Tensor]:
+    """``LayerNorm(Linear(Attention))`` of S tasks' tokens to all T tasks' tokens at their pixel.
 
     Keys and values are never projected: ``(W_q x + b_q) · (W_k y + b_k)`` is ``W_kᵀ(W_q x + b_q) · y`` but
     for what all keys of a query have in common, which softmax does not see; and as its weights sum to 1,
@@ -148,9 +152,10 @@ def attend_pixels(blocks: Sequence[TaskInteraction | TaskQuery], queries: Tensor
         blocks: S blocks, one for each query task, or a single one for all.
         queries: (S, B, N, C).
         context: (T, B, N, C).
+        residuals: (S, B, N, C), added to the result.
 
     Returns:
-        (S, B, N, C).
+        One result per block: S of (B, N, C), or one of (S·B, N, C).
     """
     heads, channels = blocks[0].attention.heads, queries.shape[-1]
     folded = Folded(*(each.to(queries.dtype) for each in fold(blocks)))
@@ -159,8 +164,13 @@ def attend_pixels(blocks: Sequence[TaskInteraction | TaskQuery], queries: Tensor
     query = query.view(1, len(queries), -1, heads * channels)  # images and pixels on one axis
     scale = (channels // heads) ** -0.5
     attended = task_attention(query, context.flatten(1, 2)[None], heads=heads, scale=scale)
-    attended = attended.reshape(len(blocks), -1, heads * channels)
-    return torch.baddbmm(folded.output_bias, attended, folded.output_weight).view(queries.shape)
+    attended = attended.reshape(len(blocks), -1, queries.shape[2], heads * channels)
+    results = []
+    for index, block in enumerate(blocks):
+        weight, bias = folded.output_weight[index], folded.output_bias[index]
+        residual = None if residuals is None else residuals[index]
+        results.append(linear_norm(attended[index], weight, bias, *norm_of(block.norm), residual=residual))
+    return results
 
 
 def fold(blocks: Sequence[TaskInteraction | TaskQuery]) -> Folded:
@@ -173,23 +183,29 @@ def fold(blocks: Sequence[TaskInteraction | TaskQuery]) -> Folded:
         weight = promote(torch.stack(weights, dim=1))  # (3, W, C, C)
         query, key, value = weight.unflatten(2, (heads, -1)).flatten(1, 2)  # (W·heads, C/heads, C) each
         bias = promote(torch.stack(biases, dim=1))  # (3, W, C)
-        output = promote(torch.stack([attention.out_proj.weight for attention in attentions])).mT
+        output = promote(torch.stack([attention.out_proj.weight for attention in attentions]))
         output_bias = promote(torch.stack([attention.out_proj.bias for attention in attentions]))
-        linear = promote(torch.stack([block.linear.weight for block in blocks])).mT
+        linear = promote(torch.stack([block.linear.weight for block in blocks]))
         linear_bias = promote(torch.stack([block.linear.bias for block in blocks]))
 
         query_weight = key.mT @ query  # (W·heads, C, C)
         query_bias = key.mT @ bias[0].view(len(query), -1, 1)  # (W·heads, C, 1)
-        merged = output @ linear  # (W, C, C)
-        output_weight = value.mT @ merged.reshape(value.shape)  # (W·heads, C, C)
-        output_bias = torch.baddbmm(linear_bias[:, None], output_bias[:, None], linear)
-        output_bias = torch.baddbmm(output_bias, bias[2][:, None], merged)
+        merged = linear @ output  # (W, C, C)
+        by_head = merged.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)  # (W·heads, C, C/heads)
+        output_weight = (by_head @ value).unflatten(0, (-1, heads))  # (W, heads, C, C)
+        output_bias = torch.baddbmm(linear_bias[..., None], linear, output_bias[..., None])
+        output_bias = torch.baddbmm(output_bias, merged, bias[2][..., None])
         return Folded(
             query_weight.view(len(blocks), -1, query.shape[-1]).mT,
             query_bias.view(len(blocks), 1, -1),
-            output_weight.view(len(blocks), -1, query.shape[-1]),
-            output_bias,
+            output_weight.transpose(1, 2).flatten(2),
+            output_bias[..., 0],
         )
+
+
+def norm_of(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a LayerNorm, whose eps is the default."""
+    return norm.weight, norm.bias
 
 
 def task_attention(query: Tensor, key: Tensor, *, heads: int, scale: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from degmix.model.backbone import create_backbone
 from degmix.model.decoder import ATTENTIONS, GatingDecoder
 from degmix.model.mixer import DeformableMixers
-from degmix_kernels import BatchNorm2d
+from degmix_kernels import BatchNorm2d, linear_norm
 
 MAX_TASKS = 8
 
@@ -180,12 +180,14 @@ class LinearEmbed(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Maps (B, in_channels[i], H_i, W_i) → (B, C, H_0, W_0)."""
         size = features[0].shape[2:]
-        weights = self.linear.weight.split([feature.shape[1] for feature in features], dim=1)
-        projected = [project(feature, weight) for feature, weight in zip(features, weights, strict=True)]
-        x = projected[0] + self.linear.bias[:, None, None]
-        for each in projected[1:]:
-            x = x + resize(each, size)
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+        own, *weights = self.linear.weight.split([feature.shape[1] for feature in features], dim=1)
+        coarser = None
+        for feature, weight in zip(features[1:], weights, strict=True):
+            each = resize(project(feature, weight), size)
+            coarser = each if coarser is None else coarser + each
+        norm = self.norm
+        x = linear_norm(features[0], own, self.linear.bias, norm.weight, norm.bias, addend=coarser)
+        return x.contiguous()  # the mixers sample maps channel by channel
 
 
 class PatchEmbed(nn.Module):

@@ -105,13 +105,14 @@ def plan_backward_samples(
     wide = problem.input.dtype != torch.float32
     # The scatter keeps four corners of every sample alive, in registers. With 16 channels, 4 samples a
     # thread, two programs or more fit a multiprocessor and hide each other's latencies; 32 spill on sm_100.
-    # In fp32 a thread has 4 samples, too; on these sides neither Triton 3.6 nor 3.9 spills.
+    # In fp32 a thread has 4 samples, too, or 8; on these sides neither Triton 3.6 nor 3.9 spills.
     if wide:
-        block_pixels, block_channels = 64, 16
+        pixels, block_channels, warps = 64, 16, 8
+    elif scale is None and _block_channels(problem.segment, 32) == 32:
+        pixels, block_channels, warps = 16, 32, 4
     else:
-        block_pixels, block_channels = (16, 32) if scale is None else (32, 16)
-    block_pixels = block(problem.out_pixels, block_pixels)
-    block_channels = _block_channels(problem.segment, block_channels)
+        pixels, block_channels, warps = 32, 16, 2 if scale is None else 4
+    block_pixels = block(problem.out_pixels, pixels)
     held = problem.groups == 1 and problem.group_out <= 256 and wide
     if held:
         largest = 256
@@ -140,7 +141,7 @@ def plan_backward_samples(
             "BLOCK_CHANNELS": block_channels,
             "BLOCK_PIXELS": block_pixels,
         },
-        num_warps=8 if wide else 4,
+        num_warps=warps,
     )
 
 

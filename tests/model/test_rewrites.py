@@ -125,12 +125,12 @@ def test_keys_fold_into_queries(tasks, heads, shared):
     blocks = random_blocks([kind("pixel", dim, heads).double() for _ in range(count)], seed=1)
     queries = draw(tasks, batch, pixels, dim, seed=2).requires_grad_()
     context = draw(tasks, batch, pixels, dim, seed=3).requires_grad_()
-    got = attend_pixels(blocks, queries, context)
+    got = torch.cat(attend_pixels(blocks, queries, context)).view(queries.shape)
     every = context.permute(1, 2, 0, 3).flatten(0, 1)
     want = []
     for own, block in zip(queries, blocks * tasks if shared else blocks, strict=True):
         attended = plain.multihead_attention(block.attention, own.flatten(0, 1)[:, None], every)
-        want.append(block.linear(attended).view(own.shape))
+        want.append(block.norm(block.linear(attended)).view(own.shape))
     probe = draw(*got.shape, seed=4)
     wanted = [queries, context, *(p for block in blocks for p in block.parameters())]
     pairs = [(got, torch.stack(want))]
