@@ -1,12 +1,12 @@
 """Triton kernels of ``task_attention``: one pass forward, one backward.
 
-A row is a pixel and a head of the keys; a tile is (rows, channels of a head), and a program owns one block of
-rows of one image. It reads the tiles of all key tasks once, keeps them, and takes the queries of all tasks and
-of the ``sharing`` heads that use these keys past them, ``CHUNK`` at a time so that their loads overlap. What a
-key task's gradient sums over, queries and heads, is therefore summed within one program.
+A row is a pixel and a head of the keys; a tile is (rows, channels of a head), and a program owns one block
+of rows of one image. It reads the tiles of all key tasks once, keeps them, and takes past them the queries of
+all tasks and of the ``sharing`` heads that use these keys, ``CHUNK`` at a time so that their loads overlap.
+What a key's gradient sums over, queries and heads, is therefore summed within one program.
 
-Inputs have a stride on each of their first three axes, in multiples of ``UNIT``, so that the compiler knows how
-wide it may load; outputs are contiguous. Arithmetic is fp32.
+Inputs have a stride on each of their first three axes, in multiples of ``UNIT``, so that the compiler knows
+how wide it may load; outputs are contiguous. Arithmetic is fp32.
 """
 
 import triton

@@ -18,6 +18,9 @@ from degmix_kernels.task_attention import kernels
 _WARPS = 4
 _LOAD = 16  # bytes per thread and tile: one load of 128 bits
 _FORWARD_CHUNK, _BACKWARD_CHUNK = 4, 2  # queries whose loads are in flight together
+# Keys and values that the backward pass keeps in registers, next to an fp32 sum for each, at full width of
+# loads; of more it keeps half as much each.
+_BACKWARD_TILES = 10
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,15 @@ class Sizes:
             strided: argument name without ``_ptr`` → tensor whose strides the kernel is given.
             arguments: the others.
         """
+        value = strided["value"]
         given = [tensor for tensor in strided.values() if tensor is not None]
         unit = reduce(gcd, (stride for tensor in given for stride in _strides(tensor)), self.head_dim)
         unit = gcd(unit, 16)
         block_channels = triton.next_power_of_2(self.head_dim)
-        # Narrower loads are more instructions and addresses, not more bytes in flight.
+        # Where loads must be narrow there are fewer, for the registers that their addresses take.
         elements = min(_LOAD // given[0].element_size(), max(unit, 2))
+        if kernel is kernels.backward and (1 + (value is not None)) * self.tasks > _BACKWARD_TILES:
+            elements = max(elements // 2, 1)
         warps = max(_WARPS, block_channels // (32 * elements))
         block_rows = 32 * warps * elements // block_channels
         rows, queries = self.pixels * self.heads, self.query_tasks * self.sharing
@@ -146,7 +152,7 @@ def plan_examples(dtype: torch.dtype) -> list[Launch]:
 
 
 def _examples(dtype: torch.dtype) -> Iterator[Launch]:
-    """Launches of DeGMix on NYUD-v2, of the most tasks, of odd, small and large heads, and of 2³¹ elements."""
+    """Launches of DeGMix on NYUD-v2, of the most tasks, of odd, small and large heads, of 2³¹ elements."""
     nyud = 107 * 140
     # batch, query tasks, tasks, pixels, heads, head dim, shared keys, values
     calls = [
@@ -154,9 +160,11 @@ def _examples(dtype: torch.dtype) -> Iterator[Launch]:
         (8, 4, 4, nyud, 2, 256, True, False),
         (8, 1, 4, nyud, 2, 256, True, False),
         (8, 8, 8, nyud, 1, 256, False, True),
+        (8, 8, 8, nyud, 2, 256, True, False),
         (8, 5, 5, nyud, 2, 128, False, True),
         (2, 2, 3, 900, 3, 1024, True, True),
-        (2, 1, 8, 900, 1, 16, False, True),
+        (2, 8, 8, 900, 1, 16, False, True),
+        (2, 1, 4, 900, 1, 16, False, True),
     ]
     if dtype == torch.bfloat16:
         calls += [
