@@ -106,20 +106,25 @@ def tensors(
 @pytest.mark.parametrize("form", ["own", "own none", "shared", "shared none"])
 @pytest.mark.parametrize("tasks", range(1, 9))
 def test_any_number_of_tasks(device, tasks, form):
-    compare(*tensors(device, torch.float32, tasks, tasks, 4, 2, form), 2)
+    compare(*tensors(device, torch.float32, 1, tasks, 4, 2, form), 2)
 
 
-@pytest.mark.parametrize("form", ["own", "own none", "shared", "shared none"])
+@pytest.mark.parametrize("form", ["own", "own none", "shared none"])
+def test_as_many_queries_as_keys(device, form):
+    compare(*tensors(device, torch.float32, 4, 4, 4, 2, form), 2)
+
+
+@pytest.mark.parametrize("form", ["own", "shared none"])
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [1, 5, 16, 40, 128, 256])
 def test_head_dims_and_dtypes(device, head_dim, dtype, form):
-    compare(*tensors(device, dtype, 1, 3, head_dim, 2, form, pixels=7), 2)
+    pixels = 40 if head_dim < 16 else 5  # enough elements for roundings to average out
+    compare(*tensors(device, dtype, 1, 2, head_dim, 2, form, pixels), 2)
 
 
-@pytest.mark.parametrize("queries", [1, 3, 5, 7])
-def test_queries_that_do_not_fill_chunks(device, queries):
-    compare(*tensors(device, torch.float32, queries, 2, 3, 3, "shared"), 3)
-    compare(*tensors(device, torch.float32, queries, 2, 3, 1, "own"), 1)
+@pytest.mark.parametrize(("queries", "heads"), [(3, 1), (5, 1), (1, 3), (3, 3)])
+def test_queries_that_do_not_fill_chunks(device, queries, heads):
+    compare(*tensors(device, torch.float32, queries, 2, 3, heads, "shared"), heads)
 
 
 def test_head_dims_up_to_the_largest(device):
@@ -174,7 +179,9 @@ def test_gradients_as_they_come(device):
 
 def test_scores_in_the_thousands(device):
     query, key, value = tensors(device, torch.float32, 2, 4, 16, 2, "own")
-    compare(query * 100, key * 10, value, 2)
+    query, key = (query * 100).round(), (key * 10).round()  # so that scores are exact
+    assert (query.square().sum(-1) * key.square().sum(-1)[:, :1]).sqrt().max() > 4000
+    compare(query, key, value, 2)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
@@ -189,7 +196,7 @@ def test_nan_and_infinity_stay_where_the_reference_has_them(device, where, bad):
         with use_backend(backend):
             output = task_attention(*leaves, 2)
         results.append([output, *torch.autograd.grad(output, leaves, torch.ones_like(output))])
-    assert not results[0][0].isfinite().all()
+    assert not all(result.isfinite().all() for result in results[0])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-4, atol=1e-5)
 
@@ -250,7 +257,7 @@ def test_only_what_is_wanted_is_computed(device):
 
 def test_opcheck(device):
     for form in ("own", "shared none"):
-        query, key, value = tensors(device, torch.float32, 2, 3, 4, 2, form)
+        query, key, value = tensors(device, torch.float32, 1, 2, 4, 2, form)
         leaves = [None if t is None else t.requires_grad_() for t in (query, key, value)]
         torch.library.opcheck(torch.ops.degmix.task_attention.default, (*leaves, 2, 0.5))
 
