@@ -5,18 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from degmix_kernels import backend
 from degmix_kernels.contract import Op, Sample
+from degmix_kernels.launch import Launch
 from degmix_kernels.task_attention import reference
 from degmix_kernels.task_attention.module import TaskAttention
 from degmix_kernels.task_attention.op import task_attention
 
-# batch, query tasks, key tasks, pixels, channels, heads
-_SHAPES = (
-    (2, 4, 4, 9, 10, 2),
-    (1, 1, 8, 5, 7, 1),
-    (3, 2, 1, 1, 6, 3),
-    (0, 1, 3, 4, 4, 2),
-    (1, 5, 5, 123, 2, 2),
+# batch, query tasks, key tasks, pixels, head dim, heads, whether heads share keys, whether there are values
+_CALLS = (
+    (2, 4, 4, 9, 5, 2, False, True),
+    (1, 1, 8, 5, 7, 1, False, True),
+    (3, 2, 1, 1, 2, 3, False, True),
+    (0, 1, 3, 4, 2, 2, False, True),
+    (1, 5, 5, 123, 1, 2, False, True),
+    (2, 3, 4, 7, 16, 2, True, False),
+    (1, 1, 3, 6, 40, 3, True, True),
+    (2, 2, 2, 3, 8, 2, False, False),
 )
 
 
@@ -24,18 +29,26 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype).to(device)
 
-    return [
-        Sample(
-            {
-                "query": draw(batch, queries, pixels, channels),
-                "key": draw(batch, tasks, pixels, channels),
-                "value": draw(batch, tasks, pixels, channels),
-                "heads": heads,
-            },
-            max(channels // heads, tasks, queries),
-        )
-        for batch, queries, tasks, pixels, channels, heads in _SHAPES
-    ]
+    samples = []
+    for batch, queries, tasks, pixels, head_dim, heads, shared, values in _CALLS:
+        channels = head_dim if shared else heads * head_dim
+        arguments = {
+            "query": draw(batch, queries, pixels, heads * head_dim),
+            "key": draw(batch, tasks, pixels, channels),
+            "value": draw(batch, tasks, pixels, channels) if values else None,
+            "heads": heads,
+        }
+        samples.append(Sample(arguments, max(head_dim, tasks, queries * heads)))
+    return samples
+
+
+def _plan(dtype: torch.dtype) -> list[Launch]:
+    """Every kind of launch, on meta tensors; none where Triton is not installed."""
+    if not backend.HAS_TRITON:
+        return []
+    from degmix_kernels.task_attention.plan import plan_examples
+
+    return plan_examples(dtype)
 
 
 OPS = (
@@ -48,5 +61,6 @@ OPS = (
         differentiable=("query", "key", "value"),
         batched=("query", "key", "value"),
         autocast=("query", "key", "value"),
+        kernels=_plan,
     ),
 )

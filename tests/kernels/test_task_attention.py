@@ -1,20 +1,24 @@
-"""Attention over tasks against loops over pixels, heads and tasks."""
+"""Attention over tasks against loops over pixels, heads and tasks, and against its reference in fp64."""
 
 import math
 
 import pytest
 import torch
-from torch import nn
+from launches import recorded_launches
+from torch import Tensor, nn
 
 from degmix_kernels import TaskAttention, task_attention, use_backend
-from degmix_kernels.testing import assert_close
+from degmix_kernels.backend import KERNEL_DTYPES
+from degmix_kernels.task_attention import plan, reference
+from degmix_kernels.testing import assert_close, poisoned_empty
 
 
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def formula(query, key, value, heads):
+    """Key and value have the query's channels, or a head's, which all heads share."""
     batch, queries, pixels, channels = query.shape
     dim = channels // heads
     output = torch.zeros_like(query)
@@ -23,25 +27,259 @@ def formula(query, key, value, heads):
             for n in range(pixels):
                 for h in range(heads):
                     own = slice(h * dim, (h + 1) * dim)
-                    scores = [query[b, s, n, own] @ k[n, own] / math.sqrt(dim) for k in key[b]]
+                    theirs = own if key.shape[3] == channels else slice(dim)
+                    scores = [query[b, s, n, own] @ k[n, theirs] / math.sqrt(dim) for k in key[b]]
                     total = sum(score.exp() for score in scores)
                     for score, v in zip(scores, value[b], strict=True):
-                        output[b, s, n, own] += score.exp() / total * v[n, own]
+                        output[b, s, n, own] += score.exp() / total * v[n, theirs]
     return output
 
 
-@pytest.mark.parametrize(("queries", "tasks", "heads"), [(1, 4, 2), (3, 3, 1), (2, 8, 3), (1, 1, 6)])
-def test_formula_and_gradients(queries, tasks, heads):
-    query, key, value = draw(2, queries, 3, 6), draw(2, tasks, 3, 6, seed=1), draw(2, tasks, 3, 6, seed=2)
-    inputs = [t.requires_grad_() for t in (query, key, value)]
+@pytest.mark.parametrize(
+    ("queries", "tasks", "heads", "shared"),
+    [(1, 4, 2, False), (3, 3, 1, False), (2, 8, 3, False), (1, 1, 6, False), (2, 3, 3, True)],
+)
+def test_formula_and_gradients(queries, tasks, heads, shared):
+    channels = 6 // heads if shared else 6
+    inputs = [draw(2, queries, 3, 6), *(draw(2, tasks, 3, channels, seed=seed) for seed in (1, 2))]
+    query, key, value = inputs = [t.requires_grad_() for t in inputs]
     got, want = task_attention(query, key, value, heads), formula(query, key, value, heads)
     assert_close(got, want, 8)
+    assert_close(task_attention(query, key, None, heads), formula(query, key, key, heads), 8)
+    assert_close(
+        task_attention(query, key, value, heads, 0.5),
+        formula(query * 0.5 * math.sqrt(6 // heads), key, value, heads),
+        8,
+    )
     probe = draw(*got.shape, seed=3)
     for ours, theirs in zip(
         torch.autograd.grad(got, inputs, probe), torch.autograd.grad(want, inputs, probe), strict=True
     ):
         # One task leaves queries and keys without effect: their gradients are rounding noise.
         assert_close(ours + 1, theirs + 1, 48)
+
+
+# --- The kernels -------------------------------------------------------------------------------------------
+
+
+def compare(query: Tensor, key: Tensor, value: Tensor | None, heads: int, scale: float | None = None) -> None:
+    """Output and gradients against the reference in fp64, on the kernels, which must have been launched."""
+    leaves = [tensor for tensor in (query, key, value) if tensor is not None]
+    exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    with poisoned_empty(), recorded_launches() as seen:
+        output = task_attention(query, key, value, heads, scale)
+        probe = draw(*output.shape, seed=9, dtype=output.dtype).to(output.device)
+        gradients = torch.autograd.grad(output, leaves, probe)
+    assert [launch.kernel.fn.__name__ for launch in seen] == ["forward", "backward"]
+    expected = reference.task_attention(*exact[:2], None if value is None else exact[2], heads, scale)
+    wanted = torch.autograd.grad(expected, exact, probe.double())
+    # Sums over the channels of scores in front of an exponential: of these errors, those of large ones count.
+    reduction = 4 * query.shape[3]
+    assert_close(output, expected, reduction)
+    for name, got, want in zip(("query", "key", "value"), gradients, wanted, strict=False):
+        assert got.dtype == query.dtype
+        if key.shape[1] == 1 and (name == "query" or (name == "key" and value is not None)):
+            assert got.abs().max() == 0  # one task has all the weight, whatever its score
+        else:
+            assert_close(got, want, reduction, name=f"gradient of {name}")
+
+
+def tensors(
+    device: torch.device,
+    dtype: torch.dtype,
+    queries: int,
+    tasks: int,
+    head_dim: int,
+    heads: int,
+    form: str,
+    pixels: int = 5,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``form``: own or shared keys, with values or none."""
+    channels = head_dim if "shared" in form else heads * head_dim
+    query = draw(2, queries, pixels, heads * head_dim, dtype=dtype).to(device)
+    key = draw(2, tasks, pixels, channels, seed=1, dtype=dtype).to(device)
+    return query, key, None if "none" in form else draw(*key.shape, seed=2, dtype=dtype).to(device)
+
+
+@pytest.mark.parametrize("form", ["own", "own none", "shared", "shared none"])
+@pytest.mark.parametrize("tasks", range(1, 9))
+def test_any_number_of_tasks(device, tasks, form):
+    compare(*tensors(device, torch.float32, 1, tasks, 4, 2, form), 2)
+
+
+@pytest.mark.parametrize("form", ["own", "own none", "shared none"])
+def test_as_many_queries_as_keys(device, form):
+    compare(*tensors(device, torch.float32, 4, 4, 4, 2, form), 2)
+
+
+@pytest.mark.parametrize("form", ["own", "shared none"])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [1, 5, 16, 40, 128, 256])
+def test_head_dims_and_dtypes(device, head_dim, dtype, form):
+    pixels = 40 if head_dim < 16 else 5  # enough elements for roundings to average out
+    compare(*tensors(device, dtype, 1, 2, head_dim, 2, form, pixels), 2)
+
+
+@pytest.mark.parametrize(("queries", "heads"), [(3, 1), (5, 1), (1, 3), (3, 3)])
+def test_queries_that_do_not_fill_chunks(device, queries, heads):
+    compare(*tensors(device, torch.float32, queries, 2, 3, heads, "shared"), heads)
+
+
+def test_head_dims_up_to_the_largest(device):
+    compare(*tensors(device, torch.float32, 2, 2, 1000, 1, "own", pixels=2), 1)
+    compare(*tensors(device, torch.bfloat16, 1, 8, 1024, 1, "own", pixels=2), 1)
+
+
+def test_more_rows_than_a_block(device):
+    query, key, value = tensors(device, torch.float32, 2, 2, 16, 3, "own", pixels=41)
+    launch = plan.plan_forward(query, key, value, query, 3, 1.0)
+    assert launch.programs == 2 * math.ceil(123 / launch.constants["BLOCK_ROWS"]) > 2
+    compare(query, key, value, 3)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 2])
+def test_scale(device, scale):
+    query, key, value = tensors(device, torch.float32, 2, 3, 6, 2, "own")
+    if scale:
+        compare(query, key, value, 2, scale)
+        return
+    output = task_attention(query, key, value, 2, scale)
+    assert_close(output, value.double().mean(1, keepdim=True).expand_as(query), 3)
+
+
+def test_views_are_read_where_they_are(device):
+    tokens = draw(2, 4, 5, 24, dtype=torch.float32).to(device)
+    key, value = tokens.chunk(2, -1)
+    compare(tokens[:, 1:2, :, :12].detach(), key.detach(), value.detach(), 3)
+    compare(key.detach().transpose(0, 1), value.detach().transpose(0, 1), None, 1)
+    query = tokens[:1, :, :, :12].expand(2, -1, -1, -1)
+    pointers = {query.data_ptr(), key.data_ptr(), value.data_ptr()}
+    with recorded_launches(execute=False) as seen, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "contiguous", None)  # nothing is copied
+        output = task_attention(query, key, value, 3)
+    assert len(pointers) == 2
+    assert output.is_contiguous()
+    assert seen[0].arguments["query_stride_batch"] == 0
+    assert seen[0].arguments["key_stride_pixel"] * seen[0].constants["UNIT"] == 24
+
+
+def test_gradients_as_they_come(device):
+    query, key, value = (
+        tensor.requires_grad_() for tensor in tensors(device, torch.float32, 3, 2, 4, 2, "own")
+    )
+    probes = draw(3, 2, 5, 8, dtype=torch.float32).to(device)
+    output = task_attention(query, key, value, 2)
+    one = torch.autograd.grad(output, (query, key, value), probes.transpose(0, 1), retain_graph=True)
+    two = torch.autograd.grad(output, (query, key, value), probes.transpose(0, 1).contiguous())
+    for strided, dense in zip(one, two, strict=True):
+        assert torch.equal(strided, dense)
+
+
+def test_scores_in_the_thousands(device):
+    query, key, value = tensors(device, torch.float32, 2, 4, 16, 2, "own")
+    query, key = (query * 100).round(), (key * 10).round()  # so that scores are exact
+    assert (query.square().sum(-1) * key.square().sum(-1)[:, :1]).sqrt().max() > 4000
+    compare(query, key, value, 2)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_nan_and_infinity_stay_where_the_reference_has_them(device, where, bad):
+    query, key, value = tensors(device, torch.float32, 2, 3, 4, 2, "own")
+    named = {"query": query, "key": key, "value": value}
+    named[where][0, 1, 2, 1] = bad
+    results = []
+    for backend in ("auto", "reference"):
+        leaves = [tensor.clone().requires_grad_() for tensor in named.values()]
+        with use_backend(backend):
+            output = task_attention(*leaves, 2)
+        results.append([output, *torch.autograd.grad(output, leaves, torch.ones_like(output))])
+    assert not all(result.isfinite().all() for result in results[0])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_of_minus_infinity(device):
+    query, key, value = tensors(device, torch.float32, 1, 3, 2, 1, "own", pixels=2)
+    query = query.abs() + 1
+    key[:, 1] = -torch.inf  # no weight
+    key[0, :, 1] = -torch.inf  # none has any
+    output = task_attention(query, key, value)
+    assert output[0, :, 1].isnan().all()
+    expected = task_attention(query[1:], key[1:, ::2], value[1:, ::2])
+    torch.testing.assert_close(output[1:], expected)
+
+
+def test_a_value_that_is_the_key(device):
+    query, key, _ = tensors(device, torch.float32, 2, 3, 4, 2, "own")
+    key.requires_grad_()
+    with recorded_launches() as seen:
+        output = task_attention(query, key, key, 2)
+    assert seen[0].arguments["value_ptr"] is None
+    plain = reference.task_attention(query.double(), key.double(), None, 2)
+    probe = draw(*output.shape, seed=4, dtype=torch.float32).to(device)
+    (got,) = torch.autograd.grad(output, key, probe)
+    (want,) = torch.autograd.grad(plain, key, probe.double())
+    assert_close(got, want, 8)
+
+
+def test_saves_the_inputs_only(device):
+    query, key, value = (
+        tensor.requires_grad_() for tensor in tensors(device, torch.float32, 2, 3, 4, 2, "own")
+    )
+    saved = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        task_attention(query, key, value, 2)
+        task_attention(query, key, None, 2)
+    own = [tensor.data_ptr() for tensor in (query, key, value)]
+    assert saved == own + own[:2]
+
+
+def test_only_what_is_wanted_is_computed(device):
+    names = ("query", "key", "value")
+    for wanted in names:
+        given = dict(zip(names, tensors(device, torch.float32, 2, 3, 4, 2, "own"), strict=True))
+        given[wanted].requires_grad_()
+        output = task_attention(**given, heads=2)
+        with recorded_launches() as seen:
+            torch.autograd.grad(output, given[wanted], torch.ones_like(output))
+        (launch,) = seen
+        filled = [name for name in names if launch.arguments[f"grad_{name}_ptr"] is not None]
+        assert filled == [wanted]
+
+
+def test_opcheck(device):
+    for form in ("own", "shared none"):
+        query, key, value = tensors(device, torch.float32, 1, 2, 4, 2, form)
+        leaves = [None if t is None else t.requires_grad_() for t in (query, key, value)]
+        torch.library.opcheck(torch.ops.degmix.task_attention.default, (*leaves, 2, 0.5))
+
+
+def test_plans_know_how_wide_they_may_read():
+    for head_dim, dtype, unit, rows in (
+        (256, torch.bfloat16, 16, 4),
+        (256, torch.float32, 16, 2),
+        (40, torch.float16, 8, 16),
+        (37, torch.float16, 1, 4),
+    ):
+        x = torch.empty(2, 4, 9, head_dim, dtype=dtype, device="meta")
+        launch = plan.plan_forward(x, x, x, x, 1, 1.0)
+        assert (launch.constants["UNIT"], launch.constants["BLOCK_ROWS"]) == (unit, rows)
+    odd = torch.empty(2, 4, 9, 257, device="meta")[..., :256]
+    assert plan.plan_forward(odd, odd, None, odd, 1, 1.0).constants["UNIT"] == 1
+    for pixels, wide in ((2**18 - 1, False), (2**18 + 1, True)):
+        x = torch.empty(8, 4, pixels, 256, dtype=torch.bfloat16, device="meta")
+        assert plan.plan_forward(x, x, x, x, 1, 1.0).constants["INDEX_64"] == wide
+
+
+# --- The module, and what is refused -----------------------------------------------------------------------
 
 
 def test_module_is_multihead_attention_at_each_pixel():
@@ -60,10 +298,21 @@ def test_module_is_multihead_attention_at_each_pixel():
     ("change", "error", "message"),
     [
         ({"query": torch.zeros(2, 3, 4)}, ValueError, "query: expected 4 dimensions"),
+        (
+            {"query": torch.zeros(1, 0, 5, 6)},
+            ValueError,
+            "query: expected at least one task on axis 1, got 0",
+        ),
         ({"heads": 4}, ValueError, "heads: expected a divisor of 6 channels, got 4"),
         ({"heads": 0}, ValueError, "heads: expected a divisor"),
         ({"heads": 2.0}, TypeError, "heads: expected an integer"),
+        ({"scale": "half"}, TypeError, "scale: expected a number, got str"),
+        ({"key": None}, TypeError, "key: expected a tensor, got NoneType"),
         ({"key": torch.zeros(1, 9, 5, 6)}, ValueError, "key: expected 1 to 8 tasks on axis 1, got 9"),
+        ({"key": torch.zeros(1, 0, 5, 6)}, ValueError, "key: expected 1 to 8 tasks on axis 1, got 0"),
+        ({"key": torch.zeros(1, 4, 5, 2)}, ValueError, "key: expected 6 channels on axis 3, or 3 for all"),
+        ({"key": torch.zeros(1, 4, 5, 3)}, ValueError, r"value: expected shape \(1, 4, 5, 3\), got"),
+        ({"key": torch.zeros(1, 4, 6, 6)}, ValueError, r"key: expected shape \(1, 4, 5, 6\), got"),
         ({"value": torch.zeros(1, 3, 5, 6)}, ValueError, "value: expected shape"),
         ({"value": torch.zeros(1, 4, 5, 6).double()}, TypeError, "value: expected dtype torch.float32"),
     ],
@@ -78,10 +327,7 @@ def test_bad_input(change, error, message):
         task_attention(**(tensors | {"heads": 2} | change))
 
 
-def test_forcing_triton_says_that_there_is_no_kernel():
-    x = torch.zeros(1, 2, 5, 6)
-    with (
-        use_backend("triton"),
-        pytest.warns(UserWarning, match="task_attention: this op has no Triton kernel yet"),
-    ):
-        task_attention(x, x, x, 2)
+def test_forcing_triton_says_that_such_heads_have_no_kernel():
+    x = torch.zeros(1, 2, 1, 1025)
+    with use_backend("triton"), pytest.warns(UserWarning, match="head dimension above 1024 has no Triton"):
+        task_attention(x, x)
