@@ -15,6 +15,7 @@ from degmix_kernels.gating.passes import (
     gate_forward,
     normalised,
     statistics_for,
+    vector_gradient,
 )
 from degmix_kernels.gating.plan import as_rows, plan_linear
 from degmix_kernels.launch import run
@@ -277,16 +278,19 @@ def _mlp_backward(
         for launch in launches:
             run(launch, x.device)
         if parts is not None:
-            norm_weight_sum, norm_bias_sum, fc2_bias_sum = parts.sum(1)
-            gradients[1] = norm_weight_sum.to(norm_weight.dtype)
-            gradients[2] = norm_bias_sum.to(norm_bias.dtype)
+            sums = parts.sum(1)
+            gradients[1], gradients[2] = (
+                vector_gradient(sums[0], norm_weight),
+                vector_gradient(sums[1], norm_bias),
+            )
+            fc2_bias_sum = sums[2]
     elif wanted[3]:
         normed = normalised(x, norm, "identity")
     if wanted[3]:
         gradients[3] = flat(grad_pre).t() @ flat(normed)
     if wanted[10]:
         total = flat(grad).sum(0, dtype=torch.float32) if fc2_bias_sum is None else fc2_bias_sum
-        gradients[10] = total.to(fc2_bias.dtype)
+        gradients[10] = vector_gradient(total, fc2_bias)
     return _chosen(gradients, tensors, wanted)
 
 
@@ -325,8 +329,8 @@ def _differentiate_mlp(
     return *_sorted(gradients, wanted), None, None, None
 
 
-# mlp_op(x, norm_weight, norm_bias, fc1_weight, fc1_bias, gate_norm_weight, gate_norm_bias, gate_weight, gate_bias,
-#        fc2_weight, fc2_bias, mode, eps, keep) -> (result, what fc1 gave)
+# mlp_op(x, norm_weight, norm_bias, fc1_weight, fc1_bias, gate_norm_weight, gate_norm_bias, gate_weight,
+#        gate_bias, fc2_weight, fc2_bias, mode, eps, keep) -> (result, what fc1 gave)
 mlp_op = RegisteredOp(
     "degmix::gated_mlp",
     _mlp_forward,

@@ -33,11 +33,12 @@ def gate_backward(
     grad_u_stride,
     tokens,  # rows of one element of the batch for TOKENS, else all rows
     columns,
-    inner,  # tokens or columns
+    inner,  # tokens or columns, in units
     row_blocks,
     column_blocks,
     ACTIVATION: tl.constexpr,
     TOKENS: tl.constexpr,
+    INNER_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX_64: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -48,6 +49,7 @@ def gate_backward(
     program = tl.program_id(0)
     if INDEX_64:
         program = program.to(tl.int64)
+    inner *= INNER_UNIT
     row_block, column_block = program // column_blocks, program % column_blocks
     element = row_block // row_blocks  # 0 unless TOKENS
     token = row_block % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

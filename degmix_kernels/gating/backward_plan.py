@@ -7,7 +7,7 @@ from torch import Tensor
 
 from degmix_kernels.deform_conv.problem import ceil_div
 from degmix_kernels.gating import backward_kernels as kernels
-from degmix_kernels.gating.plan import RowTiles, Tiles, row_stride
+from degmix_kernels.gating.plan import RowTiles, Tiles, row_stride, unit_of
 from degmix_kernels.launch import Launch, needs_64_bit
 
 _PROGRAMS = 1024  # of passes along rows: about one wave of eight programs on each of 132 multiprocessors
@@ -51,7 +51,7 @@ def plan_gate_backward(
     by_token = mode == "token"
     elements, rows = (batch, tokens) if by_token else (1, batch * tokens)
     inner = tokens if by_token else columns
-    tiles = Tiles.of(rows, columns, inner, normed.dtype)
+    tiles = Tiles.of(rows, columns, inner, normed.dtype, heavy=True)
     row_blocks, column_blocks = ceil_div(rows, tiles.rows), ceil_div(columns, tiles.columns)
 
     def sums(parts: int, size: int) -> Tensor:
@@ -80,13 +80,14 @@ def plan_gate_backward(
             "grad_u_stride": 0 if grad_u is None else row_stride(grad_u),
             "tokens": rows,
             "columns": columns,
-            "inner": inner,
+            "inner": inner // unit_of(inner),
             "row_blocks": row_blocks,
             "column_blocks": column_blocks,
         },
         {
             "ACTIVATION": activation,
             "TOKENS": by_token,
+            "INNER_UNIT": unit_of(inner),
             **tiles.constants(normed.dtype, normed, weight, u, grad_u),
         },
         **tiles.resources,

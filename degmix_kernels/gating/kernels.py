@@ -242,10 +242,11 @@ def mix_tokens(
     multiplier_ptr,  # u
     output_ptr,  # contiguous
     multiplier_stride,
-    tokens,
+    tokens,  # in units
     columns,
     row_blocks,
     column_blocks,
+    TOKENS_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX_64: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -256,6 +257,7 @@ def mix_tokens(
     program = tl.program_id(0)
     if INDEX_64:
         program = program.to(tl.int64)
+    tokens *= TOKENS_UNIT
     element = program // column_blocks // row_blocks
     token = program // column_blocks % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = program % column_blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)

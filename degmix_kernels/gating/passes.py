@@ -1,4 +1,4 @@
-"""The gate forward and backward, as launches and matrix products in their order; both ops are made of these."""
+"""The gate forward and backward: launches and matrix products in their order. Both ops are made of these."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def flat(tensor: Tensor) -> Tensor:
 def sum_parts(parts: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Partial sums, along the first axis, to a gradient."""
     return None if parts is None else parts.sum(0).to(dtype)
+
+
+def vector_gradient(total: Tensor, vector: Tensor) -> Tensor:
+    """A sum as a gradient of its own memory: the results of a registered op share none."""
+    return total.to(vector.dtype, copy=True)
 
 
 def statistics_for(x: Tensor, norm: Norm, columns: int) -> Tensor | None:
@@ -87,7 +92,7 @@ class GateWants:
 
 @dataclass
 class GateGradients:
-    """Results of ``gate_backward``, each None where not wanted; sums are fp32, all others as their tensors."""
+    """Results of ``gate_backward``, each None where not wanted; sums are fp32."""
 
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
@@ -153,11 +158,10 @@ def gate_backward(
         for launch in launches:
             run(launch, u.device)
         if parts is not None:
-            norm_weight, norm_bias, results.v_sum = parts.sum(1)
-            results.norm_weight, results.norm_bias = (
-                norm_weight.to(norm[0].dtype),
-                norm_bias.to(norm[1].dtype),
-            )
+            sums = parts.sum(1)
+            results.norm_weight = vector_gradient(sums[0], norm[0])
+            results.norm_bias = vector_gradient(sums[1], norm[1])
+            results.v_sum = sums[2]
     return results
 
 

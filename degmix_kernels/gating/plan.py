@@ -1,4 +1,4 @@
-"""Launches of the forward kernels of the gate and the gated MLP: sizes, blocks, warps. Plans touch no memory."""
+"""Launches of the forward kernels of the gate and the gated MLP. Plans touch no memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from degmix_kernels.launch import Launch, needs_64_bit
 WIDEST = 4096  # columns that one tile may hold
 _ELEMENTS_PER_WARP = 512  # 16 per thread
 _MULTIPROCESSORS = 132  # below this many programs, smaller ones are better
+
+
+def unit_of(size: int) -> int:
+    """The largest power of two up to 16 that divides a size; Triton itself only knows of 16."""
+    return min(size & -size, 16) if size else 1
 
 
 def power_of_two(size: int, smallest: int = 1) -> int:
@@ -69,8 +74,8 @@ class Tiles:
     stages: int
 
     @classmethod
-    def of(cls, rows: int, columns: int, inner: int, dtype: torch.dtype) -> Tiles:
-        """Tiles for a product of this size. At least 64 × 32: Hopper's and Blackwell's smallest products."""
+    def of(cls, rows: int, columns: int, inner: int, dtype: torch.dtype, heavy: bool = False) -> Tiles:
+        """Tiles for a product of this size; ``heavy`` if much is done with each tile of the result."""
         if dtype == torch.float32:
             return cls(
                 min(power_of_two(rows, 16), 64),
@@ -79,9 +84,14 @@ class Tiles:
                 4,
                 2,
             )
-        wide, deep = min(power_of_two(columns, 32), 128), min(power_of_two(inner, 16), 64)
-        tall = 128 if ceil_div(rows, 128) * ceil_div(columns, wide) >= _MULTIPROCESSORS else 64
-        return cls(tall, wide, deep, 8 if tall * wide >= 128 * 128 else 4, 2)
+        # At least 64 × 32: the smallest products of Hopper's and Blackwell's own instructions.
+        # Rows that are read element by element need an address and a mask for each.
+        aligned = columns % 8 == 0 and inner % 8 == 0
+        wide, tall = min(power_of_two(columns, 32), 128 if aligned or not heavy else 64), 64
+        if not heavy and ceil_div(rows, 128) * ceil_div(columns, wide) >= _MULTIPROCESSORS:
+            tall = 128
+        deep = min(power_of_two(inner, 16), 64 if aligned else 32)
+        return cls(tall, wide, deep, 8 if tall * wide >= 64 * 128 else 4, 2)
 
     def constants(self, dtype: torch.dtype, *tensors: Tensor | None) -> dict[str, Any]:
         """Compile-time arguments; ``tensors`` are those whose addresses may be large."""
@@ -237,11 +247,11 @@ def plan_mix_tokens(
             "multiplier_ptr": multiplier,
             "output_ptr": output,
             "multiplier_stride": row_stride(multiplier),
-            "tokens": tokens,
+            "tokens": tokens // unit_of(tokens),
             "columns": columns,
             "row_blocks": row_blocks,
             "column_blocks": column_blocks,
         },
-        tiles.constants(normed.dtype, weight, normed, multiplier, output),
+        {"TOKENS_UNIT": unit_of(tokens), **tiles.constants(normed.dtype, weight, normed, multiplier, output)},
         **tiles.resources,
     )

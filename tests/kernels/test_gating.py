@@ -94,11 +94,3 @@ def test_bad_input():
     module = GatedMLP(4)
     with pytest.raises(ValueError, match=r"fc1_weight: expected shape \(8, 5\), got \(8, 4\)"):
         module(torch.zeros(1, 3, 5))
-
-
-def test_forcing_triton_says_that_there_is_no_kernel():
-    with use_backend("triton"):
-        with pytest.warns(UserWarning, match="gated_mlp: this op has no Triton kernel yet"):
-            GatedMLP(4)(torch.zeros(1, 3, 4))
-        with pytest.warns(UserWarning, match="spatial_gating_unit: this op has no Triton kernel yet"):
-            SpatialGatingUnit(4)(torch.zeros(1, 3, 8))
