@@ -184,7 +184,7 @@ def plan_norm_backward(
 def plan_token_weight(grad: Tensor, normed: Tensor) -> tuple[Launch, Tensor]:
     """The gradient of the token mode's weight, ``Σ grad · normedᵀ``, fp32, in parts along the first axis."""
     batch, tokens, columns = grad.shape
-    tiles = Tiles.of(tokens, tokens, columns, grad.dtype)
+    tiles = Tiles.of(tokens, tokens, columns, grad.dtype, heavy=True)
     row_blocks, column_blocks = ceil_div(tokens, tiles.rows), ceil_div(tokens, tiles.columns)
     parts = min(batch, ceil_div(_WEIGHT_PROGRAMS, row_blocks * column_blocks))
     steps = ceil_div(batch, max(parts, 1))

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from degmix_kernels.deform_conv.problem import ceil_div, precision
-from degmix_kernels.gating import kernels
+from degmix_kernels.gating import fused_kernels, kernels
 from degmix_kernels.launch import Launch, needs_64_bit
 
 WIDEST = 4096  # columns that one tile may hold
+WIDEST_FUSED = 256  # channels, hidden or not, that the fused kernel holds
 _ELEMENTS_PER_WARP = 512  # 16 per thread
 _MULTIPROCESSORS = 132  # below this many programs, smaller ones are better
 
@@ -45,14 +46,14 @@ class RowTiles:
     def of(cls, rows: int, columns: int, tile: int = 2048) -> RowTiles:
         """Tiles of about ``tile`` elements of a (rows, columns) matrix."""
         width = power_of_two(columns)
-        whole = width <= WIDEST
-        width = width if whole else 1024
-        return cls(min(max(tile // width, 1), power_of_two(rows)), width, whole)
+        if width > WIDEST:
+            return cls(1, 1024, False)
+        return cls(min(max(tile // width, 1), power_of_two(rows)), width, True)
 
     @property
     def warps(self) -> int:
         """Warps for such a tile."""
-        return min(max(self.rows * self.columns // _ELEMENTS_PER_WARP, 1), 8)
+        return min(max(self.rows * self.columns // _ELEMENTS_PER_WARP, 1), 8) if self.whole else 4
 
 
 @dataclass(frozen=True)
@@ -79,19 +80,19 @@ class Tiles:
         if dtype == torch.float32:
             return cls(
                 min(power_of_two(rows, 16), 64),
-                min(power_of_two(columns, 16), 64),
+                min(power_of_two(columns, 16), 32 if heavy else 64),
                 min(power_of_two(inner, 16), 32),
                 4,
                 2,
             )
         # At least 64 × 32: the smallest products of Hopper's and Blackwell's own instructions.
         # Rows that are read element by element need an address and a mask for each.
-        aligned = columns % 8 == 0 and inner % 8 == 0
+        aligned = columns % 16 == 0 and inner % 16 == 0
         wide, tall = min(power_of_two(columns, 32), 128 if aligned or not heavy else 64), 64
         if not heavy and ceil_div(rows, 128) * ceil_div(columns, wide) >= _MULTIPROCESSORS:
             tall = 128
         deep = min(power_of_two(inner, 16), 64 if aligned else 32)
-        return cls(tall, wide, deep, 8 if tall * wide >= 64 * 128 else 4, 2)
+        return cls(tall, wide, deep, 8 if heavy or tall * wide >= 64 * 128 else 4, 2)
 
     def constants(self, dtype: torch.dtype, *tensors: Tensor | None) -> dict[str, Any]:
         """Compile-time arguments; ``tensors`` are those whose addresses may be large."""
@@ -254,4 +255,54 @@ def plan_mix_tokens(
         },
         {"TOKENS_UNIT": unit_of(tokens), **tiles.constants(normed.dtype, weight, normed, multiplier, output)},
         **tiles.resources,
+    )
+
+
+def can_fuse(x: Tensor, hidden: int, mode: str) -> bool:
+    """Whether ``plan_fused`` can do the whole forward pass, which then leaves nothing but its result.
+
+    In fp32 the products take longer than all memory traffic, so there is nothing to win.
+    """
+    return mode == "channel" and x.dtype != torch.float32 and max(x.shape[2], hidden) <= WIDEST_FUSED
+
+
+def plan_fused(x: Tensor, parameters: tuple[Tensor, ...], eps: float, output: Tensor) -> Launch:
+    """The forward pass of ``gated_mlp``, mode ``"channel"``.
+
+    Args:
+        x: (B, N, C), contiguous like all.
+        parameters: those of the public function, in its order.
+        eps: of both LayerNorms.
+        output: filled with the result.
+    """
+    names = (
+        "norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "gate_norm_weight", "gate_norm_bias",
+        "gate_weight", "gate_bias", "fc2_weight", "fc2_bias",
+    )  # fmt: skip
+    batch, tokens, channels = x.shape
+    hidden = parameters[-2].shape[1]
+    # 64 rows are the fewest that Hopper's own products take, and the most that gfx942 has registers for.
+    block = 64
+    return Launch(
+        fused_kernels.gated_mlp,
+        ceil_div(batch * tokens, block),
+        {
+            "x_ptr": x,
+            **{f"{name}_ptr": tensor for name, tensor in zip(names, parameters, strict=True)},
+            "output_ptr": output,
+            "eps": eps,
+            "rows": batch * tokens,
+            "channels": channels,
+            "hidden": hidden,
+        },
+        {
+            "PRECISION": precision(x.dtype),
+            "INDEX_64": needs_64_bit(x),
+            "BLOCK_ROWS": block,
+            "CHANNELS": power_of_two(channels, 32),
+            "HIDDEN": power_of_two(hidden, 32),
+            "BLOCK_CHANNELS": 32,
+            "BLOCK_HIDDEN": 16,
+        },
+        num_warps=8,
     )
