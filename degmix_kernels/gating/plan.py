@@ -12,8 +12,8 @@ from degmix_kernels.deform_conv.problem import ceil_div, precision
 from degmix_kernels.gating import fused_kernels, kernels
 from degmix_kernels.launch import Launch, needs_64_bit
 
-WIDEST = 4096  # columns that one tile may hold
-WIDEST_FUSED = 256  # channels, hidden or not, that the fused kernel holds
+_WIDEST, _STEP = 4096, 1024  # columns that one tile holds, and of wider rows at a time
+_WIDEST_FUSED = 256  # channels, hidden or not, that the fused kernel holds
 _ELEMENTS_PER_WARP = 512  # 16 per thread
 _MULTIPROCESSORS = 132  # below this many programs, smaller ones are better
 
@@ -46,8 +46,8 @@ class RowTiles:
     def of(cls, rows: int, columns: int, tile: int = 2048) -> RowTiles:
         """Tiles of about ``tile`` elements of a (rows, columns) matrix."""
         width = power_of_two(columns)
-        if width > WIDEST:
-            return cls(1, 1024, False)
+        if width > _WIDEST:
+            return cls(1, _STEP, False)
         return cls(min(max(tile // width, 1), power_of_two(rows)), width, True)
 
     @property
@@ -263,7 +263,7 @@ def can_fuse(x: Tensor, hidden: int, mode: str) -> bool:
 
     In fp32 the products take longer than all memory traffic, so there is nothing to win.
     """
-    return mode == "channel" and x.dtype != torch.float32 and max(x.shape[2], hidden) <= WIDEST_FUSED
+    return mode == "channel" and x.dtype != torch.float32 and max(x.shape[2], hidden) <= _WIDEST_FUSED
 
 
 def plan_fused(x: Tensor, parameters: tuple[Tensor, ...], eps: float, output: Tensor) -> Launch:
