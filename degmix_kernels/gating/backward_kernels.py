@@ -261,9 +261,9 @@ def token_weight(
     for step in range(steps):
         element = part * steps + step
         end = tl.where(element < batch, tokens, 0)  # the last part may end past the batch
-        start = element * tokens * columns
+        start = tl.minimum(element, batch - 1) * tokens * columns
         total = product(
-            grad_ptr + start, normed_ptr + start, total, row, row < end, column, column < end, columns,
+            grad_ptr + start, normed_ptr + start, total, row, row < end, column, column < tokens, columns,
             1, columns, columns, PRECISION, BLOCK_INNER,
         )  # fmt: skip
     at = (part * tokens + row)[:, None] * tokens + column[None, :]

@@ -80,15 +80,15 @@ class Tiles:
         if dtype == torch.float32:
             return cls(
                 min(power_of_two(rows, 16), 64),
-                min(power_of_two(columns, 16), 32 if heavy else 64),
+                min(power_of_two(columns, 16), 64),
                 min(power_of_two(inner, 16), 32),
-                4,
+                8 if heavy else 4,
                 2,
             )
         # At least 64 × 32: the smallest products of Hopper's and Blackwell's own instructions.
         # Rows that are read element by element need an address and a mask for each.
         aligned = columns % 16 == 0 and inner % 16 == 0
-        wide, tall = min(power_of_two(columns, 32), 128 if aligned or not heavy else 64), 64
+        wide, tall = min(power_of_two(columns, 32), 128 if aligned or not heavy else 32), 64
         if not heavy and ceil_div(rows, 128) * ceil_div(columns, wide) >= _MULTIPROCESSORS:
             tall = 128
         deep = min(power_of_two(inner, 16), 64 if aligned else 32)
