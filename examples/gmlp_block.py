@@ -1,4 +1,4 @@
-"""Build a gMLP classifier from one op: blocks in which tokens talk to each other through a gate, not attention.
+"""Build a gMLP classifier from one op: blocks whose tokens talk to each other through a gate.
 
 ``GatedMLP(mode="token")`` is a whole gMLP block: LayerNorm, Linear, GELU, a gate that mixes the tokens of
 each channel, Linear, residual. On a GPU it runs fused Triton kernels, on a CPU the plain-PyTorch reference.
@@ -13,7 +13,7 @@ from degmix_kernels import GatedMLP
 
 
 class Classifier(nn.Module):
-    """Patches to tokens, gMLP blocks, mean over tokens, classes: (batch, 1, size, size) → (batch, classes)."""
+    """Patches to tokens, gMLP blocks, mean, classes: (batch, 1, size, size) → (batch, classes)."""
 
     def __init__(self, size: int, patch: int, dim: int, depth: int, classes: int) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from degmix_kernels.deform_conv.problem import ceil_div
 from degmix_kernels.gating import backward_kernels as kernels
-from degmix_kernels.gating.plan import RowTiles, Tiles, row_stride, unit_of
+from degmix_kernels.gating.plan import RowTiles, Tiles, power_of_two, row_stride, unit_of
 from degmix_kernels.launch import Launch, needs_64_bit
 
 _PROGRAMS = 1024  # of passes along rows: about one wave of eight programs on each of 132 multiprocessors
@@ -184,7 +184,8 @@ def plan_norm_backward(
 def plan_token_weight(grad: Tensor, normed: Tensor) -> tuple[Launch, Tensor]:
     """The gradient of the token mode's weight, ``Σ grad · normedᵀ``, fp32, in parts along the first axis."""
     batch, tokens, columns = grad.shape
-    tiles = Tiles.of(tokens, tokens, columns, grad.dtype, heavy=True)
+    # Of rows that are as long as there are tokens, none is read.
+    tiles = Tiles.of(tokens, power_of_two(tokens, 16), columns, grad.dtype, heavy=True)
     row_blocks, column_blocks = ceil_div(tokens, tiles.rows), ceil_div(tokens, tiles.columns)
     parts = min(batch, ceil_div(_WEIGHT_PROGRAMS, row_blocks * column_blocks))
     steps = ceil_div(batch, max(parts, 1))

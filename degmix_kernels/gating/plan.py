@@ -85,9 +85,9 @@ class Tiles:
                 8 if heavy else 4,
                 2,
             )
-        # At least 64 × 32: the smallest products of Hopper's and Blackwell's own instructions.
         # Rows that are read element by element need an address and a mask for each.
-        aligned = columns % 16 == 0 and inner % 16 == 0
+        aligned = columns % 16 == 0 and inner % 4 == 0
+        # At least 64 × 32: the smallest products of Hopper's and Blackwell's own instructions.
         wide, tall = min(power_of_two(columns, 32), 128 if aligned or not heavy else 32), 64
         if not heavy and ceil_div(rows, 128) * ceil_div(columns, wide) >= _MULTIPROCESSORS:
             tall = 128
