@@ -66,18 +66,25 @@ class GatedMLP(nn.Module):
         hidden: channels of u and of v; ``dim`` by default.
         mode: as in :class:`SpatialGatingUnit`.
         tokens: as there.
+        recompute: keep only the input for the backward pass, as in :func:`degmix_kernels.gated_mlp`.
 
     Raises:
         ValueError: for an unknown mode, or a size below 1.
     """
 
     def __init__(
-        self, dim: int, hidden: int | None = None, mode: str = "channel", tokens: int | None = None
+        self,
+        dim: int,
+        hidden: int | None = None,
+        mode: str = "channel",
+        tokens: int | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         hidden = dim if hidden is None else hidden
         for name, size in {"dim": dim, "hidden": hidden}.items():
             checks.expect(size > 0, name, "at least 1", size)
+        self.recompute = recompute
         self.norm = nn.LayerNorm(dim)
         self.fc1 = nn.Linear(dim, 2 * hidden)
         self.gate = SpatialGatingUnit(hidden, mode, tokens)
@@ -100,4 +107,5 @@ class GatedMLP(nn.Module):
             self.fc2.bias,
             gate.mode,
             self.norm.eps,
+            self.recompute,
         )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from degmix_kernels import autocast, backend, checks
 from degmix_kernels.gating import reference
+
+if backend.HAS_TRITON:
+    from degmix_kernels.gating.autograd import gate_op, mlp_op
 
 MODES = ("channel", "token")
 
@@ -21,8 +26,6 @@ def spatial_gating_unit(
     eps: float = 1e-5,
 ) -> Tensor:
     """Gate ``u`` by a mix of ``v``: ``u ⊙ (W · LayerNorm(v) + b)``.
-
-    There is no Triton kernel yet: every device runs the reference.
 
     Under autocast ``u``, ``v``, ``weight`` and ``bias`` are cast to the autocast dtype, which the result has;
     the LayerNorm's parameters keep their dtype; doubles are left alone.
@@ -44,6 +47,7 @@ def spatial_gating_unit(
     Raises:
         TypeError: for a wrong dtype or device.
         ValueError: for a wrong shape or value.
+        RuntimeError: if the Triton backend is forced and cannot run.
 
     Follows Liu et al., arXiv 2105.08050, section 2.1 (tokens); DeGMix, arXiv 2308.05721 (channels).
     """
@@ -54,7 +58,8 @@ def spatial_gating_unit(
     checks.expect_shape("v", v, tuple(u.shape))
     _check_norm({"norm_weight": norm_weight, "norm_bias": norm_bias}, u, u.shape[2])
     _check_gate({"weight": weight, "bias": bias}, u, u.shape[2], mode)
-    backend.runs_triton("spatial_gating_unit", u.device, u.dtype, missing="this op")
+    if backend.runs_triton("spatial_gating_unit", u.device, u.dtype):
+        return gate_op(u, v, norm_weight, norm_bias, weight, bias, mode, eps)
     return reference.spatial_gating_unit(u, v, norm_weight, norm_bias, weight, bias, mode, eps)
 
 
@@ -72,10 +77,11 @@ def gated_mlp(
     fc2_bias: Tensor,
     mode: str = "channel",
     eps: float = 1e-5,
+    recompute: bool = False,
 ) -> Tensor:
     """A gated MLP with its residual: ``x + fc2(SGU(split(GELU(fc1(LayerNorm(x))))))``.
 
-    There is no Triton kernel yet: every device runs the reference. GELU is exact.
+    GELU is exact.
 
     Under autocast ``x`` and the weights and biases of fc1, fc2 and the gate are cast to the autocast dtype,
     which the result has; the LayerNorms' parameters keep their dtype; doubles are left alone.
@@ -94,6 +100,8 @@ def gated_mlp(
         fc2_bias: (C,).
         mode: as in :func:`spatial_gating_unit`.
         eps: added to both LayerNorms' variances.
+        recompute: keep nothing but the arguments for the backward pass, not the (B, N, 2·hidden) tensor
+            before the GELU, which the backward pass then computes again.
 
     Returns:
         (B, N, C), in the dtype of ``x``.
@@ -101,6 +109,7 @@ def gated_mlp(
     Raises:
         TypeError: for a wrong dtype or device.
         ValueError: for a wrong shape or value.
+        RuntimeError: if the Triton backend is forced and cannot run.
 
     Follows Liu et al., arXiv 2105.08050, section 2 (tokens); DeGMix, arXiv 2308.05721, gating (channels).
     """
@@ -132,22 +141,16 @@ def gated_mlp(
     gate_norm = {"gate_norm_weight": gate_norm_weight, "gate_norm_bias": gate_norm_bias}
     _check_norm(gate_norm, x, hidden)
     _check_gate({"gate_weight": gate_weight, "gate_bias": gate_bias}, x, hidden, mode)
-    backend.runs_triton("gated_mlp", x.device, x.dtype, missing="this op")
-    return reference.gated_mlp(
-        x,
-        norm_weight,
-        norm_bias,
-        fc1_weight,
-        fc1_bias,
-        gate_norm_weight,
-        gate_norm_bias,
-        gate_weight,
-        gate_bias,
-        fc2_weight,
-        fc2_bias,
-        mode,
-        eps,
-    )
+    tensors = (
+        x, norm_weight, norm_bias, fc1_weight, fc1_bias, gate_norm_weight, gate_norm_bias, gate_weight,
+        gate_bias, fc2_weight, fc2_bias,
+    )  # fmt: skip
+    if backend.runs_triton("gated_mlp", x.device, x.dtype):
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors) and not recompute
+        return mlp_op(*tensors, mode, eps, keep)[0]
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(reference.gated_mlp, *tensors, mode, eps, use_reentrant=False)
+    return reference.gated_mlp(*tensors, mode, eps)
 
 
 def _check_norm(parameters: dict[str, Tensor], tokens: Tensor, channels: int) -> None:

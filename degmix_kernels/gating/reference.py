@@ -39,6 +39,7 @@ def gated_mlp(
     fc2_bias: Tensor,
     mode: str = "channel",
     eps: float = 1e-5,
+    recompute: bool = False,
 ) -> Tensor:
     """Plain-PyTorch :func:`degmix_kernels.gated_mlp`, with the same arguments (checked there)."""
     with autocast.disabled(x.device):

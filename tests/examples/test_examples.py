@@ -43,6 +43,11 @@ def test_own_module_learns_where_to_look():
     assert last < first / 2
 
 
+def test_gmlp_block_learns():
+    lines = run_example("gmlp_block.py").splitlines()
+    assert float(lines[-1].rpartition(" ")[2].rstrip("%")) > 90  # by chance 50
+
+
 def test_swap_op_keeps_the_outputs(torchvision):
     assert "replaced 1 deformable convolution: deform" in run_example("swap_op.py")
 

@@ -1,10 +1,12 @@
-"""The gating unit and the gated MLP against sums written out, in both modes."""
+"""The gating unit and the gated MLP against sums written out, in both modes, and their kernels."""
 
 import pytest
 import torch
+from launches import recorded_launches
 
 from degmix_kernels import GatedMLP, SpatialGatingUnit, gated_mlp, spatial_gating_unit, use_backend
-from degmix_kernels.testing import assert_close
+from degmix_kernels.gating import backward_plan, plan
+from degmix_kernels.testing import assert_close, poisoned_empty
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -96,9 +98,228 @@ def test_bad_input():
         module(torch.zeros(1, 3, 5))
 
 
-def test_forcing_triton_says_that_there_is_no_kernel():
-    with use_backend("triton"):
-        with pytest.warns(UserWarning, match="gated_mlp: this op has no Triton kernel yet"):
-            GatedMLP(4)(torch.zeros(1, 3, 4))
-        with pytest.warns(UserWarning, match="spatial_gating_unit: this op has no Triton kernel yet"):
-            SpatialGatingUnit(4)(torch.zeros(1, 3, 8))
+# --- kernels -----------------------------------------------------------------------------------------------
+
+half = [torch.bfloat16, torch.float16]
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, *half], ids=str)
+both_modes = pytest.mark.parametrize("mode", ["channel", "token"])
+
+
+def gate_arguments(device, dtype, batch, tokens, channels, mode) -> list[torch.Tensor]:
+    """u and v, halves of one tensor, and parameters; those of the LayerNorm are fp32, as under autocast."""
+    size = channels if mode == "channel" else tokens
+    u, v = draw(batch, tokens, 2 * channels).to(device, dtype).chunk(2, dim=2)
+    vectors = [draw(channels, seed=seed).float().to(device) for seed in (1, 2)]
+    weight = draw(size, size, seed=3).to(device, dtype) / size**0.5
+    tensors = [u, v, *vectors, weight, draw(size, seed=4).to(device, dtype)]
+    return [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def mlp_arguments(device, dtype, batch, tokens, channels, hidden, mode) -> list[torch.Tensor]:
+    size = hidden if mode == "channel" else tokens
+    shapes = ((2 * hidden, channels), (2 * hidden,), (size, size), (size,), (channels, hidden), (channels,))
+    products = [
+        (draw(*shape, seed=seed) / shape[-1] ** 0.5).to(device, dtype)
+        for seed, shape in enumerate(shapes, start=1)
+    ]
+    norms = [draw(n, seed=n + s).float().to(device) for n in (channels, hidden) for s in (0, 1)]
+    x = draw(batch, tokens, channels).to(device, dtype)
+    tensors = [x, *norms[:2], *products[:2], *norms[2:], *products[2:]]
+    return [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def assert_exact(function, arguments, mode, reduction, **flags):
+    """Compare value and every gradient with the fp64 reference, which gets the same numbers."""
+    dtype = arguments[0].dtype
+    exact = [tensor.detach().double().requires_grad_() for tensor in arguments]
+    with poisoned_empty():
+        output = function(*arguments, mode, **flags)
+        assert output.dtype == dtype
+        probe = draw(*output.shape, seed=99).to(output)
+        actual = torch.autograd.grad(output, arguments, probe)
+    with use_backend("reference"):
+        expected = function(*exact, mode)
+    assert_close(output, expected, reduction)
+    wanted = torch.autograd.grad(expected, exact, probe.double())
+    for index, (got, want) in enumerate(zip(actual, wanted, strict=True)):
+        assert got.dtype == arguments[index].dtype
+        assert_close(got, want, reduction, dtype, f"gradient {index}")
+    return actual
+
+
+def names(seen) -> list[str]:
+    return [launch.kernel.fn.__name__ for launch in seen]
+
+
+@every_dtype
+@both_modes
+def test_gate_of_many_ragged_tiles(device, dtype, mode):
+    batch, tokens, channels = (2, 37, 75) if mode == "channel" else (2, 71, 37)
+    assert_exact(
+        spatial_gating_unit, gate_arguments(device, dtype, batch, tokens, channels, mode), mode, 9999
+    )
+
+
+@every_dtype
+@both_modes
+def test_mlp_of_many_ragged_tiles(device, dtype, mode):
+    shape = (2, 37, 75, 34) if mode == "channel" else (2, 71, 33, 38)
+    assert_exact(gated_mlp, mlp_arguments(device, dtype, *shape, mode), mode, 99999)
+
+
+@both_modes
+def test_sums_over_several_tiles_of_one_program(device, mode, monkeypatch):
+    monkeypatch.setattr(backward_plan, "_PROGRAMS", 3)
+    monkeypatch.setattr(backward_plan, "_WEIGHT_PROGRAMS", 2)
+    assert_exact(gated_mlp, mlp_arguments(device, torch.float32, 3, 33, 70, 20, mode), mode, 99999)
+
+
+def test_rows_wider_than_a_tile(device, monkeypatch):
+    """LayerNorms in steps."""
+    monkeypatch.setattr(plan, "_WIDEST", 32)
+    monkeypatch.setattr(plan, "_STEP", 16)
+    for mode in ("channel", "token"):
+        with recorded_launches() as seen:
+            assert_exact(gated_mlp, mlp_arguments(device, torch.float32, 2, 5, 70, 35, mode), mode, 99999)
+        assert names(seen).count("norm_sums") == 2
+
+
+@pytest.mark.parametrize("dtype", half, ids=str)
+def test_fused_forward(device, dtype):
+    """Nothing has to be kept: one launch. What recomputing gives is what the separate steps give."""
+    arguments = mlp_arguments(device, dtype, 2, 41, 37, 45, "channel")
+    with use_backend("reference"):
+        expected = gated_mlp(*(tensor.detach().double() for tensor in arguments))
+    with torch.no_grad(), recorded_launches() as seen, poisoned_empty():
+        output = gated_mlp(*arguments)
+    assert names(seen) == ["gated_mlp"]
+    assert_close(output, expected, 999)
+    recomputed = assert_exact(gated_mlp, arguments, "channel", 99999, recompute=True)
+    kept = assert_exact(gated_mlp, arguments, "channel", 99999)
+    for one, other in zip(recomputed, kept, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_rows_too_wide_to_fuse_take_separate_steps(device):
+    arguments = mlp_arguments(device, torch.bfloat16, 1, 3, 5, 257, "channel")
+    with torch.no_grad(), recorded_launches(execute=False) as seen:
+        gated_mlp(*arguments)
+    assert names(seen) == ["normalise", "linear", "normalise", "linear", "linear"]
+
+
+@both_modes
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_is_saved(device, mode, recompute):
+    arguments = mlp_arguments(device, torch.bfloat16, 2, 7, 10, 6, mode)
+    parameters = {tensor.data_ptr() for tensor in arguments[1:]}
+    saved = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in parameters:
+            saved.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        gated_mlp(*arguments, mode, recompute=recompute)
+    rows = 2 * 7 * 2  # of two bytes
+    assert saved == ([rows * 10] if recompute else [rows * 10, rows * 2 * 6])
+
+
+@both_modes
+def test_recompute_on_the_reference(mode):
+    arguments = [
+        tensor.detach().double().requires_grad_()
+        for tensor in mlp_arguments("cpu", torch.float32, 2, 7, 5, 6, mode)
+    ]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        recomputed = gated_mlp(*arguments, mode, recompute=True)
+    assert 2 * 7 * 12 not in saved
+    kept = gated_mlp(*arguments, mode)
+    for one, other in zip(
+        torch.autograd.grad(recomputed.sum(), arguments),
+        torch.autograd.grad(kept.sum(), arguments),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+def test_launches(device):
+    def of(function, arguments, mode, wanted):
+        for index, tensor in enumerate(arguments):
+            tensor.requires_grad_(wanted is None or index in wanted)
+        with recorded_launches() as forward:
+            output = function(*arguments, mode)
+        inputs = [tensor for tensor in arguments if tensor.requires_grad]
+        with recorded_launches() as backward:
+            torch.autograd.grad(output, inputs, torch.ones_like(output))
+        return names(forward), names(backward)
+
+    channel = gate_arguments(device, torch.float32, 2, 5, 6, "channel")
+    token = gate_arguments(device, torch.float32, 2, 5, 6, "token")
+    steps = ["normalise", "gate_backward"]
+    assert of(spatial_gating_unit, channel, "channel", None) == (["linear"], [*steps, "norm_backward"])
+    assert of(spatial_gating_unit, token, "token", None) == (
+        ["normalise", "mix_tokens"], [*steps, "token_weight", "norm_backward"],
+    )  # fmt: skip
+    assert of(spatial_gating_unit, channel, "channel", [0])[1] == steps
+    assert of(spatial_gating_unit, token, "token", [1])[1] == [*steps, "norm_backward"]
+    mlp = mlp_arguments(device, torch.float32, 2, 5, 6, 4, "channel")
+    assert of(gated_mlp, mlp, "channel", None) == (["linear"] * 3, [*steps, "norm_backward", "norm_backward"])
+    assert of(gated_mlp, mlp, "channel", [9])[1] == steps  # fc2's weight
+    assert of(gated_mlp, mlp, "channel", [10])[1] == []  # fc2's bias
+    assert of(gated_mlp, mlp, "channel", [3])[1] == [*steps, "norm_backward", "normalise"]  # fc1's weight
+
+
+def test_halves_of_a_tensor_are_not_copied(device):
+    arguments = gate_arguments(device, torch.float32, 2, 5, 6, "channel")
+    with recorded_launches() as seen:
+        spatial_gating_unit(*arguments)
+    assert (seen[0].arguments["x_stride"], seen[0].arguments["multiplier_stride"]) == (12, 12)
+
+
+@both_modes
+def test_means_of_a_thousand_deviations(device, mode):
+    """Of x, and of v. In fp32 the inputs' own rounding is 6e-5 deviations; nothing may be added to it."""
+    gate = gate_arguments(device, torch.float32, 2, 9, 40, mode)
+    gate[1] = (gate[1].detach() + 1000).requires_grad_()
+    assert_exact(spatial_gating_unit, gate, mode, 9999)
+    mlp = mlp_arguments(device, torch.float32, 2, 9, 40, 24, mode)
+    shifted = (mlp[0].detach() + 1000).requires_grad_()
+    # The value is next to nothing but residual; the parameters' gradients tell what came of the rest.
+    probe = draw(2, 9, 40, seed=5).to(shifted)
+    tensors = [shifted, *mlp[1:]]
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    with use_backend("reference"):
+        wanted = torch.autograd.grad(gated_mlp(*exact, mode), exact, probe.double())
+    actual = torch.autograd.grad(gated_mlp(*tensors, mode), tensors, probe)
+    for got, want in zip(actual, wanted, strict=True):
+        assert_close(got, want, 99999)
+
+
+@every_dtype
+@both_modes
+def test_constant_rows(device, dtype, mode):
+    """Without any deviation LayerNorm gives its bias, exactly, and no NaN."""
+    arguments = gate_arguments(device, dtype, 2, 9, 16, mode)
+    v = arguments[1].detach().clone()
+    v[:, ::2] = 3.75
+    arguments[1] = v.requires_grad_()
+    assert_exact(spatial_gating_unit, arguments, mode, 9999)
+
+
+@every_dtype
+@both_modes
+def test_gate_starts_as_an_exact_pass_through_in_the_kernels(device, dtype, mode):
+    u, v, *norm, weight, bias = gate_arguments(device, dtype, 2, 9, 12, mode)
+    with torch.no_grad():
+        output = spatial_gating_unit(u, v, *norm, torch.zeros_like(weight), torch.ones_like(bias), mode)
+    assert torch.equal(output, u)
+
+
+@both_modes
+def test_opcheck(device, mode):
+    gate = gate_arguments(device, torch.float32, 2, 5, 6, mode)
+    torch.library.opcheck(torch.ops.degmix.spatial_gating_unit.default, (*gate, mode, 1e-5))
+    mlp = mlp_arguments(device, torch.float32, 2, 5, 6, 4, mode)
+    torch.library.opcheck(torch.ops.degmix.gated_mlp.default, (*mlp, mode, 1e-5, True))
