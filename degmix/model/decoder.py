@@ -12,7 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from degmix_kernels import GatedAttention, GatedMLP, LinearAttention, TaskAttention, linear_norm
+from degmix_kernels import (
+    GatedAttention,
+    GatedMLP,
+    LinearAttention,
+    TaskAttention,
+    linear_norm,
+    task_attention,
+)
 
 # Variant → attention of the query block.
 QUERY_ATTENTION = {
@@ -206,16 +213,6 @@ def fold(blocks: Sequence[TaskInteraction | TaskQuery]) -> Folded:
 def norm_of(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """Scale and shift of a LayerNorm, whose eps is the default."""
     return norm.weight, norm.bias
-
-
-def task_attention(query: Tensor, key: Tensor, *, heads: int, scale: float) -> Tensor:
-    """Softmax attention at each pixel of (B, S, N, heads·D) to (B, T, N, D), keys and values of all heads."""
-    with torch.autocast(query.device.type, enabled=False):
-        queries = promote(query.unflatten(3, (heads, -1)).transpose(1, 2).flatten(2, 3))  # (B, N, S·heads, D)
-        tokens = promote(key.transpose(1, 2))  # (B, N, T, D)
-        attended = (queries * scale @ tokens.mT).softmax(-1) @ tokens
-        attended = attended.unflatten(2, (-1, heads)).transpose(1, 2).flatten(3)
-        return attended.to(query.dtype)
 
 
 def promote(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from degmix_kernels.deform_conv.problem import ceil_div
+from degmix_kernels.batch_norm.plan import ceil_div
 from degmix_kernels.gating import backward_kernels as kernels
 from degmix_kernels.gating.plan import RowTiles, Tiles, power_of_two, row_stride, unit_of
 from degmix_kernels.launch import Launch, needs_64_bit

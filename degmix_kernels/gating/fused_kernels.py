@@ -6,9 +6,9 @@ For rows narrow enough that a program holds LayerNorm(v) of its tokens, and thei
 import triton
 import triton.language as tl
 
-from degmix_kernels.deform_conv.sampling import multiply
 from degmix_kernels.epilogue import activate
 from degmix_kernels.gating.kernels import affine, load_pivot, load_shifted, row_statistics, tile_statistics
+from degmix_kernels.product import multiply
 
 
 @triton.jit

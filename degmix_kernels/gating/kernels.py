@@ -9,8 +9,8 @@ operands of matrix products are rounded to the tensors' dtype.
 import triton
 import triton.language as tl
 
-from degmix_kernels.deform_conv.sampling import multiply
 from degmix_kernels.epilogue import activate
+from degmix_kernels.product import multiply
 
 
 @triton.jit

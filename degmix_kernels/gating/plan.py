@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from degmix_kernels.deform_conv.problem import ceil_div, precision
+from degmix_kernels.batch_norm.plan import ceil_div
 from degmix_kernels.gating import fused_kernels, kernels
 from degmix_kernels.launch import Launch, needs_64_bit
+from degmix_kernels.product import precision
 
 _WIDEST, _STEP = 4096, 1024  # columns that one tile holds, and of wider rows at a time
 _WIDEST_FUSED = 256  # channels, hidden or not, that the fused kernel holds
