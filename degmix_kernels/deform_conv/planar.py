@@ -86,7 +86,7 @@ def _forward_blocks(problem: Problem) -> Blocks:
     largest = 256 if wide else 128
     span = Span.of(problem, largest)
     out = block(span.groups * problem.group_out, largest)
-    pixels = block(problem.out_pixels, 64 if wide else 32)
+    pixels = block(problem.out_pixels, 64 if wide and out > 16 else 32)
     rows = 32 if out * pixels >= 16384 and not needs_64_bit(problem.offset[:1]) else 16
     rows = block(span.channels, rows)
     return Blocks(out, *tile(problem, rows), pixels)
