@@ -13,7 +13,7 @@ from torch import Tensor
 
 from degmix_kernels import layout
 from degmix_kernels.deform_conv import planar_backward_kernels, planar_kernels
-from degmix_kernels.deform_conv.planar_blocks import Blocks, Span, layouts, tile, touched, warps
+from degmix_kernels.deform_conv.planar_blocks import Blocks, Span, fits, layouts, tile, touched, warps
 from degmix_kernels.deform_conv.problem import Problem, block, ceil_div
 from degmix_kernels.epilogue import Epilogue
 from degmix_kernels.launch import Launch, needs_64_bit
@@ -128,6 +128,9 @@ def plan_backward_samples(
     # Of several groups, a tile should hold only one: rows divide their channels, if 16 do.
     rows = block(channels if problem.groups == 1 else channels & -channels, largest)
     groups, within = tile(problem, rows)
+    while rows > 16 and not fits(problem, _sample_rows(problem, groups, within)):
+        rows //= 2
+        groups, within = tile(problem, rows)
     # Conv groups that a tile's channels belong to.
     length, step = (groups * problem.offset_channels,) * 2
     if groups == 1:
@@ -169,6 +172,12 @@ def plan_backward_samples(
     )
 
 
+def _sample_rows(problem: Problem, groups: int, within: int) -> int:
+    """Rows of all tiles that deal with whole offset groups, or with parts of one."""
+    sets, steps = ceil_div(problem.offset_groups, groups), ceil_div(problem.offset_channels, within)
+    return sets * steps * groups * within
+
+
 def plan_backward_weight(
     problem: Problem, grad: Tensor, epilogue: Epilogue | None = None, bias: bool = False
 ) -> tuple[Launch, Tensor, Tensor | None]:
@@ -191,6 +200,8 @@ def plan_backward_weight(
     span = Span.of(problem, 256 if wide else 128)
     out = block(span.groups * problem.group_out, 256 if wide else 128)
     rows = block(span.channels, 64 if wide else 32)
+    while rows > 16 and not fits(problem, span.rows(problem, rows)):
+        rows //= 2
     pixels = block(problem.out_pixels, 16 if wide and out * rows >= 4096 else 32)
     blocks = Blocks(out, *tile(problem, rows), pixels)
     sets, within_steps = span.tiles(problem, blocks)

@@ -56,12 +56,17 @@ def tile(problem: Problem, rows: int) -> tuple[int, int]:
     return rows // within, within
 
 
+def fits(problem: Problem, rows: int) -> bool:
+    """Whether tiles of so many rows in all waste no more than half, or half of one product."""
+    return rows <= 2 * max(problem.channels, 16)
+
+
 @dataclass(frozen=True)
 class Span:
     """Groups of the convolution that share the programs of the forward pass and of the weight gradient.
 
     One group if it has 16 channels, else as many as it takes to fill a tile: whole offset groups of them, if
-    that is possible.
+    that is possible; but if tiles of 16 channels would stay mostly empty so, as many as fill them best.
     """
 
     groups: int
@@ -74,8 +79,21 @@ class Span:
         unit = math.lcm(group, problem.offset_channels)
         unit = unit if unit <= LARGEST_SPAN else group
         wanted = unit * ceil_div(16, unit) // group if group < 16 else 1
-        groups = max(1, min(problem.groups, wanted, largest_out // problem.group_out))
-        return cls(groups, ceil_div(problem.groups, groups), groups * group)
+        most = max(1, min(problem.groups, largest_out // problem.group_out))
+        span = cls._with(problem, min(wanted, most))
+        if fits(problem, span.rows(problem, 16)):
+            return span
+        sizes = range(1, min(most, ceil_div(4 * LARGEST_SPAN, group)) + 1)
+        return min((cls._with(problem, groups) for groups in sizes), key=lambda each: each.rows(problem, 16))
+
+    @classmethod
+    def _with(cls, problem: Problem, groups: int) -> Span:
+        return cls(groups, ceil_div(problem.groups, groups), groups * problem.group_channels)
+
+    def rows(self, problem: Problem, of_a_tile: int) -> int:
+        """Rows of all tiles of all spans, padding included."""
+        sets, steps = self.tiles(problem, Blocks(0, *tile(problem, of_a_tile), 0))
+        return self.count * sets * steps * of_a_tile
 
     def tiles(self, problem: Problem, blocks: Blocks) -> tuple[int, int]:
         """Tiles of a span: sets of offset groups, and blocks of channels within one."""
