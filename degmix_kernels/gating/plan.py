@@ -93,7 +93,8 @@ class Tiles:
         if not heavy and ceil_div(rows, 128) * ceil_div(columns, wide) >= _MULTIPROCESSORS:
             tall = 128
         deep = min(power_of_two(inner, 16), 64 if aligned else 32)
-        return cls(tall, wide, deep, 8 if heavy or tall * wide >= 64 * 128 else 4, 2)
+        few = tall * wide <= (64 * 32 if heavy else 64 * 64)
+        return cls(tall, wide, deep, 4 if few else 8, 2)
 
     def constants(self, dtype: torch.dtype, *tensors: Tensor | None) -> dict[str, Any]:
         """Compile-time arguments; ``tensors`` are those whose addresses may be large."""
