@@ -14,8 +14,6 @@ from degmix_kernels.attention import backward_kernels, kernels
 from degmix_kernels.deform_conv.problem import ceil_div, precision
 from degmix_kernels.launch import Launch, needs_64_bit
 
-LARGEST_HEAD_DIM = 128  # a tile of tokens has all of a head's channels
-
 
 def empty_like(tokens: Tensor) -> Tensor:
     """A dense (B, heads, N, D), its heads inside the tokens if they are in ``tokens``.
