@@ -75,7 +75,7 @@ def over_keys(
 ):
     """The gradient of a block of queries after the keys from start to end, but for the scale."""
     column = tl.arange(0, BLOCK_DIM)[None, :]
-    for first in range(start, end, BLOCK_KEYS):
+    for first in tl.range(start, end, BLOCK_KEYS, num_stages=1 if MASKED else None):
         token = first + tl.arange(0, BLOCK_KEYS)
         if INDEX_64:
             token = token.to(tl.int64)
@@ -224,7 +224,7 @@ def over_queries(
     Scores are (keys, queries) here, so that both sums are plain products.
     """
     column = tl.arange(0, BLOCK_DIM)[None, :]
-    for first in range(start, end, BLOCK_QUERIES):
+    for first in tl.range(start, end, BLOCK_QUERIES, num_stages=1 if MASKED else None):
         token = first + tl.arange(0, BLOCK_QUERIES)
         if INDEX_64:
             token = token.to(tl.int64)

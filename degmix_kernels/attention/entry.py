@@ -61,6 +61,15 @@ def _gated_plan(dtype: torch.dtype) -> list[Launch]:
     return plan_examples(dtype)
 
 
+def _linear_plan(dtype: torch.dtype) -> list[Launch]:
+    """Likewise, without softmax."""
+    if not backend.HAS_TRITON:
+        return []
+    from degmix_kernels.attention.linear_plan import plan_examples
+
+    return plan_examples(dtype)
+
+
 OPS = (
     Op(
         name="gated_attention",
@@ -82,5 +91,6 @@ OPS = (
         differentiable=("query", "key", "value"),
         batched=("query", "key", "value"),
         autocast=("query", "key", "value"),
+        kernels=_linear_plan,
     ),
 )

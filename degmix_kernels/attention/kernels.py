@@ -10,6 +10,8 @@ import triton.language as tl
 
 from degmix_kernels.deform_conv.sampling import multiply
 
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
 
 @triton.jit
 def load_tokens(pointer, token, tokens, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
@@ -66,7 +68,7 @@ def attend(
 ):
     """Running maximum, sum and weighted values of a block of queries after the keys from start to end."""
     column = tl.arange(0, BLOCK_DIM)[None, :]
-    for first in range(start, end, BLOCK_KEYS):
+    for first in tl.range(start, end, BLOCK_KEYS, num_stages=1 if MASKED else None):
         token = first + tl.arange(0, BLOCK_KEYS)
         if INDEX_64:
             token = token.to(tl.int64)
@@ -77,10 +79,8 @@ def attend(
         if MASKED:
             scores = tl.where(token[None, :] < keys, scores, float("-inf"))
         larger = tl.maximum(maximum, tl.max(scores, axis=1) * score_scale)
-        # A query whose scores so far are all -inf: their weights are to be 0, not exp(-inf + inf).
-        shift = tl.where(larger == float("-inf"), 0.0, larger)
-        weights = tl.exp2(scores * score_scale - shift[:, None])
-        shrink = tl.exp2(maximum - shift)
+        weights = tl.exp2(scores * score_scale - larger[:, None])
+        shrink = tl.exp2(maximum - larger)
         total = total * shrink + tl.sum(weights, axis=1)
         output *= shrink[:, None]
         address = value_ptr + token[:, None] * value_stride_n + column
@@ -136,7 +136,8 @@ def forward(
     address = query_ptr + token[:, None] * (query_stride_n * UNIT) + column
     query = load_tokens(address, token, queries, True, HEAD_DIM, BLOCK_DIM)
 
-    maximum = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
+    # The lowest finite number: scores of -inf get a weight of 0, where -inf minus -inf would be NaN.
+    maximum = tl.full((BLOCK_QUERIES,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_QUERIES,), tl.float32)
     output = tl.zeros((BLOCK_QUERIES, BLOCK_DIM), tl.float32)
     # Only the last block of keys can be ragged: the others need no masks.
