@@ -64,6 +64,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     query, key, value, gate, residual, save = inputs
     result, attended, log_sum = output
     ctx.mark_non_differentiable(attended, log_sum)
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     if save:
         attended = result if gate is None and residual is None else attended
         ctx.save_for_backward(query, key, value, gate, attended, log_sum)

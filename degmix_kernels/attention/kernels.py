@@ -14,7 +14,9 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def load_tokens(pointer, token, tokens, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+def load_tokens(
+    pointer, token, tokens, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+):
     """(tokens, BLOCK_DIM) at ``pointer``, a tile of addresses; MASKED: zeros from token ``tokens`` on."""
     column = tl.arange(0, BLOCK_DIM)[None, :]
     if MASKED and BLOCK_DIM != HEAD_DIM:
@@ -36,7 +38,7 @@ def store_tokens(pointer, tile, token, tokens, HEAD_DIM: tl.constexpr, BLOCK_DIM
 
 @triton.jit
 def block_of_head(blocks, heads, INDEX_64: tl.constexpr):
-    """Batch and head, as one index and as two, and the block of tokens of this program: blocks are fastest."""
+    """Batch and head, as one index and as two, and this program's block of tokens: blocks are fastest."""
     program = tl.program_id(0)
     if INDEX_64:
         program = program.to(tl.int64)

@@ -41,6 +41,7 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tu
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, scale = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.save_for_backward(query, key, value, output[1])
     ctx.scale = scale
 

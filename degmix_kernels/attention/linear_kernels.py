@@ -1,4 +1,4 @@
-"""Triton kernels of ``linear_attention``: products over the tokens of a head, and of its tokens with a matrix.
+"""Triton kernels of ``linear_attention``: products over a head's tokens, and of its tokens with a matrix.
 
 Forward and backward are these two, with roles exchanged. Both read each token once, and take any strides of
 batch, head and token (divided by ``UNIT``), where a library's batched product would want copies of views that
