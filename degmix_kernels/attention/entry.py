@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from degmix_kernels import backend
 from degmix_kernels.attention import reference
 from degmix_kernels.attention.module import GatedAttention, LinearAttention
 from degmix_kernels.attention.op import gated_attention, linear_attention
 from degmix_kernels.contract import Op, Sample
+from degmix_kernels.launch import Launch
 
 # batch, heads, queries, keys, head_dim, gate, residual
 _SHAPES = (
@@ -50,6 +52,24 @@ def _linear_samples(device: torch.device, dtype: torch.dtype, generator: torch.G
     return samples
 
 
+def _gated_plan(dtype: torch.dtype) -> list[Launch]:
+    """Every kind of launch, on meta tensors; none where Triton is not installed."""
+    if not backend.HAS_TRITON:
+        return []
+    from degmix_kernels.attention.plan import plan_examples
+
+    return plan_examples(dtype)
+
+
+def _linear_plan(dtype: torch.dtype) -> list[Launch]:
+    """Likewise, without softmax."""
+    if not backend.HAS_TRITON:
+        return []
+    from degmix_kernels.attention.linear_plan import plan_examples
+
+    return plan_examples(dtype)
+
+
 OPS = (
     Op(
         name="gated_attention",
@@ -60,6 +80,7 @@ OPS = (
         differentiable=("query", "key", "value", "gate", "residual"),
         batched=("query", "key", "value", "gate", "residual"),
         autocast=("query", "key", "value", "gate", "residual"),
+        kernels=_gated_plan,
     ),
     Op(
         name="linear_attention",
@@ -70,5 +91,6 @@ OPS = (
         differentiable=("query", "key", "value"),
         batched=("query", "key", "value"),
         autocast=("query", "key", "value"),
+        kernels=_linear_plan,
     ),
 )

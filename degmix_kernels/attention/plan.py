@@ -1,0 +1,306 @@
+"""Launches of ``gated_attention``'s kernels: layouts, sizes, blocks. Plans touch no memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from degmix_kernels.attention import backward_kernels, kernels
+from degmix_kernels.deform_conv.problem import ceil_div, precision
+from degmix_kernels.launch import Launch, needs_64_bit
+
+
+def empty_like(tokens: Tensor) -> Tensor:
+    """A dense (B, heads, N, D), its heads inside the tokens if they are in ``tokens``.
+
+    So what a module split into heads gives a result whose heads join without a copy.
+    """
+    batch, heads, length, head_dim = tokens.shape
+    if tokens.stride(1) < tokens.stride(2):
+        return tokens.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    return tokens.new_empty(batch, heads, length, head_dim)
+
+
+def readable(tokens: Tensor) -> Tensor:
+    """The tokens, with the channels of each next to each other: a copy only if they are not."""
+    return tokens if tokens.shape[3] == 1 or tokens.stride(3) == 1 else tokens.contiguous()
+
+
+def laid_out_as(tokens: Tensor | None, like: Tensor) -> Tensor | None:
+    """The tokens in exactly the layout of a tensor of their shape: a copy only if they have another."""
+    if tokens is None or tokens.stride() == like.stride():
+        return tokens
+    return torch.empty_strided(like.shape, like.stride(), dtype=tokens.dtype, device=tokens.device).copy_(
+        tokens
+    )
+
+
+def strides(**tensors: Tensor) -> tuple[dict[str, int], int]:
+    """Strides of batch, head and token as kernels take them, and the unit they are in.
+
+    The largest power of two up to 16 that divides them all: multiplied by it again, the compiler knows how
+    wide it may load.
+    """
+    named = {
+        f"{name}_stride_{axis}": stride
+        for name, tensor in tensors.items()
+        for axis, stride in zip("bhn", tensor.stride(), strict=False)
+    }
+    unit = math.gcd(16, *named.values())
+    return {name: stride // unit for name, stride in named.items()}, unit
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel goes over the scores.
+
+    Attributes:
+        queries: of a tile.
+        keys: of a tile.
+        warps: of a program.
+        stages: of the software pipeline.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    def constants(self, tokens: Tensor) -> dict[str, Any]:
+        """Compile-time arguments, of tokens (B, heads, N, D)."""
+        return {
+            "PRECISION": precision(tokens.dtype),
+            "HEAD_DIM": tokens.shape[3],
+            "BLOCK_QUERIES": self.queries,
+            "BLOCK_KEYS": self.keys,
+            "BLOCK_DIM": padded(tokens.shape[3]),
+        }
+
+
+_FP32_BLOCKS = Blocks(32, 32, 4, 1)  # small: products in fp32 keep their operands in registers
+
+
+def padded(head_dim: int) -> int:
+    """Channels of a tile: a power of two that matrix units can take."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+# In half precision, the largest tiles of 128 channels that spill no register on any GPU of the compile check.
+# The rows that stay are many, so that what is read for them over and over is little.
+
+
+def forward_blocks(tokens: Tensor) -> Blocks:
+    """Tiles of the forward kernel."""
+    return _FP32_BLOCKS if tokens.dtype == torch.float32 else Blocks(128, 32, 8, 3)
+
+
+def query_blocks(tokens: Tensor) -> Blocks:
+    """Tiles of the gradient of the queries."""
+    return _FP32_BLOCKS if tokens.dtype == torch.float32 else Blocks(128, 32, 8, 2)
+
+
+def context_blocks(tokens: Tensor) -> Blocks:
+    """Tiles of the gradients of keys and values."""
+    return _FP32_BLOCKS if tokens.dtype == torch.float32 else Blocks(32, 64, 4, 2)
+
+
+def scales(head_dim: int) -> dict[str, float]:
+    """1 / √D, and the same for scores to the base 2."""
+    return {"scale": head_dim**-0.5, "score_scale": math.log2(math.e) * head_dim**-0.5}
+
+
+def plan_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    output: Tensor,
+    attended: Tensor | None,
+    log_sum: Tensor | None,
+) -> Launch:
+    """The forward pass; gate, residual and attended are laid out as output, channels are contiguous."""
+    batch, heads, queries, head_dim = query.shape
+    keys = key.shape[2]
+    blocks = forward_blocks(query)
+    steps, unit = strides(query=query, key=key, value=value, output=output)
+    query_blocks = ceil_div(queries, blocks.queries)
+    return Launch(
+        kernels.forward,
+        batch * heads * query_blocks,
+        {
+            "query_ptr": query,
+            "key_ptr": key,
+            "value_ptr": value,
+            "gate_ptr": gate,
+            "residual_ptr": residual,
+            "output_ptr": output,
+            "attended_ptr": attended,
+            "log_sum_ptr": log_sum,
+            **steps,
+            "score_scale": scales(head_dim)["score_scale"],
+            "heads": heads,
+            "queries": queries,
+            "keys": keys,
+            "query_blocks": query_blocks,
+            "whole_keys": keys // blocks.keys * blocks.keys,
+        },
+        {"UNIT": unit, "INDEX_64": needs_64_bit(query, key, value, output), **blocks.constants(query)},
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+
+
+def plan_prepare(
+    grad: Tensor,
+    gate: Tensor | None,
+    attended: Tensor,
+    grad_gate: Tensor | None,
+    grad_attended: Tensor | None,
+    delta: Tensor | None,
+) -> Launch:
+    """The pass over the gradient of the result; all but delta are laid out alike."""
+    batch, heads, queries, head_dim = grad.shape
+    block_dim = padded(head_dim)
+    block = 4096 // block_dim
+    steps, unit = strides(x=grad)
+    query_blocks = ceil_div(queries, block)
+    return Launch(
+        backward_kernels.prepare,
+        batch * heads * query_blocks,
+        {
+            "grad_ptr": grad,
+            "gate_ptr": gate,
+            "attended_ptr": attended,
+            "grad_gate_ptr": grad_gate,
+            "grad_attended_ptr": grad_attended,
+            "delta_ptr": delta,
+            **{name.removeprefix("x_"): step for name, step in steps.items()},
+            "heads": heads,
+            "queries": queries,
+            "query_blocks": query_blocks,
+        },
+        {
+            "UNIT": unit,
+            "INDEX_64": needs_64_bit(grad),
+            "HEAD_DIM": head_dim,
+            "BLOCK_QUERIES": block,
+            "BLOCK_DIM": block_dim,
+        },
+        num_warps=4,
+    )
+
+
+def plan_backward_query(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    log_sum: Tensor,
+    delta: Tensor,
+    grad_query: Tensor,
+) -> Launch:
+    """The gradient of the queries, laid out as that of the attended values, ``grad``."""
+    batch, heads, queries, head_dim = query.shape
+    keys = key.shape[2]
+    blocks = query_blocks(query)
+    steps, unit = strides(query=query, key=key, value=value, output=grad)
+    count = ceil_div(queries, blocks.queries)
+    return Launch(
+        backward_kernels.backward_query,
+        batch * heads * count,
+        {
+            "query_ptr": query,
+            "key_ptr": key,
+            "value_ptr": value,
+            "grad_ptr": grad,
+            "log_sum_ptr": log_sum,
+            "delta_ptr": delta,
+            "grad_query_ptr": grad_query,
+            **steps,
+            **scales(head_dim),
+            "heads": heads,
+            "queries": queries,
+            "keys": keys,
+            "query_blocks": count,
+            "whole_keys": keys // blocks.keys * blocks.keys,
+        },
+        {"UNIT": unit, "INDEX_64": needs_64_bit(query, key, value, grad), **blocks.constants(query)},
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+
+
+def plan_backward_context(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    log_sum: Tensor,
+    delta: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+) -> Launch:
+    """The gradients of keys and values, laid out alike, each filled if given; delta only for the keys'."""
+    batch, heads, queries, head_dim = query.shape
+    keys = key.shape[2]
+    blocks = context_blocks(query)
+    context = grad_value if grad_key is None else grad_key
+    steps, unit = strides(query=query, key=key, value=value, output=grad, context=context)
+    count = ceil_div(keys, blocks.keys)
+    wide = needs_64_bit(query, key, value, grad, context)
+    return Launch(
+        backward_kernels.backward_context,
+        batch * heads * count,
+        {
+            "query_ptr": query,
+            "key_ptr": key,
+            "value_ptr": value,
+            "grad_ptr": grad,
+            "log_sum_ptr": log_sum,
+            "delta_ptr": delta,
+            "grad_key_ptr": grad_key,
+            "grad_value_ptr": grad_value,
+            **steps,
+            **scales(head_dim),
+            "heads": heads,
+            "queries": queries,
+            "keys": keys,
+            "key_blocks": count,
+            "whole_queries": queries // blocks.queries * blocks.queries,
+        },
+        {"UNIT": unit, "INDEX_64": wide, **blocks.constants(query)},
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+
+
+def plan_examples(dtype: torch.dtype) -> list[Launch]:
+    """Every kind of launch, planned on meta tensors: what the compile check compiles."""
+    return list(_examples(dtype))
+
+
+def _examples(dtype: torch.dtype) -> Iterator[Launch]:
+    """Launches of DeGMix on NYUD-v2, 4 tasks of 107×140 tokens, and of other heads, whole and ragged."""
+    calls = [(8, 2, 107 * 140, 4 * 107 * 140, 128), (8, 4, 4096, 4096, 64), (2, 6, 700, 700, 40)]
+    if dtype == torch.bfloat16:  # the last has more than 2³¹ elements
+        calls += [(2, 3, 33, 33, 16), (2, 3, 33, 65, 5), (64, 4, 65536, 65536, 128)]
+    for batch, heads, queries, keys, head_dim in calls:
+        yield from call_examples(dtype, (batch, heads, queries, keys, head_dim))
+
+
+def call_examples(dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> Iterator[Launch]:
+    """The launches of one call and its backward pass: batch, heads, queries, keys, head dimension."""
+    batch, heads, queries, keys, head_dim = shape
+    query = torch.empty(batch, queries, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+    key = torch.empty(batch, keys, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+    rows = torch.empty(batch, heads, queries, device="meta")
+    yield plan_forward(query, key, key, query, query, query, query, rows)
+    yield plan_prepare(query, query, query, query, query, rows)
+    yield plan_backward_query(query, key, key, query, rows, rows, query)
+    yield plan_backward_context(query, key, key, query, rows, rows, key, key)
