@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from degmix_kernels import (
     GatedAttention,
@@ -46,7 +47,7 @@ class GatingDecoder(nn.Module):
         self.per_pixel = QUERY_ATTENTION[attention] is TaskAttention
         self.interaction = TaskInteraction(attention, dim, heads)
         self.queries = nn.ModuleDict({task: TaskQuery(attention, dim, heads) for task in tasks})
-        self.gate = GatedMLP(dim)
+        self.gate = GatedMLP(dim, recompute=True)  # its hidden tokens are four times the input
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(T, B, N, C) → (T, B, N, C)."""
@@ -166,18 +167,23 @@ def attend_pixels(
     """
     heads, channels = blocks[0].attention.heads, queries.shape[-1]
     folded = Folded(*(each.to(queries.dtype) for each in fold(blocks)))
-    own = queries.reshape(len(blocks), -1, channels)
-    query = torch.baddbmm(folded.query_bias, own, folded.query_weight)
-    query = query.view(1, len(queries), -1, heads * channels)  # images and pixels on one axis
-    scale = (channels // heads) ** -0.5
-    attended = task_attention(query, context.flatten(1, 2)[None], heads=heads, scale=scale)
-    attended = attended.reshape(len(blocks), -1, queries.shape[2], heads * channels)
-    results = []
-    for index, block in enumerate(blocks):
-        weight, bias = folded.output_weight[index], folded.output_bias[index]
-        residual = None if residuals is None else residuals[index]
-        results.append(linear_norm(attended[index], weight, bias, *norm_of(block.norm), residual=residual))
-    return results
+
+    def attend(queries: Tensor, context: Tensor, residuals: Tensor | None) -> list[Tensor]:
+        own = queries.reshape(len(blocks), -1, channels)
+        query = torch.baddbmm(folded.query_bias, own, folded.query_weight)
+        query = query.view(1, len(queries), -1, heads * channels)  # images and pixels on one axis
+        scale = (channels // heads) ** -0.5
+        attended = task_attention(query, context.flatten(1, 2)[None], heads=heads, scale=scale)
+        attended = attended.reshape(len(blocks), -1, queries.shape[2], heads * channels)
+        results = []
+        for index, block in enumerate(blocks):
+            projection = folded.output_weight[index], folded.output_bias[index]
+            residual = None if residuals is None else residuals[index]
+            results.append(linear_norm(attended[index], *projection, *norm_of(block.norm), residual=residual))
+        return results
+
+    # What lies between is five times the size of the result, and soon computed again.
+    return checkpoint(attend, queries, context, residuals, use_reentrant=False, preserve_rng_state=False)
 
 
 def fold(blocks: Sequence[TaskInteraction | TaskQuery]) -> Folded:

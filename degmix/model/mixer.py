@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from degmix.model.recompute import recomputed
 from degmix_kernels import BatchNorm2d, ChannelMix, DeformMix
 
 
@@ -56,7 +58,15 @@ class MixerLayer(nn.Module):
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(B, C, H, W) → (B, C, H, W); ``tables`` as in :class:`Offsets`."""
         x = self.channel_mix(x)
-        offset, norm = self.offsets(x, tables), self.norm
+        norm = self.norm
+        positions, tables = self.offsets.positions(x), self.offsets.tables(x, tables)
+        offset = self.offsets.at(positions, tables)
+        again = partial(self.offsets.at, positions.detach(), tuple(table.detach() for table in tables))
+        # Offsets are the largest tensors of the head, 2·C channels in fp32; the positions have 18.
+        with recomputed(offset, again, list(self.offsets.parameters())):
+            return self._mix(x, offset, norm)
+
+    def _mix(self, x: Tensor, offset: Tensor, norm: nn.Module) -> Tensor:
         if not isinstance(norm, BatchNorm2d):  # converted: nn.SyncBatchNorm gathers its statistics itself
             return x + norm(self.deform_mix(x, offset))
         if norm.uses_batch_statistics:
@@ -98,13 +108,23 @@ class Offsets(nn.Module):
         Returns:
             (B, 2·C, H, W); channel 2i is dy of channel i, 2i + 1 its dx.
         """
-        height, width = x.shape[2:]
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if tables is None:
-            (tables,) = constant_tables([self], height, width, x.dtype)
+        return self.at(self.positions(x), self.tables(x, tables))
+
+    def positions(self, x: Tensor) -> Tensor:
+        """The learned positions, (B, 18, H, W), without bias."""
         with torch.autocast(x.device.type, enabled=False):
-            learned = convolve(convolve(x, self.p_conv), self.opt)
-            return learned + constant_offsets(tables, height, width)
+            return convolve(x.to(torch.promote_types(x.dtype, torch.float32)), self.p_conv)
+
+    def tables(self, x: Tensor, tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """The given tables, or this layer's for maps like x."""
+        if tables is None:
+            (tables,) = constant_tables([self], *x.shape[2:], torch.promote_types(x.dtype, torch.float32))
+        return tables
+
+    def at(self, positions: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """Offsets from the learned positions and the constant tables."""
+        with torch.autocast(positions.device.type, enabled=False):
+            return convolve(positions, self.opt) + constant_offsets(tables, *positions.shape[2:])
 
 
 def convolve(x: Tensor, layer: nn.Conv2d) -> Tensor:

@@ -8,7 +8,7 @@ load. Padding of the head dimension up to a power of two is zeros, which add not
 import triton
 import triton.language as tl
 
-from degmix_kernels.deform_conv.sampling import multiply
+from degmix_kernels.product import multiply
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 

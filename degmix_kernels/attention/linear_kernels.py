@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from degmix_kernels.attention.kernels import block_of_head, load_tokens, store_tokens
-from degmix_kernels.deform_conv.sampling import multiply
+from degmix_kernels.product import multiply
 
 
 @triton.jit

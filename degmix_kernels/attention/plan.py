@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from degmix_kernels.attention import backward_kernels, kernels
-from degmix_kernels.deform_conv.problem import ceil_div, precision
+from degmix_kernels.batch_norm.plan import ceil_div
 from degmix_kernels.launch import Launch, needs_64_bit
+from degmix_kernels.product import precision
 
 
 def empty_like(tokens: Tensor) -> Tensor:
