@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from degmix import build
@@ -154,16 +158,44 @@ def _flops_of(flops: dict[str, int], name: str, module: nn.Module) -> int:
 
 
 def saved_for_backward(forward: Callable[[], object], parameters: Sequence[Tensor]) -> int:
-    """Bytes of the distinct tensors that autograd keeps for the backward pass, the parameters aside."""
+    """Bytes of the distinct tensors that are kept for the backward pass, the parameters aside.
+
+    These are what autograd saves, and whatever else outlives the forward pass but its results: what
+    activation checkpointing computes from again, for example.
+    """
     weights = {parameter.untyped_storage()._cdata for parameter in parameters}
-    storages: dict[int, torch.UntypedStorage] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            storages[storage._cdata] = storage  # held, so that no later storage takes its place
+            saved[storage._cdata] = storage  # held, so that no later storage takes its place
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(storage.nbytes() for storage in storages.values())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _Storages() as made:
+        results = forward()
+    kept = {storage._cdata: storage for storage in made.alive()}
+    for leaf in tree_leaves(results):
+        if isinstance(leaf, Tensor):
+            kept.pop(leaf.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in {**kept, **saved}.values())
+
+
+class _Storages(TorchDispatchMode):
+    """Knows which of the storages made inside still live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
+                self._made.append(weakref.ref(leaf.untyped_storage()))
+        return result
+
+    def alive(self) -> list[torch.UntypedStorage]:
+        """The storages."""
+        return [storage for reference in self._made if (storage := reference()) is not None]
