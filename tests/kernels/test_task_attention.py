@@ -139,6 +139,12 @@ def test_more_rows_than_a_block(device):
     compare(query, key, value, 3)
 
 
+def test_indices_of_64_bits(device, monkeypatch):
+    monkeypatch.setattr(plan, "needs_64_bit", lambda *tensors: True)
+    compare(*tensors(device, torch.float32, 2, 3, 16, 2, "own", pixels=41), 2)
+    compare(*tensors(device, torch.float32, 2, 3, 4, 2, "shared none"), 2)
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.3, 2])
 def test_scale(device, scale):
     query, key, value = tensors(device, torch.float32, 2, 3, 6, 2, "own")
