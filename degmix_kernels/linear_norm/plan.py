@@ -123,7 +123,7 @@ def plan_backward(
             "BLOCK_CHANNELS": channels,
             "BLOCK_PIXELS": pixels,
         },
-        num_warps=8 if channels * pixels >= 4096 else 4,
+        num_warps=16 if channels > 256 else 8 if channels * pixels >= 4096 else 4,
     )
     return launch, sums
 

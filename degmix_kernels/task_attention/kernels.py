@@ -70,11 +70,11 @@ def accumulate(totals, weights, tile):
 
 
 @triton.jit
-def load_tasks(pointer, address, stride, valid, zero, TASKS: tl.constexpr):
+def load_tasks(pointer, address, stride, valid, zero, UNIT: tl.constexpr, TASKS: tl.constexpr):
     """The tile of every key task."""
     tiles = ()
     for task in tl.static_range(TASKS):
-        tiles += (tl.load(pointer + address + (zero + task) * stride, mask=valid, other=0.0),)
+        tiles += (tl.load(pointer + address + (zero + task) * stride * UNIT, mask=valid, other=0.0),)
     return tiles
 
 
@@ -133,11 +133,11 @@ def forward(
 
     within = head * HEAD_DIM + channel
     key_address = (image * key_stride_batch + pixel * key_stride_pixel) * UNIT + within
-    keys = load_tasks(key_ptr, key_address, key_stride_task * UNIT, valid, zero, TASKS)
+    keys = load_tasks(key_ptr, key_address, key_stride_task, valid, zero, UNIT, TASKS)
     values = keys
     if value_ptr is not None:
         value_address = (image * value_stride_batch + pixel * value_stride_pixel) * UNIT + within
-        values = load_tasks(value_ptr, value_address, value_stride_task * UNIT, valid, zero, TASKS)
+        values = load_tasks(value_ptr, value_address, value_stride_task, valid, zero, UNIT, TASKS)
 
     within = head * sharing * HEAD_DIM + channel
     query_ptr += (image * query_stride_batch + pixel * query_stride_pixel) * UNIT + within
@@ -203,11 +203,11 @@ def backward(
 
     within = head * HEAD_DIM + channel
     key_address = (image * key_stride_batch + pixel * key_stride_pixel) * UNIT + within
-    keys = load_tasks(key_ptr, key_address, key_stride_task * UNIT, valid, zero, TASKS)
+    keys = load_tasks(key_ptr, key_address, key_stride_task, valid, zero, UNIT, TASKS)
     values = keys
     if value_ptr is not None:
         value_address = (image * value_stride_batch + pixel * value_stride_pixel) * UNIT + within
-        values = load_tasks(value_ptr, value_address, value_stride_task * UNIT, valid, zero, TASKS)
+        values = load_tasks(value_ptr, value_address, value_stride_task, valid, zero, UNIT, TASKS)
     grad_keys, grad_values = (), ()
     for _task in tl.static_range(TASKS):
         grad_keys += (tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32),)

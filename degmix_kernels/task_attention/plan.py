@@ -15,7 +15,7 @@ from torch import Tensor
 from degmix_kernels.launch import Launch, needs_64_bit
 from degmix_kernels.task_attention import kernels
 
-_WARPS = 4
+_WARPS, _MOST_WARPS = 4, 8
 _LOAD = 16  # bytes per thread and tile: one load of 128 bits
 _FORWARD_CHUNK, _BACKWARD_CHUNK = 4, 2  # queries whose loads are in flight together
 # Most key tasks, with and without values, of which the backward pass keeps a load of 128 bits per thread in
@@ -72,8 +72,8 @@ class Sizes:
         elements = min(_LOAD // given[0].element_size(), max(unit, 2))
         if kernel is kernels.backward and self.tasks > _BACKWARD_TASKS[strided["value"] is not None]:
             elements = max(elements // 2, 1)
-        warps = max(_WARPS, block_channels // (32 * elements))
-        block_rows = 32 * warps * elements // block_channels
+        warps = min(max(_WARPS, block_channels // (32 * elements)), _MOST_WARPS)
+        block_rows = max(32 * warps * elements // block_channels, 1)
         rows, queries = self.pixels * self.heads, self.query_tasks * self.sharing
         row_blocks = triton.cdiv(rows, block_rows)
         for name, tensor in strided.items():
@@ -166,6 +166,7 @@ def _examples(dtype: torch.dtype) -> Iterator[Launch]:
             (8, 7, 7, nyud, 2, 256, True, False),
             (8, 5, 5, nyud, 2, 128, False, True),
             (2, 2, 3, 900, 3, 1024, True, True),
+            (2, 2, 8, 900, 1, 1023, False, True),
             (2, 3, 3, 99, 2, 37, False, True),
             (2, 3, 2, 99, 2, 40, False, True),
             (1, 2, 1, 99, 1, 1, False, True),

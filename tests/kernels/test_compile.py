@@ -52,6 +52,18 @@ def test_compiles_without_spills(target: tuple[str, str]) -> None:
         for line in aligned:  # the vectors are fp32
             assert line["loads"].get("128", 0) > 0, line
             assert "16" not in line["loads"], line
+        # More key tasks than these, and the backward pass keeps half as much of each.
+        aligned = [
+            line
+            for line in lines
+            if line["op"] == "task_attention" and line["dtype"] != "float32"
+            if line["constants"]["HEAD_DIM"] % 8 == 0 and line["constants"]["TASKS"] <= 5
+        ]
+        assert {(line["kernel"], line["constants"]["HEAD_DIM"]) for line in aligned} >= {
+            (kernel, head_dim) for kernel in ("forward", "backward") for head_dim in (40, 128, 256)
+        }
+        for line in aligned:
+            assert set(line["loads"]) == {"128"}, line
 
 
 def check_general_widths(line: dict) -> None:

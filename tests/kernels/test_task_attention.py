@@ -128,7 +128,7 @@ def test_queries_that_do_not_fill_chunks(device, queries, heads):
 
 
 def test_head_dims_up_to_the_largest(device):
-    compare(*tensors(device, torch.float32, 2, 2, 1000, 1, "own", pixels=2), 1)
+    compare(*tensors(device, torch.float32, 1, 8, 1023, 1, "own", pixels=2), 1)
     compare(*tensors(device, torch.bfloat16, 1, 8, 1024, 1, "own", pixels=2), 1)
 
 
@@ -137,6 +137,12 @@ def test_more_rows_than_a_block(device):
     launch = plan.plan_forward(query, key, value, query, 3, 1.0)
     assert launch.programs == 2 * math.ceil(123 / launch.constants["BLOCK_ROWS"]) > 2
     compare(query, key, value, 3)
+
+
+def test_indices_of_64_bits(device, monkeypatch):
+    monkeypatch.setattr(plan, "needs_64_bit", lambda *tensors: True)
+    compare(*tensors(device, torch.float32, 2, 3, 16, 2, "own", pixels=41), 2)
+    compare(*tensors(device, torch.float32, 2, 3, 4, 2, "shared none"), 2)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3, 2])
