@@ -97,7 +97,7 @@ def apply_matrix(
         matrix_ptr += inner[:, None] * HEAD_DIM + column
     output = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), tl.float32)
     factor = 1.0
-    for first in tl.static_range(0, BLOCK_DIM, BLOCK_INNER):
+    for first in range(0, BLOCK_DIM, BLOCK_INNER):
         valid = first + inner < HEAD_DIM
         tile = tl.load(tokens_ptr + first, mask=(token[:, None] < tokens) & valid[None, :], other=0.0)
         step = first if TRANSPOSED else first * HEAD_DIM

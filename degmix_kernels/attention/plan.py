@@ -83,31 +83,29 @@ class Blocks:
         }
 
 
-_FP32_BLOCKS = Blocks(32, 32, 4, 1)  # small: products in fp32 keep their operands in registers
-
-
 def padded(head_dim: int) -> int:
     """Channels of a tile: a power of two that matrix units can take."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-# In half precision, the largest tiles of 128 channels that spill no register on any GPU of the compile check.
-# The rows that stay are many, so that what is read for them over and over is little.
+# The largest tiles of 128 channels that spill no register on any GPU of the compile check: small in fp32, whose
+# products keep their operands in registers. In half precision the rows that stay are many, so that what is
+# read for them over and over is little.
 
 
 def forward_blocks(tokens: Tensor) -> Blocks:
     """Tiles of the forward kernel."""
-    return _FP32_BLOCKS if tokens.dtype == torch.float32 else Blocks(128, 32, 8, 3)
+    return Blocks(32, 32, 8, 1) if tokens.dtype == torch.float32 else Blocks(128, 32, 8, 3)
 
 
 def query_blocks(tokens: Tensor) -> Blocks:
     """Tiles of the gradient of the queries."""
-    return _FP32_BLOCKS if tokens.dtype == torch.float32 else Blocks(128, 32, 8, 2)
+    return Blocks(32, 32, 4, 1) if tokens.dtype == torch.float32 else Blocks(128, 32, 8, 2)
 
 
 def context_blocks(tokens: Tensor) -> Blocks:
     """Tiles of the gradients of keys and values."""
-    return _FP32_BLOCKS if tokens.dtype == torch.float32 else Blocks(32, 64, 4, 2)
+    return Blocks(16, 32, 4, 1) if tokens.dtype == torch.float32 else Blocks(32, 64, 4, 2)
 
 
 def scales(head_dim: int) -> dict[str, float]:
@@ -290,7 +288,7 @@ def _examples(dtype: torch.dtype) -> Iterator[Launch]:
     """Launches of DeGMix on NYUD-v2, 4 tasks of 107×140 tokens, and of other heads, whole and ragged."""
     calls = [(8, 2, 107 * 140, 4 * 107 * 140, 128), (8, 4, 4096, 4096, 64), (2, 6, 700, 700, 40)]
     if dtype == torch.bfloat16:  # the last has more than 2³¹ elements
-        calls += [(2, 3, 33, 33, 16), (2, 3, 33, 65, 5), (64, 4, 65536, 65536, 128)]
+        calls += [(2, 3, 33, 33, 16), (2, 3, 33, 65, 5), (64, 4, 65536 + 64, 65536 + 64, 128)]
     for batch, heads, queries, keys, head_dim in calls:
         yield from call_examples(dtype, (batch, heads, queries, keys, head_dim))
 
