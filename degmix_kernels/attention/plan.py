@@ -87,7 +87,7 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-# The largest tiles of 128 channels that spill no register on any GPU of the compile check: small in fp32, whose
+# Large tiles of 128 channels that spill no register on any GPU of the compile check: small in fp32, whose
 # products keep their operands in registers. In half precision the rows that stay are many, so that what is
 # read for them over and over is little.
 
