@@ -88,7 +88,7 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-# The largest tiles of 128 channels that spill no register on any GPU of the compile check: small in fp32, whose
+# Large tiles of 128 channels that spill no register on any GPU of the compile check: small in fp32, whose
 # products keep their operands in registers. In half precision the rows that stay are many, so that what is
 # read for them over and over is little.
 
@@ -100,12 +100,14 @@ def forward_blocks(tokens: Tensor) -> Blocks:
 
 def query_blocks(tokens: Tensor) -> Blocks:
     """Tiles of the gradient of the queries."""
-    return Blocks(32, 32, 4, 1) if tokens.dtype == torch.float32 else Blocks(128, 32, 8, 2)
+    return Blocks(32, 16, 4, 1) if tokens.dtype == torch.float32 else Blocks(128, 32, 8, 2)
 
 
 def context_blocks(tokens: Tensor) -> Blocks:
     """Tiles of the gradients of keys and values."""
-    return Blocks(16, 32, 4, 1) if tokens.dtype == torch.float32 else Blocks(32, 64, 4, 2)
+    if tokens.dtype == torch.float32:
+        return Blocks(16, 32, 4, 1)
+    return Blocks(32, 64, 4 if padded(tokens.shape[3]) > 64 else 8, 2)
 
 
 def scales(head_dim: int) -> dict[str, float]:
