@@ -98,9 +98,11 @@ def forward_blocks(tokens: Tensor) -> Blocks:
     return Blocks(32, 32, 8, 1) if tokens.dtype == torch.float32 else Blocks(128, 32, 8, 3)
 
 
-def query_blocks(tokens: Tensor) -> Blocks:
-    """Tiles of the gradient of the queries."""
-    return Blocks(32, 16, 4, 1) if tokens.dtype == torch.float32 else Blocks(128, 32, 8, 2)
+def query_blocks(tokens: Tensor, wide: bool) -> Blocks:
+    """Tiles of the gradient of the queries; ``wide`` addresses of 64 bits take more registers."""
+    if tokens.dtype == torch.float32:
+        return Blocks(32, 16, 4, 1)
+    return Blocks(64, 32, 4, 2) if wide else Blocks(128, 32, 8, 2)
 
 
 def context_blocks(tokens: Tensor) -> Blocks:
@@ -209,7 +211,8 @@ def plan_backward_query(
     """The gradient of the queries, laid out as that of the attended values, ``grad``."""
     batch, heads, queries, head_dim = query.shape
     keys = key.shape[2]
-    blocks = query_blocks(query)
+    wide = needs_64_bit(query, key, value, grad)
+    blocks = query_blocks(query, wide)
     steps, unit = strides(query=query, key=key, value=value, output=grad)
     count = ceil_div(queries, blocks.queries)
     return Launch(
@@ -231,7 +234,7 @@ def plan_backward_query(
             "query_blocks": count,
             "whole_keys": keys // blocks.keys * blocks.keys,
         },
-        {"UNIT": unit, "INDEX_64": needs_64_bit(query, key, value, grad), **blocks.constants(query)},
+        {"UNIT": unit, "INDEX_64": wide, **blocks.constants(query)},
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )

@@ -257,7 +257,9 @@ def test_large_and_equal_scores(device, dtype):
         output = gated_attention(constant, key, value)
         assert_close(output, value.double().mean(2, keepdim=True).expand_as(output), 40)
         (gradient,) = torch.autograd.grad(output, value, torch.ones_like(output))
-        assert_close(gradient, torch.full_like(gradient, 5 / 40).double(), 40)
+        # Scores are 40 000 here: their logarithm's last bit is 0.004.
+        expected = torch.full_like(gradient, 5 / 40)
+        torch.testing.assert_close(gradient, expected, rtol=1e-2 if dtype == torch.bfloat16 else 2e-3, atol=0)
 
 
 def test_nan_stays_where_the_reference_has_it(device):
