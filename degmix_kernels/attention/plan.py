@@ -107,9 +107,10 @@ def query_blocks(tokens: Tensor, wide: bool) -> Blocks:
 
 def context_blocks(tokens: Tensor) -> Blocks:
     """Tiles of the gradients of keys and values."""
+    wide = padded(tokens.shape[3]) > 64
     if tokens.dtype == torch.float32:
-        return Blocks(16, 32, 4, 1)
-    return Blocks(32, 64, 4 if padded(tokens.shape[3]) > 64 else 8, 2)
+        return Blocks(16, 32, 4, 1) if wide else Blocks(32, 16, 4, 1)
+    return Blocks(32, 64, 4 if wide else 8, 2)
 
 
 def scales(head_dim: int) -> dict[str, float]:
