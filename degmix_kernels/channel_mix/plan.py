@@ -175,7 +175,9 @@ def plan_examples(dtype: torch.dtype) -> list[Launch]:
 def _examples(dtype: torch.dtype) -> Iterator[Launch]:
     """DeGMix on NYUD-v2 in both layouts, four tasks side by side, ragged sizes, more than 2³¹ elements."""
     # shape of x, channels last, groups, out channels
-    calls = [((8, 256, 107, 140), False, 1, 256), ((8, 256, 107, 140), True, 1, 256)]
+    calls = [((8, 256, 107, 140), False, 1, 256)]
+    if dtype != torch.float16:  # the code of bf16 but for conversions
+        calls += [((8, 256, 107, 140), True, 1, 256)]
     if dtype == torch.bfloat16:
         calls += [
             ((8, 1024, 107, 140), False, 4, 1024),

@@ -163,15 +163,13 @@ def _examples(dtype: torch.dtype) -> Iterator[Launch]:
     if dtype == torch.bfloat16:
         calls += [
             (8, 1, 4, nyud, 2, 256, True, False),
-            (8, 7, 7, nyud, 2, 256, True, False),
             (8, 5, 5, nyud, 2, 128, False, True),
-            (2, 2, 3, 900, 3, 1024, True, True),
             (2, 2, 8, 900, 1, 1023, False, True),
             (2, 3, 3, 99, 2, 37, False, True),
-            (2, 3, 2, 99, 2, 40, False, True),
-            (1, 2, 1, 99, 1, 1, False, True),
             (8, 4, 4, 1024 * 2048, 2, 128, False, True),
         ]
+    if dtype == torch.float16:  # the code of bf16 but for conversions
+        calls = calls[:2]
     for batch, query_tasks, tasks, pixels, heads, head_dim, shared, values in calls:
         query = torch.empty((batch, query_tasks, pixels, heads * head_dim), dtype=dtype, device="meta")
         channels = head_dim if shared else heads * head_dim
