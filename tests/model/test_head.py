@@ -325,19 +325,28 @@ def test_half_precision_keeps_offsets_exact(device):
     assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in predictions.values())
 
 
-@pytest.mark.filterwarnings("ignore:.*no Triton kernel yet")
-def test_triton_head_agrees_with_the_reference(device):
+@pytest.mark.filterwarnings("error:.*no Triton kernel yet")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@every_attention
+def test_triton_head_agrees_with_the_reference(attention, training, device):
+    """Every op forced to its kernels: predictions, statistics, gradients of all features and parameters."""
+    # The tokens of "linear" are at a sixteenth: a batch statistic over four of them would amplify rounding.
+    size = (2, 11, 13) if attention == "linear" else (1, 5, 6)
     results = []
     for backend in ("reference", "triton"):
-        head = small_head("pixel", dim=16).float().to(device).train()
-        features = [feature.float().to(device).requires_grad_() for feature in small_features(1, 5, 6)]
+        head = small_head(attention, dim=16).float().to(device).train(training)
+        features = [feature.float().to(device).requires_grad_() for feature in small_features(*size)]
         with use_backend(backend):
             predictions = head(features, (10, 12))
             sum(p.square().sum() for p in predictions.values()).backward()
-        gradients = [feature.grad for feature in features] + [p.grad for p in head.parameters()]
-        results.append([*predictions.values(), *gradients])
-    for reference, triton in zip(*results, strict=True):
-        assert relative_l2(triton, reference) < 1e-4 or (triton - reference).norm() < 1e-4
+        named = {**dict(head.named_parameters()), **dict(enumerate(features))}
+        gradients = {name: leaf.grad for name, leaf in named.items() if leaf.grad is not None}
+        results.append({**predictions, **gradients, **dict(head.named_buffers())})
+    reference, triton = results
+    assert reference.keys() == triton.keys()
+    for name, value in reference.items():
+        close = relative_l2(triton[name], value) < 1e-4 or (triton[name] - value).norm() < 1e-4
+        assert close, name
 
 
 @pytest.mark.parametrize(
