@@ -166,6 +166,7 @@ def _examples(dtype: torch.dtype) -> Iterator[Launch]:
             (8, 5, 5, nyud, 2, 128, False, True),
             (2, 2, 8, 900, 1, 1023, False, True),
             (2, 3, 3, 99, 2, 37, False, True),
+            (2, 3, 2, 99, 2, 40, False, True),
             (8, 4, 4, 1024 * 2048, 2, 128, False, True),
         ]
     if dtype == torch.float16:  # the code of bf16 but for conversions
