@@ -1,9 +1,8 @@
 """What an op does with a result before it stores it: activation and statistics, and the way back.
 
-Forward, y = act(z); backward, dz = (g + constant + linear · (y − mean)) · act'(z), where the vectors, one
-value per channel, carry the gradients of the statistics: of the mean and, through y − mean, which loses no
-digits to a large mean, of the variance. Nothing but z is saved, and dz is never written to memory. All
-arithmetic is fp32.
+Forward, y = act(z); backward, dz = (g + constant + linear · y) · act'(z), where the two vectors, one value
+per channel, carry the gradients of the statistics: those of Σ y and Σ y²/2. Nothing but z is saved, and dz is
+never written to memory. All arithmetic is fp32.
 """
 
 from __future__ import annotations
@@ -25,15 +24,13 @@ class Epilogue:
         activation: one of ``ACTIVATIONS``.
         pre: z, in shape, layout and dtype of the result. Needed unless dz = g + constant.
         constant: fp32, one value per channel, added to the gradient of y, or None.
-        linear: fp32, one value per channel, times y − mean added to the gradient of y, or None.
-        mean: fp32, one value per channel, given with ``linear``.
+        linear: fp32, one value per channel, times y added to the gradient of y, or None.
     """
 
     activation: str = "identity"
     pre: Tensor | None = None
     constant: Tensor | None = None
     linear: Tensor | None = None
-    mean: Tensor | None = None
 
     def arguments(self) -> dict[str, Tensor | None]:
         """The kernel arguments that ``load_gradient`` reads, by name."""
@@ -44,7 +41,6 @@ class Epilogue:
             "pre_ptr": self.pre if uses_pre else None,
             "constant_ptr": self.constant,
             "linear_ptr": self.linear,
-            "mean_ptr": self.mean,
         }
 
 
@@ -167,14 +163,13 @@ def load_gradient(
     pre_ptr,  # z, laid out as the gradient, or None
     constant_ptr,  # one fp32 per channel, or None
     linear_ptr,  # one fp32 per channel, or None
-    mean_ptr,  # as linear
     address,  # of the tile in grad and z
     channel,  # broadcasts to the tile
     channel_valid,  # as channel
     valid,  # (tile)
     ACTIVATION: tl.constexpr,
 ):
-    """A tile of dz = (g + constant + linear · (y − mean)) · act'(z) in the dtype of g; 0 where not valid."""
+    """A tile of dz = (g + constant + linear · act(z)) · act'(z) in the dtype of g; 0 where not valid."""
     gradient = tl.load(grad_ptr + address, mask=valid, other=0.0)
     if (pre_ptr is None) and (constant_ptr is None):
         return gradient
@@ -185,7 +180,6 @@ def load_gradient(
         z = tl.load(pre_ptr + address, mask=valid, other=0.0).to(tl.float32)
         value, slope = activate_with_slope(z, ACTIVATION)
         if linear_ptr is not None:
-            value -= tl.load(mean_ptr + channel, mask=channel_valid, other=0.0)
             result += tl.load(linear_ptr + channel, mask=channel_valid, other=0.0) * value
         if ACTIVATION != "identity":
             result *= slope

@@ -68,17 +68,19 @@ def product_tile(
     out_valid,
     pixel,  # (BLOCK_PIXELS,)
     pixel_valid,
-    inner,
+    inner_units,  # a kernel argument, for a loop to end at
     channels,  # of x, in all groups
     pixels,
+    UNIT: tl.constexpr,  # channels of an inner unit
     LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
     """weight · x of one tile, (BLOCK_OUT, BLOCK_PIXELS) in fp32."""
     total = tl.zeros((out.shape[0], pixel.shape[0]), tl.float32)
-    for start in range(0, inner, BLOCK_INNER):
-        index = start + tl.arange(0, BLOCK_INNER)
+    inner = inner_units * UNIT
+    for start in range(0, inner_units, BLOCK_INNER // UNIT):
+        index = start * UNIT + tl.arange(0, BLOCK_INNER)
         index_valid = index < inner
         weight = tl.load(
             weight_ptr + out[:, None] * inner + index[None, :],

@@ -46,6 +46,7 @@ def forward(
     PART: tl.constexpr,
 ):
     """z and the statistics of act(z), or the result normalised by given statistics, of one tile."""
+    inner_units = inner
     inner, out_channels, pixels, image, group, out_start, pixel_start = tile_of(
         inner, out_channels, pixels, out_blocks, pixel_blocks, groups,
         INNER_UNIT, OUT_UNIT, PIXEL_UNIT, INDEX_64, BLOCK_OUT, BLOCK_PIXELS,
@@ -57,7 +58,7 @@ def forward(
     pixel = pixel_start + tl.arange(0, BLOCK_PIXELS)
     z = product_tile(
         x_ptr, weight_ptr + group * out_channels * inner, out, out_valid, pixel, pixel < pixels,
-        inner, channels, pixels, LAST, PRECISION, BLOCK_INNER,
+        inner_units, channels, pixels, INNER_UNIT, LAST, PRECISION, BLOCK_INNER,
     )  # fmt: skip
     out += group * out_channels
     channels = groups * out_channels

@@ -190,11 +190,15 @@ def _mix_backward(
     grad = grad.contiguous(
         memory_format=torch.channels_last if layout.is_channels_last(pre) else torch.contiguous_format
     )
-    # y's own gradient is grad + ∂/∂y (grad_mean · mean + grad_variance · variance), linear in y − mean.
+    # y's own gradient is grad + ∂/∂y (grad_mean · mean + grad_variance · variance), linear in y.
     count = max(problem.batch * problem.out_pixels, 1)
-    constant = None if grad_mean is None else grad_mean / count
-    linear = None if grad_variance is None else 2 / count * grad_variance
-    epilogue = Epilogue(activation, pre, constant, linear, None if linear is None else mean)
+    constant = linear = None
+    if grad_variance is not None:
+        linear = 2 / count * grad_variance
+        constant = -linear * mean
+    if grad_mean is not None:
+        constant = grad_mean / count + (0 if constant is None else constant)
+    epilogue = Epilogue(activation, pre, constant, linear)
     fill_gradients(problem, path, grad, epilogue, [*results, grad], [*wanted, False], deterministic)
     return results
 

@@ -145,7 +145,7 @@ def backward_samples(
             grad_out = load_gradient(
                 grad_ptr + image * out_channels * pixels,
                 None if pre_ptr is None else pre_ptr + image * out_channels * pixels,
-                None, None, None,
+                None, None,
                 tensor_address(0, out[:, None], pixel, out_channels, pixels, OUTPUT_LAST),
                 out[:, None], out_valid[:, None], out_valid[:, None] & pixel_valid, ACTIVATION,
             )  # fmt: skip
@@ -279,7 +279,7 @@ def backward_weight(
         grad_out = load_gradient(
             grad_ptr + image * out_channels * pixels,
             None if pre_ptr is None else pre_ptr + image * out_channels * pixels,
-            None, None, None, tensor_address(0, out, pixel, out_channels, pixels, OUTPUT_LAST),
+            None, None, tensor_address(0, out, pixel, out_channels, pixels, OUTPUT_LAST),
             out, out_valid, out_valid & pixel_valid, ACTIVATION,
         )  # fmt: skip
         gradient = multiply(grad_out, tl.trans(sampled.to(grad_out.dtype)), gradient, PRECISION)

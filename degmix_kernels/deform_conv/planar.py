@@ -263,8 +263,7 @@ def fixed_point_scale(problem: Problem, grad: Tensor, epilogue: Epilogue | None 
         if epilogue.constant is not None:
             bound = bound + _largest(epilogue.constant)
         if epilogue.linear is not None:
-            largest = _largest(epilogue.pre) + _largest(epilogue.mean)  # |act(z)| ≤ |z|
-            bound = bound + _largest(epilogue.linear) * largest
+            bound = bound + _largest(epilogue.linear) * _largest(epilogue.pre)  # |act(z)| ≤ |z|
         bound = bound * 1.2  # no activation is steeper
     bound = bound * per_channel * problem.out_pixels
     if problem.mask is not None:
@@ -326,7 +325,7 @@ class _Example:
             bias = empty(self.out)
         if self.activation != "identity":
             statistics, vector = new_statistics(problem), empty(self.out, of=torch.float32)
-            epilogue = Epilogue(self.activation, output, vector, vector, vector)
+            epilogue = Epilogue(self.activation, output, vector, vector)
         pre = None if epilogue is None else output
         sums, scale = input.float(), None
         if self.deterministic:

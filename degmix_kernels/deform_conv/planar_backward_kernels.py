@@ -26,10 +26,9 @@ from degmix_kernels.product import multiply
 @triton.jit
 def backward_samples(
     grad_ptr,  # as the output
-    pre_ptr,  # with constant_ptr, linear_ptr and mean_ptr, see epilogue.load_gradient
+    pre_ptr,  # with constant_ptr and linear_ptr, see epilogue.load_gradient
     constant_ptr,
     linear_ptr,
-    mean_ptr,
     input_ptr,
     offset_ptr,
     mask_ptr,  # or None
@@ -163,7 +162,7 @@ def backward_samples(
                 address = tensor_address(out[None, :], weight_channel, tap, group_channels, taps, WEIGHT_LAST)
                 weight = tl.load(weight_ptr + address, mask=weight_valid, other=0.0)  # (ROWS, BLOCK_OUT)
                 grad_out = load_gradient(
-                    grad_ptr, pre_ptr, constant_ptr, linear_ptr, mean_ptr,
+                    grad_ptr, pre_ptr, constant_ptr, linear_ptr,
                     tensor_address(0, out[:, None], out_pixel, out_channels, out_pixels, OUTPUT_LAST),
                     out[:, None], out_valid[:, None], out_valid[:, None] & (out_pixel < out_pixels),
                     ACTIVATION,
@@ -223,10 +222,9 @@ def backward_samples(
 @triton.jit
 def backward_weight(
     grad_ptr,  # as the output
-    pre_ptr,  # with constant_ptr, linear_ptr and mean_ptr, see epilogue.load_gradient
+    pre_ptr,  # with constant_ptr and linear_ptr, see epilogue.load_gradient
     constant_ptr,
     linear_ptr,
-    mean_ptr,
     input_ptr,
     offset_ptr,
     mask_ptr,  # or None
@@ -327,7 +325,7 @@ def backward_weight(
         grad_out = load_gradient(
             grad_ptr + image * out_channels * out_pixels,
             None if pre_ptr is None else pre_ptr + image * out_channels * out_pixels,
-            constant_ptr, linear_ptr, mean_ptr,
+            constant_ptr, linear_ptr,
             tensor_address(0, out, out_pixel, out_channels, out_pixels, OUTPUT_LAST),
             out, out_valid, out_valid & (out_pixel < end), ACTIVATION,
         )  # (BLOCK_OUT, BLOCK_PIXELS)  # fmt: skip

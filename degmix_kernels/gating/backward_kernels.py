@@ -49,6 +49,7 @@ def gate_backward(
     program = tl.program_id(0)
     if INDEX_64:
         program = program.to(tl.int64)
+    inner_units = inner
     inner *= INNER_UNIT
     row_block, column_block = program // column_blocks, program % column_blocks
     element = row_block // row_blocks  # 0 unless TOKENS
@@ -59,13 +60,13 @@ def gate_backward(
     if TOKENS:
         mixed = product(
             weight_ptr, normed_ptr + element * tokens * columns, mixed, token, token_valid, column,
-            column_valid, inner, columns, 1, inner, PRECISION, BLOCK_INNER,
+            column_valid, inner, columns, 1, inner_units, INNER_UNIT, PRECISION, BLOCK_INNER,
         )  # fmt: skip
         mixed += tl.load(bias_ptr + token, mask=token_valid, other=0.0).to(tl.float32)[:, None]
     else:
         mixed = product(
             normed_ptr, weight_ptr, mixed, token, token_valid, column, column_valid, columns, 1, inner,
-            inner, PRECISION, BLOCK_INNER,
+            inner_units, INNER_UNIT, PRECISION, BLOCK_INNER,
         )  # fmt: skip
         mixed += tl.load(bias_ptr + column, mask=column_valid, other=0.0).to(tl.float32)[None, :]
 
@@ -264,7 +265,7 @@ def token_weight(
         start = tl.minimum(element, batch - 1) * tokens * columns
         total = product(
             grad_ptr + start, normed_ptr + start, total, row, row < end, column, column < tokens, columns,
-            1, columns, columns, PRECISION, BLOCK_INNER,
+            1, columns, columns, 1, PRECISION, BLOCK_INNER,
         )  # fmt: skip
     at = (part * tokens + row)[:, None] * tokens + column[None, :]
     tl.store(sums_ptr + at, total, mask=(row < tokens)[:, None] & (column < tokens)[None, :])

@@ -83,13 +83,15 @@ def product(
     left_stride,  # between rows
     right_stride_inner,
     right_stride_column,
-    inner,
+    inner_units,  # a kernel argument, for a loop to end at
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
     """accumulator + left · right, fp32; the left matrix has contiguous rows."""
-    for start in range(0, inner, BLOCK_INNER):
-        k = start + tl.arange(0, BLOCK_INNER)
+    inner = inner_units * UNIT
+    for start in range(0, inner_units, BLOCK_INNER // UNIT):
+        k = start * UNIT + tl.arange(0, BLOCK_INNER)
         left = tl.load(
             left_ptr + row[:, None] * left_stride + k[None, :],
             mask=row_valid[:, None] & (k < inner)[None, :],
@@ -195,7 +197,7 @@ def linear(
     result = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     if norm_weight_ptr is None:
         result = product(
-            x_ptr, weight_ptr, result, row, row_valid, column, column_valid, x_stride, 1, inner, inner,
+            x_ptr, weight_ptr, result, row, row_valid, column, column_valid, x_stride, 1, inner, inner, 1,
             PRECISION, BLOCK_INNER,
         )  # fmt: skip
     else:
@@ -257,6 +259,7 @@ def mix_tokens(
     program = tl.program_id(0)
     if INDEX_64:
         program = program.to(tl.int64)
+    token_units = tokens
     tokens *= TOKENS_UNIT
     element = program // column_blocks // row_blocks
     token = program // column_blocks % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -265,7 +268,7 @@ def mix_tokens(
     result = product(
         weight_ptr, normed_ptr + element * tokens * columns,
         tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32), token, token_valid, column, column_valid,
-        tokens, columns, 1, tokens, PRECISION, BLOCK_INNER,
+        tokens, columns, 1, token_units, TOKENS_UNIT, PRECISION, BLOCK_INNER,
     )  # fmt: skip
     result += tl.load(bias_ptr + token, mask=token_valid, other=0.0).to(tl.float32)[:, None]
     valid = token_valid[:, None] & column_valid[None, :]

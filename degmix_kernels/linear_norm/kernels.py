@@ -40,6 +40,7 @@ def forward(
     BLOCK_PIXELS: tl.constexpr,
 ):
     """LayerNorm(weight · x + bias + addend) + residual of one block of pixels."""
+    inner_units = inner
     inner, out_channels, pixels, image, _, _, pixel_start = tile_of(
         inner, out_channels, pixels, out_blocks, pixel_blocks, groups,
         INNER_UNIT, OUT_UNIT, PIXEL_UNIT, INDEX_64, BLOCK_OUT, BLOCK_PIXELS,
@@ -50,7 +51,7 @@ def forward(
     pixel_valid = pixel < pixels
     z = product_tile(
         x_ptr + image * inner * pixels, weight_ptr, out, out_valid, pixel, pixel_valid,
-        inner, inner, pixels, LAST, PRECISION, BLOCK_INNER,
+        inner_units, inner, pixels, INNER_UNIT, LAST, PRECISION, BLOCK_INNER,
     )  # fmt: skip
     channel, valid = out[:, None], out_valid[:, None] & pixel_valid[None, :]
     if LAST:
