@@ -33,19 +33,18 @@ _MORE = (
 
 
 def gate_examples(dtype: torch.dtype) -> list[Launch]:
-    """Launches of ``spatial_gating_unit``."""
-    return [launch for call in _calls(dtype) for launch in _gate(call, dtype, "identity")]
+    """Launches of ``spatial_gating_unit``; ``gated_mlp`` has the same kernels at more sizes."""
+    return [launch for call in (_DEGMIX, _GMLP) for launch in _gate(call, dtype, "identity")]
 
 
 def mlp_examples(dtype: torch.dtype) -> list[Launch]:
     """Launches of ``gated_mlp``."""
-    return [launch for call in _calls(dtype) for launch in _mlp(call, dtype)]
-
-
-def _calls(dtype: torch.dtype) -> list[tuple[int, int, int, int, str]]:
+    calls = [_DEGMIX, _GMLP]
     if dtype == torch.float16:  # the code of bf16 but for conversions
-        return [_DEGMIX]
-    return [_DEGMIX, _GMLP, *(_MORE if dtype == torch.bfloat16 else ())]
+        calls = [_DEGMIX]
+    if dtype == torch.bfloat16:
+        calls += _MORE
+    return [launch for call in calls for launch in _mlp(call, dtype)]
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
