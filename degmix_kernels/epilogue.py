@@ -93,7 +93,7 @@ def activate_with_slope(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def store_result(
-    z,  # (channels, pixels), fp32
+    z,  # (channels, pixels), fp32, or as it is stored: its statistics are then those of what is stored
     output_ptr,  # of the image, or None
     pre_ptr,  # of the image, for z, or None
     channel,  # (channels, 1)
@@ -140,11 +140,7 @@ def store_result(
         address = pixel * channels + channel if LAST else channel * pixels + pixel
         if pre_ptr is not None:
             tl.store(pre_ptr + address, z.to(pre_ptr.dtype.element_ty), mask=valid)
-        if STATISTICS:
-            # Of what the backward pass will see, z as it is stored: a sum of deviations is then 0.
-            z = z.to(output_ptr.dtype.element_ty if pre_ptr is None else pre_ptr.dtype.element_ty).to(
-                tl.float32
-            )
+        z = z.to(tl.float32)
         result = activate(z, ACTIVATION)
         if output_ptr is not None:
             tl.store(output_ptr + address, result.to(output_ptr.dtype.element_ty), mask=valid)

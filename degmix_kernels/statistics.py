@@ -101,6 +101,6 @@ def plan_combine(statistics: Statistics, pixels: int, mean: Tensor, variance: Te
 
 def finish_statistics(statistics: Statistics, pixels: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel, (channels,), fp32, by ``plan_combine``."""
-    mean, variance = (torch.empty_like(statistics.means[:1])[0] for _ in range(2))
+    mean, variance = (statistics.means.new_empty(statistics.means.shape[1]) for _ in range(2))
     run(plan_combine(statistics, pixels, mean, variance), mean.device)
     return mean, variance

@@ -39,7 +39,7 @@ def plan_forward(
         pre: to be filled with the output's value before the activation, laid out as the output; or None.
         statistics: to be filled, from ``new_statistics``; or None.
     """
-    blocks = _forward_blocks(problem)
+    blocks = _forward_blocks(problem, statistics is not None)
     span = Span.of(problem, blocks.out)
     sets, within_steps = span.tiles(problem, blocks)
     out_blocks = ceil_div(span.groups * problem.group_out, blocks.out)
@@ -76,7 +76,7 @@ def plan_forward(
     )
 
 
-def _forward_blocks(problem: Problem) -> Blocks:
+def _forward_blocks(problem: Problem, statistics: bool = False) -> Blocks:
     """Block sizes of the forward pass."""
     # Every block of out channels gathers the samples again, so it is as large as registers allow. Exact fp32
     # products keep their operands in registers, too. 256 × 64 sums on 16 warps take 32 registers of a thread,
@@ -87,7 +87,8 @@ def _forward_blocks(problem: Problem) -> Blocks:
     span = Span.of(problem, largest)
     out = block(span.groups * problem.group_out, largest)
     pixels = block(problem.out_pixels, 64 if wide and out > 16 else 32)
-    rows = 32 if out * pixels >= 16384 and not needs_64_bit(problem.offset[:1]) else 16
+    # 32 rows spill where addresses have 64 bits, or with statistics.
+    rows = 32 if out * pixels >= 16384 and not (statistics or needs_64_bit(problem.offset[:1])) else 16
     rows = block(span.channels, rows)
     return Blocks(out, *tile(problem, rows), pixels)
 

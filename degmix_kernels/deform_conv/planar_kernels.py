@@ -159,6 +159,8 @@ def forward(
     output_ptr += image * out_channels * out_pixels
     if pre_ptr is not None:
         pre_ptr += image * out_channels * out_pixels
+    if means_ptr is not None:  # of what the backward pass will see: its sum of deviations is then 0
+        product = product.to(output_ptr.dtype.element_ty)
     mean, squares = store_result(
         product, output_ptr, pre_ptr, out, out_valid, pixel_start, out_channels, out_pixels,
         ACTIVATION, OUTPUT_LAST, INDEX_64, means_ptr is not None, PART,

@@ -22,7 +22,7 @@ from degmix_kernels.deform_conv import (
 from degmix_kernels.deform_conv.problem import Problem
 from degmix_kernels.epilogue import Epilogue
 from degmix_kernels.launch import run
-from degmix_kernels.statistics import Statistics, finish_statistics
+from degmix_kernels.statistics import Statistics, combine, finish_statistics
 from degmix_kernels.testing import assert_close, poisoned_empty, relative_l2
 
 F64 = torch.float64
@@ -402,4 +402,4 @@ def test_tiles_waste_less_than_half() -> None:
 def test_every_kernel_is_in_the_examples() -> None:
     planned = {plan.kernel for plan in planar.plan_examples(torch.float32)}
     backward = planar_backward_kernels.backward_samples, planar_backward_kernels.backward_weight
-    assert planned == {planar_kernels.forward, *backward}
+    assert planned == {planar_kernels.forward, *backward, combine}
