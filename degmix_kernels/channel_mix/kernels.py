@@ -67,8 +67,8 @@ def forward(
     start = image * channels * pixels
     if output_ptr is None:
         mean, squares = store_result(
-            z.to(pre_ptr.dtype.element_ty), None, pre_ptr + start, out[:, None], out_valid[:, None], pixel_start, channels, pixels,
-            ACTIVATION, LAST, INDEX_64, means_ptr is not None, PART,
+            z.to(pre_ptr.dtype.element_ty), None, pre_ptr + start, out[:, None], out_valid[:, None],
+            pixel_start, channels, pixels, ACTIVATION, LAST, INDEX_64, means_ptr is not None, PART,
         )  # fmt: skip
         if means_ptr is not None:
             part = (image * pixel_blocks + pixel_start // BLOCK_PIXELS) * channels
