@@ -211,7 +211,8 @@ def plan_backward(
             "parts": parts,
         },
         {"ACTIVATION": activation, **sizes.constants(blocks, x)},
-        num_warps=warps(blocks),
+        # An activation's temporaries spill on 4 warps, channels last.
+        num_warps=8 if sizes.last and activation != "identity" else warps(blocks),
     )
     return launch, partial
 

@@ -47,7 +47,7 @@ def plan_forward(
     half = x.dtype != torch.float32
     out_block = block_of(weight.shape[0], 512)
     # A thread holds 64 sums of a product at most: with 512 out channels the pixels are fewer.
-    largest = (16384 if half else 8192) // out_block
+    largest = (16384 if half and out_block < 512 else 8192) // out_block
     product = Product(
         x, weight, out_block, block_of(Sizes.of(x).pixels, min(largest, 64)), 32 if half else 16
     )
@@ -123,7 +123,11 @@ def plan_backward(
             "BLOCK_CHANNELS": channels,
             "BLOCK_PIXELS": pixels,
         },
-        num_warps=16 if channels > 256 else 8 if channels * pixels >= 4096 else 4,
+        num_warps=16
+        if channels > 256 or normed.dtype == torch.float32
+        else 8
+        if channels * pixels >= 4096
+        else 4,
     )
     return launch, sums
 
