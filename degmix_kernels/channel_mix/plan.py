@@ -20,7 +20,9 @@ def _product(x: Tensor, weight: Tensor) -> Product:
     half = x.dtype != torch.float32
     out_channels = weight.shape[0] // (x.shape[1] // weight.shape[1])
     pixels = block_of(Sizes.of(x).pixels, 128)
-    return Product(x, weight, block_of(out_channels, 128 if half else 64), pixels, 64 if half else 32)
+    aligned = weight.shape[1] % 8 == 0  # otherwise a thread keeps many more addresses
+    inner_block = 64 if half and aligned else 32
+    return Product(x, weight, block_of(out_channels, 128 if half else 64), pixels, inner_block)
 
 
 def _launch(product: Product, activation: str, arguments: dict, *tensors: Tensor | None) -> Launch:

@@ -117,7 +117,7 @@ def plan_backward_samples(
     if held:
         largest = 256
     else:  # what the registers of the scatter leave room for
-        largest = 16 if not wide else 64 if scale is None else 128
+        largest = 16 if not wide else 32 if scale is None else 128
     block_out = block(problem.group_out, largest)
     return Launch(
         general_backward_kernels.backward_samples,

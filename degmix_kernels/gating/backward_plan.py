@@ -51,7 +51,9 @@ def plan_gate_backward(
     by_token = mode == "token"
     elements, rows = (batch, tokens) if by_token else (1, batch * tokens)
     inner = tokens if by_token else columns
-    tiles = Tiles.of(rows, columns, inner, normed.dtype, heavy=True)
+    # 64-bit addresses take twice the registers.
+    widest = 64 if needs_64_bit(normed, weight, u, grad_u) else 128
+    tiles = Tiles.of(rows, columns, inner, normed.dtype, heavy=True, widest=widest)
     row_blocks, column_blocks = ceil_div(rows, tiles.rows), ceil_div(columns, tiles.columns)
 
     def sums(parts: int, size: int) -> Tensor:
@@ -175,7 +177,7 @@ def plan_norm_backward(
                 "parts": parts,
             },
             constants,
-            num_warps=tiles.warps,
+            num_warps=tiles.backward_warps,
         )
     )
     return launches, partial
@@ -185,7 +187,7 @@ def plan_token_weight(grad: Tensor, normed: Tensor) -> tuple[Launch, Tensor]:
     """The gradient of the token mode's weight, ``Σ grad · normedᵀ``, fp32, in parts along the first axis."""
     batch, tokens, columns = grad.shape
     # Of rows that are as long as there are tokens, none is read.
-    tiles = Tiles.of(tokens, power_of_two(tokens, 16), columns, grad.dtype, heavy=True)
+    tiles = Tiles.of(tokens, power_of_two(tokens, 16), columns, grad.dtype, heavy=True, widest=64)
     row_blocks, column_blocks = ceil_div(tokens, tiles.rows), ceil_div(tokens, tiles.columns)
     parts = min(batch, ceil_div(_WEIGHT_PROGRAMS, row_blocks * column_blocks))
     steps = ceil_div(batch, max(parts, 1))

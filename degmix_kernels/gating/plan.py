@@ -56,6 +56,11 @@ class RowTiles:
         """Warps for such a tile."""
         return min(max(self.rows * self.columns // _ELEMENTS_PER_WARP, 1), 8) if self.whole else 4
 
+    @property
+    def backward_warps(self) -> int:
+        """Twice as many for the backward pass, which keeps three sums of every element beside it."""
+        return 2 * self.warps
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -76,8 +81,19 @@ class Tiles:
     stages: int
 
     @classmethod
-    def of(cls, rows: int, columns: int, inner: int, dtype: torch.dtype, heavy: bool = False) -> Tiles:
-        """Tiles for a product of this size; ``heavy`` if much is done with each tile of the result."""
+    def of(
+        cls,
+        rows: int,
+        columns: int,
+        inner: int,
+        dtype: torch.dtype,
+        heavy: bool = False,
+        widest: int = 128,
+    ) -> Tiles:
+        """Tiles for a product of this size, of at most ``widest`` columns.
+
+        ``heavy`` says that much is done with each tile of the result.
+        """
         if dtype == torch.float32:
             return cls(
                 min(power_of_two(rows, 16), 64),
@@ -89,7 +105,7 @@ class Tiles:
         # Rows that are read element by element need an address and a mask for each.
         aligned = columns % 16 == 0 and inner % 4 == 0
         # At least 64 × 32: the smallest products of Hopper's and Blackwell's own instructions.
-        wide, tall = min(power_of_two(columns, 32), 128 if aligned or not heavy else 32), 64
+        wide, tall = min(power_of_two(columns, 32), widest if aligned else 32 if heavy else 64), 64
         if not heavy and ceil_div(rows, 128) * ceil_div(columns, wide) >= _MULTIPROCESSORS:
             tall = 128
         deep = min(power_of_two(inner, 16), 64 if aligned else 32)

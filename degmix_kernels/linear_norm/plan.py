@@ -49,7 +49,11 @@ def plan_forward(
     # A thread holds 64 sums of a product at most: with 512 out channels the pixels are fewer.
     largest = (16384 if half and out_block < 512 else 8192) // out_block
     product = Product(
-        x, weight, out_block, block_of(Sizes.of(x).pixels, min(largest, 64)), 32 if half else 16
+        x,
+        weight,
+        out_block,
+        block_of(Sizes.of(x).pixels, min(largest, 64)),
+        32 if half and out_block < 512 else 16,
     )
     return Launch(
         kernels.forward,
@@ -123,13 +127,16 @@ def plan_backward(
             "BLOCK_CHANNELS": channels,
             "BLOCK_PIXELS": pixels,
         },
-        num_warps=16
-        if channels > 256 or normed.dtype == torch.float32
-        else 8
-        if channels * pixels >= 4096
-        else 4,
+        num_warps=_backward_warps(normed, channels * pixels, channels),
     )
     return launch, sums
+
+
+def _backward_warps(normed: Tensor, tile: int, channels: int) -> int:
+    """A thread keeps three sums of each of its channels: as many warps as leave it registers for them."""
+    if channels > 256 or normed.dtype == torch.float32:
+        return 16
+    return 8 if tile >= 4096 else 4
 
 
 def plan_examples(dtype: torch.dtype) -> list[Launch]:

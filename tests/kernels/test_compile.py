@@ -32,9 +32,8 @@ def test_compiles_without_spills(target: tuple[str, str]) -> None:
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert {line["dtype"] for line in lines} == {"float32", "bfloat16", "float16"}
     assert any(line["constants"]["INDEX_64"] for line in lines)
+    assert not [line for line in lines if line["spilled"] or line["shared"] > SHARED[target]]
     for line in lines:
-        assert line["spilled"] == 0, line
-        assert line["shared"] <= SHARED[target], line
         # Half precision products run on the matrix units, by the instructions of the target's own generation.
         # Those have no use for 16 out channels or, on Blackwell, 16 warps, which the planar kernels need:
         # bytes, not products, are what these wait for.
