@@ -7,20 +7,24 @@ products with the tokens; the functions of the parameters are those of :mod:`deg
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn import functional
 
+from degmix.model.recompute import checkpointed, recomputed
 from degmix_kernels import (
     GatedAttention,
     GatedMLP,
     LinearAttention,
     TaskAttention,
+    gated_attention,
     linear_norm,
     task_attention,
 )
+from degmix_kernels.attention.module import join_heads, split_heads
 
 # Variant → attention of the query block.
 QUERY_ATTENTION = {
@@ -51,13 +55,26 @@ class GatingDecoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(T, B, N, C) → (T, B, N, C)."""
-        fused, queries = self.interaction(tokens), list(self.queries.values())
+        fused = self.interaction(tokens)
         if self.per_pixel:
-            answers = attend_pixels(queries, tokens, fused, residuals=tokens)
-        else:
-            context = fused.transpose(0, 1).flatten(1, 2)  # (B, T·N, C)
-            answers = [query(own, context) for query, own in zip(queries, tokens, strict=True)]
-        return self.gate(torch.cat(answers)).view_as(tokens)
+            answers = attend_pixels(list(self.queries.values()), tokens, fused, residuals=tokens)
+            return self.gate(torch.cat(answers)).view_as(tokens)
+        return self._attend_everywhere(tokens, fused.transpose(0, 1).flatten(1, 2)).view_as(tokens)
+
+    def _attend_everywhere(self, tokens: Tensor, context: Tensor) -> Tensor:
+        """(T, B, N, C) and all tasks' (B, T·N, C) → (T·B, N, C)."""
+        queries = self.queries.values()
+        attended = [query.attend(own, context) for query, own in zip(queries, tokens, strict=True)]
+
+        def answer(attended: Sequence[Tensor], tokens: Tensor) -> Tensor:
+            return torch.cat(
+                [query.answer(*each) for query, *each in zip(queries, attended, tokens, strict=True)]
+            )
+
+        answers = answer(attended, tokens)
+        again = partial(answer, [each.detach() for each in attended], tokens.detach())
+        with recomputed([(answers, again)], [weight for query in queries for weight in query.parameters()]):
+            return self.gate(answers)
 
 
 class TaskInteraction(nn.Module):
@@ -87,10 +104,10 @@ class TaskInteraction(nn.Module):
             return attended.view_as(tokens)
         if self.mode in ("released", "linear"):
             weight, bias = self.merge_pointwise(tokens.dtype)
-            return linear_norm(tokens.flatten(0, 1), weight, bias, *norm_of(self.norm)).view_as(tokens)
+            return project(tokens.flatten(0, 1), (weight, bias), self.norm).view_as(tokens)
         every = tokens.transpose(0, 1).flatten(1, 2)  # (B, T·N, C)
-        attended = self.attention(every, every)
-        attended = linear_norm(attended, self.linear.weight, self.linear.bias, *norm_of(self.norm))
+        projection = merge(self.linear, self.attention.out_proj, tokens.dtype)
+        attended = project(attend_tokens(self.attention, every, every), projection, self.norm)
         return attended.unflatten(1, (len(tokens), -1)).transpose(0, 1)
 
     def merge_pointwise(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -123,11 +140,55 @@ class TaskQuery(nn.Module):
         self.linear = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
-        """The task's (B, N, C) and all tasks' (B, T·N, C) → (B, N, C)."""
-        attended = self.attention(tokens, context)
-        norm = norm_of(self.norm)
-        return linear_norm(attended, self.linear.weight, self.linear.bias, *norm, residual=tokens)
+    def attend(self, tokens: Tensor, context: Tensor) -> Tensor:
+        """The attention before its output projection: (B, N, C) and all tasks' (B, T·N, C) → (B, N, C)."""
+        if isinstance(self.attention, LinearAttention):
+            # Its work grows as its tokens do: what lies between them is soon computed again.
+            return checkpointed(self.attention.attend, tokens, context)
+        return attend_tokens(self.attention, tokens, context)
+
+    def answer(self, attended: Tensor, tokens: Tensor) -> Tensor:
+        """All that follows: ``attended`` and the task's tokens → (B, N, C)."""
+        linear = isinstance(self.attention, LinearAttention)
+        projection = merge(
+            self.linear, self.attention.proj if linear else self.attention.out_proj, tokens.dtype
+        )
+        return project(attended, projection, self.norm, tokens)
+
+
+def project(
+    x: Tensor, projection: tuple[Tensor, Tensor], norm: nn.LayerNorm, residual: Tensor | None = None
+) -> Tensor:
+    """``LayerNorm(W x + b) + residual``; what its backward pass needs beside x is computed again there."""
+    return checkpointed(partial(linear_norm, residual=residual), x, *projection, *norm_of(norm))
+
+
+def attend_tokens(attention: GatedAttention, query: Tensor, context: Tensor) -> Tensor:
+    """Softmax attention of (B, N, C) to all of (B, M, C), before the output projection.
+
+    Its work grows with N·M and is done once; the projections that it needs in its backward pass are products
+    with the tokens, and are computed again.
+    """
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    inputs = query.detach(), *[context.detach()] * 2
+    projected = attention.project_query(query), *attention.project_context(context)
+    parts = [split_heads(each, attention.heads) for each in projected]
+
+    def again(index: int) -> Tensor:
+        part = slice(index * attention.dim, (index + 1) * attention.dim)
+        return split_heads(functional.linear(inputs[index], weight[part], bias[part]), attention.heads)
+
+    computes = [(each, partial(again, index)) for index, each in enumerate(parts)]
+    with recomputed(computes, [weight, bias]):
+        return join_heads(gated_attention(*parts))
+
+
+def merge(linear: nn.Linear, before: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight and bias of ``linear(before(x))``."""
+    with torch.autocast(linear.weight.device.type, enabled=False):
+        weight, bias = promote(linear.weight), promote(linear.bias)
+        bias = torch.addmv(bias, weight, promote(before.bias))
+        return (weight @ promote(before.weight)).to(dtype), bias.to(dtype)
 
 
 class Folded(NamedTuple):
@@ -183,7 +244,7 @@ def attend_pixels(
         return results
 
     # What lies between is five times the size of the result, and soon computed again.
-    return checkpoint(attend, queries, context, residuals, use_reentrant=False, preserve_rng_state=False)
+    return checkpointed(attend, queries, context, residuals)
 
 
 def fold(blocks: Sequence[TaskInteraction | TaskQuery]) -> Folded:

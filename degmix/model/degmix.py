@@ -12,6 +12,7 @@ from torch.nn import functional
 from degmix.model.backbone import create_backbone
 from degmix.model.decoder import ATTENTIONS, GatingDecoder
 from degmix.model.mixer import DeformableMixers
+from degmix.model.recompute import checkpointed
 from degmix_kernels import BatchNorm2d, linear_norm
 
 MAX_TASKS = 8
@@ -208,10 +209,12 @@ class PatchEmbed(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Maps (B, in_channels[i], H_i, W_i) → (B, C, ⌈H_0/4⌉, ⌈W_0/4⌉)."""
+        x = checkpointed(self._project, *features)  # concatenated they take eight times the memory
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+
+    def _project(self, *features: Tensor) -> Tensor:
         x = concatenate(features)
-        x = functional.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
-        tokens = self.norm(self.projection(x).permute(0, 2, 3, 1))
-        return tokens.permute(0, 3, 1, 2).contiguous()
+        return self.projection(functional.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4)))
 
 
 class Prediction(nn.Module):

@@ -63,7 +63,7 @@ class MixerLayer(nn.Module):
         offset = self.offsets.at(positions, tables)
         again = partial(self.offsets.at, positions.detach(), tuple(table.detach() for table in tables))
         # Offsets are the largest tensors of the head, 2·C channels in fp32; the positions have 18.
-        with recomputed(offset, again, list(self.offsets.parameters())):
+        with recomputed([(offset, again)], list(self.offsets.parameters())):
             return self._mix(x, offset, norm)
 
     def _mix(self, x: Tensor, offset: Tensor, norm: nn.Module) -> Tensor:

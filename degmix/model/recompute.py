@@ -8,39 +8,53 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def checkpointed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a deterministic function of which autograd keeps the arguments alone."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextmanager
-def recomputed(tensor: Tensor, compute: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Where autograd, inside, would save ``tensor``, it keeps only what computes it again.
+def recomputed(
+    computes: Sequence[tuple[Tensor, Callable[[], Tensor]]], parameters: Sequence[Tensor]
+) -> Iterator[None]:
+    """Where autograd, inside, would save one of the given tensors, it keeps only what computes it again.
 
     Compilers decide themselves what to compute twice; for them this changes nothing.
 
     Args:
-        tensor: a result that some operation inside saves.
-        compute: gives the same values; runs in the backward pass, without autograd.
-        parameters: what ``compute`` reads and others may change in place.
+        computes: tensors that some operation inside saves, each with what gives the same values, of the same
+            shape; runs in the backward pass, without autograd and under the forward pass's autocast.
+        parameters: what these read and others may change in place.
 
     Raises:
         RuntimeError: in the backward pass, if one of the parameters has been changed since.
     """
-    if torch.compiler.is_compiling() or not tensor.requires_grad:
+    if torch.compiler.is_compiling() or not any(tensor.requires_grad for tensor, _ in computes):
         yield
         return
-    storage, shape = tensor.untyped_storage()._cdata, tensor.shape
+    kept = {_place(tensor): compute for tensor, compute in computes}
     versions = [parameter._version for parameter in parameters]
+    device = computes[0][0].device.type
+    autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
 
     def pack(saved: Tensor) -> Any:
-        same = saved.untyped_storage()._cdata == storage and saved.shape == shape
-        return compute if same else saved
+        return kept.get(_place(saved), saved)
 
-    def unpack(kept: Any) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
         if versions != [parameter._version for parameter in parameters]:
             raise RuntimeError("a parameter was changed in place between forward and backward pass")
-        with torch.no_grad():
-            return kept()
+        with torch.no_grad(), torch.autocast(device, **autocast):
+            return packed()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def _place(tensor: Tensor) -> tuple[int, int, torch.Size]:
+    """Which part of which memory a tensor is."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape

@@ -36,13 +36,9 @@ class GatedAttention(TaskAttention):
 
     def forward(self, query: Tensor, context: Tensor, gate: Tensor | None = None) -> Tensor:
         """(B, N, C) queries attend to all of (B, M, C) ``context``; ``gate`` and result are (B, N, C)."""
-        key, value = self.project_context(context)
-        attended = gated_attention(
-            split_heads(self.project_query(query), self.heads),
-            split_heads(key, self.heads),
-            split_heads(value, self.heads),
-            None if gate is None else split_heads(gate, self.heads),
-        )
+        projections = self.project_query(query), *self.project_context(context)
+        parts = [split_heads(each, self.heads) for each in projections]
+        attended = gated_attention(*parts, None if gate is None else split_heads(gate, self.heads))
         return self.out_proj(join_heads(attended))
 
 
@@ -71,10 +67,14 @@ class LinearAttention(nn.Module):
 
     def forward(self, query: Tensor, context: Tensor) -> Tensor:
         """(B, N, C) queries, (B, M, C) tokens of ``context`` → (B, N, C)."""
+        return self.proj(self.attend(query, context))
+
+    def attend(self, query: Tensor, context: Tensor) -> Tensor:
+        """The same before the output projection."""
         attended = linear_attention(
             split_heads(self.to_q(self.norm_q(query)), self.heads),
             split_heads(self.to_k(self.norm_k(context)), self.heads),
             split_heads(self.to_v(self.norm_v(context)), self.heads),
             self.scale,
         )
-        return self.proj(join_heads(attended))
+        return join_heads(attended)
