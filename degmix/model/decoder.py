@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from degmix.model.gathered import gathered
 from degmix.model.recompute import checkpointed, recomputed
 from degmix_kernels import (
     GatedAttention,
@@ -55,10 +56,14 @@ class GatingDecoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(T, B, N, C) → (T, B, N, C)."""
-        fused = self.interaction(tokens)
         if self.per_pixel:
-            answers = attend_pixels(list(self.queries.values()), tokens, fused, residuals=tokens)
+            queries = list(self.queries.values())
+            first = [self.interaction] if self.interaction.mode == "pixel" else []
+            own, folded = fold([*first, *queries]).split(len(first))
+            fused = self.interaction(tokens, own)
+            answers = attend_pixels(queries, folded, tokens, fused, residuals=tokens)
             return self.gate(torch.cat(answers)).view_as(tokens)
+        fused = self.interaction(tokens)
         return self._attend_everywhere(tokens, fused.transpose(0, 1).flatten(1, 2)).view_as(tokens)
 
     def _attend_everywhere(self, tokens: Tensor, context: Tensor) -> Tensor:
@@ -97,10 +102,10 @@ class TaskInteraction(nn.Module):
         self.linear = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(T, B, N, C) → (T, B, N, C)."""
+    def forward(self, tokens: Tensor, folded: Folded | None = None) -> Tensor:
+        """(T, B, N, C) → (T, B, N, C); ``folded``: this block's matrices, for ``"pixel"``."""
         if self.mode == "pixel":
-            (attended,) = attend_pixels([self], tokens, tokens)
+            (attended,) = attend_pixels([self], folded, tokens, tokens)
             return attended.view_as(tokens)
         if self.mode in ("released", "linear"):
             weight, bias = self.merge_pointwise(tokens.dtype)
@@ -204,9 +209,14 @@ class Folded(NamedTuple):
     output_weight: Tensor
     output_bias: Tensor
 
+    def split(self, count: int) -> tuple[Folded, Folded]:
+        """The matrices of the first ``count`` blocks, and of the rest."""
+        return Folded(*(each[:count] for each in self)), Folded(*(each[count:] for each in self))
+
 
 def attend_pixels(
     blocks: Sequence[TaskInteraction | TaskQuery],
+    folded: Folded,
     queries: Tensor,
     context: Tensor,
     residuals: Tensor | None = None,
@@ -219,6 +229,7 @@ def attend_pixels(
 
     Args:
         blocks: S blocks, one for each query task, or a single one for all.
+        folded: their matrices.
         queries: (S, B, N, C).
         context: (T, B, N, C).
         residuals: (S, B, N, C), added to the result.
@@ -227,7 +238,7 @@ def attend_pixels(
         One result per block: S of (B, N, C), or one of (S·B, N, C).
     """
     heads, channels = blocks[0].attention.heads, queries.shape[-1]
-    folded = Folded(*(each.to(queries.dtype) for each in fold(blocks)))
+    folded = Folded(*(each.to(queries.dtype) for each in folded))
 
     def attend(queries: Tensor, context: Tensor, residuals: Tensor | None) -> list[Tensor]:
         own = queries.reshape(len(blocks), -1, channels)
@@ -250,31 +261,34 @@ def attend_pixels(
 def fold(blocks: Sequence[TaskInteraction | TaskQuery]) -> Folded:
     """Keys folded into queries; values, output projection and Linear into one matrix per head."""
     heads = blocks[0].attention.heads
-    attentions = [block.attention for block in blocks]
-    weights = [attention.in_proj_weight.unflatten(0, (3, -1)) for attention in attentions]
-    biases = [attention.in_proj_bias.unflatten(0, (3, -1)) for attention in attentions]
-    with torch.autocast(weights[0].device.type, enabled=False):
-        weight = promote(torch.stack(weights, dim=1))  # (3, W, C, C)
-        query, key, value = weight.unflatten(2, (heads, -1)).flatten(1, 2)  # (W·heads, C/heads, C) each
-        bias = promote(torch.stack(biases, dim=1))  # (3, W, C)
-        output = promote(torch.stack([attention.out_proj.weight for attention in attentions]))
-        output_bias = promote(torch.stack([attention.out_proj.bias for attention in attentions]))
-        linear = promote(torch.stack([block.linear.weight for block in blocks]))
-        linear_bias = promote(torch.stack([block.linear.bias for block in blocks]))
-
+    with torch.autocast(blocks[0].linear.weight.device.type, enabled=False):
+        every = map(promote, gathered(list(zip(*map(factors, blocks), strict=True))))
+        query, key, value, query_bias, value_bias, output, output_bias, linear, linear_bias = every
+        # (W·heads, C/heads, C) each; where heads fold into the batch nothing is copied
+        query, key, value = (each.unflatten(1, (heads, -1)).flatten(0, 1) for each in (query, key, value))
         query_weight = key.mT @ query  # (W·heads, C, C)
-        query_bias = key.mT @ bias[0].view(len(query), -1, 1)  # (W·heads, C, 1)
+        query_bias = key.mT @ query_bias.view(len(query), -1, 1)  # (W·heads, C, 1)
         merged = linear @ output  # (W, C, C)
         by_head = merged.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)  # (W·heads, C, C/heads)
         output_weight = (by_head @ value).unflatten(0, (-1, heads))  # (W, heads, C, C)
         output_bias = torch.baddbmm(linear_bias[..., None], linear, output_bias[..., None])
-        output_bias = torch.baddbmm(output_bias, merged, bias[2][..., None])
+        output_bias = torch.baddbmm(output_bias, merged, value_bias[..., None])
         return Folded(
             query_weight.view(len(blocks), -1, query.shape[-1]).mT,
             query_bias.view(len(blocks), 1, -1),
             output_weight.transpose(1, 2).flatten(2),
             output_bias[..., 0],
         )
+
+
+def factors(block: TaskInteraction | TaskQuery) -> tuple[Tensor, ...]:
+    """What :func:`fold` multiplies, of one block; a key's bias has no effect."""
+    attention, output, linear = block.attention, block.attention.out_proj, block.linear
+    query_bias, _, value_bias = attention.in_proj_bias.chunk(3)
+    return (
+        *attention.in_proj_weight.chunk(3), query_bias, value_bias, output.weight, output.bias,
+        linear.weight, linear.bias,
+    )  # fmt: skip
 
 
 def norm_of(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:

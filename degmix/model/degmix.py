@@ -147,9 +147,11 @@ class DeGMixHead(nn.Module):
         maps = self.mixers(x)
         # permute: the gradient of flatten(2).transpose(1, 2) is one that PyTorch's CPU BatchNorm gets wrong.
         tokens = torch.stack([each.permute(0, 2, 3, 1).flatten(1, 2) for each in maps])  # (T, B, N, C)
-        decoded = self.decoder(tokens).transpose(2, 3).unflatten(3, x.shape[2:])  # (T, B, C, H, W)
+        decoded = (
+            self.decoder(tokens).transpose(2, 3).contiguous().unflatten(3, x.shape[2:])
+        )  # (T, B, C, H, W)
         predictions = zip(self.predictions.items(), decoded.unbind(), strict=True)
-        return {task: resize(predict(each.contiguous()), size) for (task, predict), each in predictions}
+        return {task: resize(predict(each), size) for (task, predict), each in predictions}
 
     def _check_features(self, features: Sequence[Tensor], size: tuple[int, int]) -> None:
         if len(features) != len(self.in_channels):

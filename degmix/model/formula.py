@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from degmix.model.mixer import MixerLayer, Offsets, window_coordinates
+from degmix.model.mixer import MixerLayer, Offsets
 from degmix_kernels import GatedMLP, LinearAttention, TaskAttention, use_backend
 
 if TYPE_CHECKING:
@@ -92,6 +92,19 @@ def window_grid(height: int, width: int, like: Tensor) -> Tensor:
     rows, columns = window_coordinates(height, width, like)
     grids = (rows[:, :, None].expand(-1, -1, width), columns[:, None, :].expand(-1, height, -1))
     return torch.cat(grids)[None]
+
+
+def window_coordinates(height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """1-based coordinates of the 3×3 window around each pixel.
+
+    Returns:
+        (9, height) rows and (9, width) columns, with device and dtype of ``like``.
+    """
+    options = {"device": like.device, "dtype": like.dtype}
+    step = torch.arange(-1, 2, **options)
+    rows = torch.arange(1, height + 1, **options) + step.repeat_interleave(3)[:, None]
+    columns = torch.arange(1, width + 1, **options) + step.repeat(3)[:, None]
+    return rows, columns
 
 
 def deform_conv2d(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

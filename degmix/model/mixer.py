@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from degmix.model.gathered import gathered
 from degmix.model.recompute import recomputed
-from degmix_kernels import BatchNorm2d, ChannelMix, DeformMix
+from degmix_kernels import BatchNorm2d, ChannelMix, DeformMix, batch_norm, channel_mix, deform_mix
+from degmix_kernels.batch_norm.running import update_running
+
+Tables = tuple[Tensor, Tensor]  # of ``constant_tables``
+
+# Tasks are mixed together, by the same kernels, as long as their offsets take no more bytes than this: with
+# larger maps one task keeps a GPU busy, and memory is what runs out.
+TOGETHER_BYTES = 2**28
 
 
 class DeformableMixers(nn.ModuleDict):
@@ -27,16 +37,35 @@ class DeformableMixers(nn.ModuleDict):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """The shared map (B, C, H, W) → every task's, of the same shape."""
-        offsets = [layer.offsets for layers in self.values() for layer in layers]
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        tables = iter(constant_tables(offsets, *x.shape[2:], dtype))
+        mixers = list(self.values())
+        tables = self._tables(x)
+        together = self._together(x)
         maps = []
-        for layers in self.values():
-            mixed = x
-            for layer in layers:
-                mixed = layer(mixed, next(tables))
-            maps.append(mixed)
+        for start in range(0, len(mixers), together):
+            part = slice(start, start + together)
+            own = tuple(table[part] for table in tables)
+            maps += mix_tasks(mixers[part], x, own) if together > 1 else [mix_task(mixers[start], x, own)]
         return maps
+
+    def _tables(self, x: Tensor) -> Tables:
+        """:func:`constant_tables` of all layers, with two axes, task and depth, in front."""
+        layers = [layer.offsets for layers in self.values() for layer in layers]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return tuple(
+            table.unflatten(0, (len(self), -1)) for table in constant_tables(layers, *x.shape[2:], dtype)
+        )
+
+    def _together(self, x: Tensor) -> int:
+        """How many tasks are mixed together: those whose norms and dtypes are alike, within the memory."""
+        norms = [norm for layers in self.values() for layer in layers for norm in layer.norms]
+        kinds = {(type(n), n.training, n.momentum, n.eps, n.affine, n.track_running_stats) for n in norms}
+        ordinary = len(kinds) == 1 and type(norms[0]) is BatchNorm2d and norms[0].affine
+        ordinary = ordinary and norms[0].track_running_stats and norms[0].momentum is not None
+        one_dtype = len({parameter.dtype for parameter in self.parameters()}) == 1
+        if torch.compiler.is_compiling() or not ordinary or not one_dtype:  # compilers join operations, too
+            return 1
+        bytes_of_one = 2 * x.numel() * torch.promote_types(x.dtype, torch.float32).itemsize
+        return max(1, min(TOGETHER_BYTES // max(bytes_of_one, 1), len(self)))
 
 
 class MixerLayer(nn.Module):
@@ -55,24 +84,24 @@ class MixerLayer(nn.Module):
         self.deform_mix = DeformMix(dim, dim)
         self.norm = BatchNorm2d(dim)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    @property
+    def norms(self) -> tuple[nn.Module, nn.Module]:
+        """Its two normalisations, in their order."""
+        return self.channel_mix.norm, self.norm
+
+    def forward(self, x: Tensor, tables: Tables | None = None) -> Tensor:
         """(B, C, H, W) → (B, C, H, W); ``tables`` as in :class:`Offsets`."""
         x = self.channel_mix(x)
-        norm = self.norm
+        norm, weight = self.norm, self.offsets.opt.weight
         positions, tables = self.offsets.positions(x), self.offsets.tables(x, tables)
-        offset = self.offsets.at(positions, tables)
-        again = partial(self.offsets.at, positions.detach(), tuple(table.detach() for table in tables))
-        # Offsets are the largest tensors of the head, 2·C channels in fp32; the positions have 18.
-        with recomputed([(offset, again)], list(self.offsets.parameters())):
-            return self._mix(x, offset, norm)
-
-    def _mix(self, x: Tensor, offset: Tensor, norm: nn.Module) -> Tensor:
-        if not isinstance(norm, BatchNorm2d):  # converted: nn.SyncBatchNorm gathers its statistics itself
-            return x + norm(self.deform_mix(x, offset))
-        if norm.uses_batch_statistics:
-            mixed, mean, variance = self.deform_mix(x, offset, statistics=True)
-            return norm(mixed, (mean, variance), residual=x)
-        return norm(self.deform_mix(x, offset), residual=x)
+        offset = offsets_at(positions, weight, tables)
+        with forgotten(offset, positions, weight, tables):
+            if not isinstance(norm, BatchNorm2d):  # converted: nn.SyncBatchNorm gathers its statistics itself
+                return x + norm(self.deform_mix(x, offset))
+            if norm.uses_batch_statistics:
+                mixed, mean, variance = self.deform_mix(x, offset, statistics=True)
+                return norm(mixed, (mean, variance), residual=x)
+            return norm(self.deform_mix(x, offset), residual=x)
 
 
 class Offsets(nn.Module):
@@ -98,7 +127,7 @@ class Offsets(nn.Module):
         self.opt = nn.Conv2d(18, 2 * dim, 3, padding=1, groups=2)
         nn.init.zeros_(self.p_conv.weight)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, tables: Tables | None = None) -> Tensor:
         """Offsets at every pixel.
 
         Args:
@@ -108,33 +137,154 @@ class Offsets(nn.Module):
         Returns:
             (B, 2·C, H, W); channel 2i is dy of channel i, 2i + 1 its dx.
         """
-        return self.at(self.positions(x), self.tables(x, tables))
+        return offsets_at(self.positions(x), self.opt.weight, self.tables(x, tables))
 
     def positions(self, x: Tensor) -> Tensor:
         """The learned positions, (B, 18, H, W), without bias."""
-        with torch.autocast(x.device.type, enabled=False):
-            return convolve(x.to(torch.promote_types(x.dtype, torch.float32)), self.p_conv)
+        return positions_of(x, self.p_conv.weight)
 
-    def tables(self, x: Tensor, tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def tables(self, x: Tensor, tables: Tables | None) -> Tables:
         """The given tables, or this layer's for maps like x."""
         if tables is None:
-            (tables,) = constant_tables([self], *x.shape[2:], torch.promote_types(x.dtype, torch.float32))
+            tables = constant_tables([self], *x.shape[2:], torch.promote_types(x.dtype, torch.float32))
         return tables
 
-    def at(self, positions: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """Offsets from the learned positions and the constant tables."""
-        with torch.autocast(positions.device.type, enabled=False):
-            return convolve(positions, self.opt) + constant_offsets(tables, *positions.shape[2:])
+
+def mix_task(layers: Iterable[MixerLayer], x: Tensor, tables: Tables) -> Tensor:
+    """One task's layers on the shared map, (B, C, H, W); ``tables`` are (1, depth, …)."""
+    for depth, layer in enumerate(layers):
+        x = layer(x, tuple(table[:, depth] for table in tables))
+    return x
 
 
-def convolve(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """Apply a layer without its bias, in the dtype of ``x``."""
-    return functional.conv2d(x, layer.weight.to(x.dtype), padding=layer.padding, groups=layer.groups)
+class Parameters(NamedTuple):
+    """What a layer multiplies with, or several layers, behind each other along the first axis."""
+
+    channel_weight: Tensor
+    channel_bias: Tensor
+    channel_norm_weight: Tensor
+    channel_norm_bias: Tensor
+    positions_weight: Tensor
+    offsets_weight: Tensor
+    deform_weight: Tensor
+    deform_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+    @classmethod
+    def of(cls, layer: MixerLayer) -> Parameters:
+        """Those of one layer."""
+        first, deform, norm = layer.channel_mix, layer.deform_mix, layer.norm
+        return cls(
+            first.weight, first.bias, first.norm.weight, first.norm.bias, layer.offsets.p_conv.weight,
+            layer.offsets.opt.weight, deform.weight, deform.bias, norm.weight, norm.bias,
+        )  # fmt: skip
 
 
-def constant_tables(
-    layers: Sequence[Offsets], height: int, width: int, dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor]]:
+class Running(NamedTuple):
+    """Running statistics of a layer's norms, or of several layers' behind each other."""
+
+    channel_mean: Tensor
+    channel_variance: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, layer: MixerLayer) -> Running:
+        """Those of one layer."""
+        return cls(*(each for norm in layer.norms for each in (norm.running_mean, norm.running_var)))
+
+
+def mix_tasks(mixers: Sequence[Sequence[MixerLayer]], x: Tensor, tables: Tables) -> list[Tensor]:
+    """The layers of T tasks on the shared map, (B, C, H, W), by the same operations; the tasks' results.
+
+    The tasks' channels lie behind each other, as groups of every operation. All norms have the settings of
+    the first; they are affine and have running statistics. ``tables`` are (T, depth, …).
+    """
+    depths = list(zip(*mixers, strict=True))
+    layers = [layer for tasks in depths for layer in tasks]
+    every = gathered(list(zip(*map(Parameters.of, layers), strict=True)))
+    buffers = list(zip(*map(Running.of, layers), strict=True))
+    running = gathered(buffers)
+    norm, channels = layers[0].norm, x.shape[1]
+    # Per depth, the parameters and statistics of its tasks, (T · first axis, …).
+    stacked = zip(
+        *(each.unflatten(0, (len(depths), -1)).flatten(1, 2) for each in (*every, *running)), strict=True
+    )
+    for depth, each in enumerate(stacked):
+        parameters = Parameters(*each[: len(every)])
+        # data: autograd is to see that one has changed in place only where that one has.
+        statistics = Running(*(kind.data for kind in each[len(every) :]))
+        x = mix_depth(parameters, statistics, x, tuple(table[:, depth] for table in tables), norm)
+    if norm.training:
+        updated = [each for kind in running for each in kind]
+        torch._foreach_copy_([each for kind in buffers for each in kind], updated)
+        torch._foreach_add_([norm.num_batches_tracked for layer in layers for norm in layer.norms], 1)
+    return list(x.split(channels, dim=1))
+
+
+def mix_depth(
+    parameters: Parameters, running: Running, x: Tensor, tables: Tables, norm: BatchNorm2d
+) -> Tensor:
+    """One layer of T tasks: (B, C, H, W) for all of them, or (B, T·C, H, W) → (B, T·C, H, W)."""
+    x = channel_mix(
+        x,
+        parameters.channel_weight,
+        parameters.channel_bias,
+        running_mean=running.channel_mean,
+        running_var=running.channel_variance,
+        norm_weight=parameters.channel_norm_weight,
+        norm_bias=parameters.channel_norm_bias,
+        training=norm.training,
+        momentum=norm.momentum,
+        eps=norm.eps,
+    )
+    positions = positions_of(x, parameters.positions_weight)
+    offset = offsets_at(positions, parameters.offsets_weight, tables)
+    with forgotten(offset, positions, parameters.offsets_weight, tables):
+        weight, bias = parameters.deform_weight, parameters.deform_bias
+        if norm.training:
+            mixed, *statistics = deform_mix(x, offset, weight, bias, statistics=True)
+            count = mixed.numel() // mixed.shape[1]
+            update_running(running.mean, running.variance, *statistics, count, norm.momentum)
+        else:
+            mixed, statistics = deform_mix(x, offset, weight, bias), (running.mean, running.variance)
+        with torch.autocast(x.device.type, enabled=False):
+            return batch_norm(mixed, *statistics, parameters.norm_weight, parameters.norm_bias, x, norm.eps)
+
+
+def forgotten(
+    offset: Tensor, positions: Tensor, weight: Tensor, tables: Tables
+) -> AbstractContextManager[None]:
+    """Offsets, of 2·C channels in fp32, are the largest tensors of the head; the positions have 18."""
+    again = partial(
+        offsets_at, positions.detach(), weight.detach(), tuple(table.detach() for table in tables)
+    )
+    return recomputed([(offset, again)], [weight])
+
+
+def positions_of(x: Tensor, weight: Tensor) -> Tensor:
+    """Learned positions, without bias: (B, T·C, H, W) → (B, T·18, H, W) by a (T·18, C, 3, 3) weight."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return functional.conv2d(x, weight.to(x.dtype), padding=1, groups=x.shape[1] // weight.shape[1])
+
+
+def offsets_at(positions: Tensor, weight: Tensor, tables: Tables) -> Tensor:
+    """Offsets of T tasks, (B, T·2·C, H, W), from positions without bias and the tasks' constant tables.
+
+    Args:
+        positions: (B, T·18, H, W).
+        weight: (T·2·C, 9, 3, 3).
+        tables: as :func:`constant_tables` makes them, of T layers.
+    """
+    with torch.autocast(positions.device.type, enabled=False):
+        groups = positions.shape[1] // weight.shape[1]
+        learned = functional.conv2d(positions, weight.to(positions.dtype), padding=1, groups=groups)
+        return learned + constant_offsets(tables, *positions.shape[2:])
+
+
+def constant_tables(layers: Sequence[Offsets], height: int, width: int, dtype: torch.dtype) -> Tables:
     """The part of the offsets that is the same for every image, of several layers at once.
 
     It is the convolution ``opt`` of a grid of coordinates. Rows do not change from column to column and
@@ -143,28 +293,31 @@ def constant_tables(
     Computed in fp64, then rounded to ``dtype``.
 
     Returns:
-        Per layer (1, C, H, min(W, 3)) for the half computed from rows and (1, C, min(H, 3), W) for the other;
-        :func:`constant_offsets` makes a map of them.
+        (L, C, H, min(W, 3)) for the halves computed from rows and (L, C, min(H, 3), W) for the others, of L
+        layers; :func:`constant_offsets` makes maps of them.
     """
+    kinds = zip(*((layer.opt.weight, layer.opt.bias, layer.p_conv.bias) for layer in layers), strict=True)
     with torch.autocast(layers[0].opt.weight.device.type, enabled=False):
-        weight = torch.stack([layer.opt.weight for layer in layers]).double()  # (L, 2·C, 9, 3, 3)
-        bias = torch.stack([layer.opt.bias for layer in layers]).double()
-        start = torch.stack([layer.p_conv.bias for layer in layers]).double()[..., None]  # (L, 18, 1)
-        rows, columns = window_coordinates(height, width, like=start)
-        rows = (start[:, :9] + rows)[..., None].expand(-1, -1, -1, min(width, 3))
-        columns = (start[:, 9:] + columns)[:, :, None].expand(-1, -1, min(height, 3), -1)
+        weight, bias, start = gathered(list(kinds), torch.float64)
+        # 1-based coordinates of the 3×3 window around each pixel: (L, 9, H) rows and (L, 9, W) columns.
+        numbers = torch.arange(max(height, width) + 2, device=start.device, dtype=start.dtype)
+        rows, columns = (numbers[: size + 2].unfold(0, size, 1) for size in (height, width))
+        start = start.unflatten(1, (2, 3, 3, 1))
+        rows = (start[:, 0] + rows[:, None]).flatten(1, 2)[..., None].expand(-1, -1, -1, min(width, 3))
+        columns = (start[:, 1] + columns).flatten(1, 2)[:, :, None].expand(-1, -1, min(height, 3), -1)
         tables = []
         for grid, kernel, shift in zip((rows, columns), weight.chunk(2, 1), bias.chunk(2, 1), strict=True):
             windows = functional.unfold(grid, 3, padding=1)  # (L, 81, pixels)
             table = torch.baddbmm(shift[..., None], kernel.flatten(2), windows)
-            tables.append(table.to(dtype).unflatten(2, grid.shape[2:]).split(1))
-    return list(zip(*tables, strict=True))
+            tables.append(table.to(dtype).unflatten(2, grid.shape[2:]))
+    return tuple(tables)
 
 
-def constant_offsets(tables: tuple[Tensor, Tensor], height: int, width: int) -> Tensor:
-    """One layer's :func:`constant_tables` as a map, (1, 2·C, H, W)."""
+def constant_offsets(tables: Tables, height: int, width: int) -> Tensor:
+    """The :func:`constant_tables` of T layers as a map, (1, T·2·C, H, W)."""
     rows, columns = tables
-    return torch.cat([repeat_middle(rows, 3, width), repeat_middle(columns, 2, height)], dim=1)
+    maps = torch.cat([repeat_middle(rows, 3, width), repeat_middle(columns, 2, height)], dim=1)
+    return maps.flatten(0, 1)[None]
 
 
 def repeat_middle(table: Tensor, dim: int, size: int) -> Tensor:
@@ -175,16 +328,3 @@ def repeat_middle(table: Tensor, dim: int, size: int) -> Tensor:
     shape = list(table.shape)
     shape[dim] = size - 2
     return torch.cat([first, middle.expand(shape), last], dim)
-
-
-def window_coordinates(height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """1-based coordinates of the 3×3 window around each pixel.
-
-    Returns:
-        (9, height) rows and (9, width) columns, with device and dtype of ``like``.
-    """
-    options = {"device": like.device, "dtype": like.dtype}
-    step = torch.arange(-1, 2, **options)
-    rows = torch.arange(1, height + 1, **options) + step.repeat_interleave(3)[:, None]
-    columns = torch.arange(1, width + 1, **options) + step.repeat(3)[:, None]
-    return rows, columns

@@ -36,9 +36,9 @@ def update_running(
     """
     if isinstance(count, int) and count == 0:
         return
-    unbiased = variance * (count / (count - 1))
-    for kept, new in ((running_mean, mean), (running_var, unbiased)):
-        if kept.dtype == new.dtype:
-            kept.lerp_(new, momentum)
-        else:
-            kept.copy_(torch.lerp(kept.to(new.dtype), new, momentum))
+    kept, batch = [running_mean, running_var], [mean, variance * (count / (count - 1))]
+    if all(one.dtype == mean.dtype for one in kept):
+        torch._foreach_lerp_(kept, batch, momentum)
+        return
+    for one, new in zip(kept, batch, strict=True):
+        one.copy_(torch.lerp(one.to(new.dtype), new, momentum))

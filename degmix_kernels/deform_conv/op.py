@@ -93,7 +93,7 @@ def deform_mix(
     Args:
         x: (N, C, H, W), floating point.
         offset: (N, 2·C, H, W) in pixels; channel 2i is dy of channel i, 2i + 1 its dx.
-        weight: (Cout, C, 1, 1).
+        weight: (Cout, C/groups, 1, 1); the number of groups follows from it.
         bias: (Cout,).
         activation: ``"gelu"`` (exact), ``"relu"``, ``"silu"`` or ``"identity"``.
         statistics: whether to return what a BatchNorm of the result needs, gathered in the same pass. Both
@@ -115,7 +115,7 @@ def deform_mix(
         checks.expect_tensor(name, value, dims=4)
     batch, channels, height, width = x.shape
     checks.expect_shape("offset", offset, (batch, 2 * channels, height, width))
-    checks.expect_shape("weight", weight, (weight.shape[0], channels, 1, 1))
+    checks.expect_shape("weight", weight, (*weight.shape[:2], 1, 1))
     x, weight, bias = autocast.cast_inputs(x.device, x, weight, bias)
     offset = autocast.widen_other_half(offset, x)
     check_arguments(x, offset, weight, bias, (1, 1), (0, 0), (1, 1), None)

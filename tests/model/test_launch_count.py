@@ -33,9 +33,8 @@ def test_triton_kernels_count(device: torch.device) -> None:
 @every_attention
 def test_the_head_launches_and_saves_less_than_its_formula(attention: str) -> None:
     counts = count_head(attention=attention, size=(224, 288))
-    head, plain = counts["head"], counts["formula"]
-    assert head.inference < plain.inference
-    assert head.saved_bytes <= 0.35 * plain.saved_bytes
+    # Attention over all tokens is one call for each task, with projections of its own.
+    assert_lean(counts, launches=1 / 3 if attention in ("released", "pixel") else 0.48)
 
 
 def test_saved_bytes_grow_with_the_batch() -> None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from degmix import DeGMixHead
 from degmix.model import formula as plain
-from degmix.model.decoder import TaskInteraction, TaskQuery, attend_pixels
+from degmix.model.decoder import TaskInteraction, TaskQuery, attend_pixels, fold
 from degmix.model.formula import formula
 from degmix.model.mixer import Offsets, constant_offsets, constant_tables
 from degmix_kernels.testing import relative_l2
@@ -78,8 +78,9 @@ def grid_offsets(offsets: Offsets, height: int, width: int) -> Tensor:
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 13])
 def test_constant_offsets_are_those_of_the_whole_grid(height, width):
     layers = [Offsets(4).double() for _ in range(2)]
-    for layer, tables in zip(layers, constant_tables(layers, height, width, torch.float64), strict=True):
-        got, want = constant_offsets(tables, height, width), grid_offsets(layer, height, width)
+    every = constant_offsets(constant_tables(layers, height, width, torch.float64), height, width)
+    for layer, got in zip(layers, every.chunk(2, 1), strict=True):
+        want = grid_offsets(layer, height, width)
         assert got.shape == want.shape == (1, 8, height, width)
         wanted = (layer.opt.weight, layer.opt.bias, layer.p_conv.bias)
         probe = draw(*want.shape)
@@ -96,7 +97,7 @@ def test_constant_offsets_of_single_precision_are_computed_in_double(device):
     offsets = Offsets(16).to(device)
     want = grid_offsets(offsets, 60, 90).float()
     with torch.autocast(device.type, torch.bfloat16):
-        (tables,) = constant_tables([offsets], 60, 90, torch.float32)
+        tables = constant_tables([offsets], 60, 90, torch.float32)
         got = constant_offsets(tables, 60, 90)
     assert got.dtype == torch.float32
     assert relative_l2(got, want) < 1e-8  # but for an element that rounds to the other side
@@ -125,7 +126,7 @@ def test_keys_fold_into_queries(tasks, heads, shared):
     blocks = random_blocks([kind("pixel", dim, heads).double() for _ in range(count)], seed=1)
     queries = draw(tasks, batch, pixels, dim, seed=2).requires_grad_()
     context = draw(tasks, batch, pixels, dim, seed=3).requires_grad_()
-    got = torch.cat(attend_pixels(blocks, queries, context)).view(queries.shape)
+    got = torch.cat(attend_pixels(blocks, fold(blocks), queries, context)).view(queries.shape)
     every = context.permute(1, 2, 0, 3).flatten(0, 1)
     want = []
     for own, block in zip(queries, blocks * tasks if shared else blocks, strict=True):
