@@ -22,6 +22,7 @@ from degmix_kernels import (
     LinearAttention,
     TaskAttention,
     gated_attention,
+    linear_attention,
     linear_norm,
     task_attention,
 )
@@ -68,17 +69,24 @@ class GatingDecoder(nn.Module):
 
     def _attend_everywhere(self, tokens: Tensor, context: Tensor) -> Tensor:
         """(T, B, N, C) and all tasks' (B, T·N, C) → (T·B, N, C)."""
-        queries = self.queries.values()
-        attended = [query.attend(own, context) for query, own in zip(queries, tokens, strict=True)]
+        queries = list(self.queries.values())
+        if isinstance(queries[0].attention, LinearAttention):
+            attended = attend_linearly([query.attention for query in queries], tokens, context)
+        else:
+            pairs = zip(queries, tokens, strict=True)
+            attended = [attend_tokens(query.attention, own, context) for query, own in pairs]
+        inputs = list(zip(attended, tokens, *merge(queries, tokens.dtype), strict=True))
 
-        def answer(attended: Sequence[Tensor], tokens: Tensor) -> Tensor:
-            return torch.cat(
-                [query.answer(*each) for query, *each in zip(queries, attended, tokens, strict=True)]
-            )
+        def answer(inputs: Sequence[tuple[Tensor, ...]]) -> Tensor:
+            answers = [
+                project(x, (weight, bias), query.norm, residual)
+                for query, (x, residual, weight, bias) in zip(queries, inputs, strict=True)
+            ]
+            return torch.cat(answers)
 
-        answers = answer(attended, tokens)
-        again = partial(answer, [each.detach() for each in attended], tokens.detach())
-        with recomputed([(answers, again)], [weight for query in queries for weight in query.parameters()]):
+        answers = answer(inputs)
+        again = partial(answer, [tuple(each.detach() for each in one) for one in inputs])
+        with recomputed([(answers, again)], [each for query in queries for each in norm_of(query.norm)]):
             return self.gate(answers)
 
 
@@ -111,8 +119,8 @@ class TaskInteraction(nn.Module):
             weight, bias = self.merge_pointwise(tokens.dtype)
             return project(tokens.flatten(0, 1), (weight, bias), self.norm).view_as(tokens)
         every = tokens.transpose(0, 1).flatten(1, 2)  # (B, T·N, C)
-        projection = merge(self.linear, self.attention.out_proj, tokens.dtype)
-        attended = project(attend_tokens(self.attention, every, every), projection, self.norm)
+        (weight,), (bias,) = merge([self], tokens.dtype)
+        attended = project(attend_tokens(self.attention, every, every), (weight, bias), self.norm)
         return attended.unflatten(1, (len(tokens), -1)).transpose(0, 1)
 
     def merge_pointwise(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -145,21 +153,6 @@ class TaskQuery(nn.Module):
         self.linear = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
 
-    def attend(self, tokens: Tensor, context: Tensor) -> Tensor:
-        """The attention before its output projection: (B, N, C) and all tasks' (B, T·N, C) → (B, N, C)."""
-        if isinstance(self.attention, LinearAttention):
-            # Its work grows as its tokens do: what lies between them is soon computed again.
-            return checkpointed(self.attention.attend, tokens, context)
-        return attend_tokens(self.attention, tokens, context)
-
-    def answer(self, attended: Tensor, tokens: Tensor) -> Tensor:
-        """All that follows: ``attended`` and the task's tokens → (B, N, C)."""
-        linear = isinstance(self.attention, LinearAttention)
-        projection = merge(
-            self.linear, self.attention.proj if linear else self.attention.out_proj, tokens.dtype
-        )
-        return project(attended, projection, self.norm, tokens)
-
 
 def project(
     x: Tensor, projection: tuple[Tensor, Tensor], norm: nn.LayerNorm, residual: Tensor | None = None
@@ -188,12 +181,62 @@ def attend_tokens(attention: GatedAttention, query: Tensor, context: Tensor) -> 
         return join_heads(gated_attention(*parts))
 
 
-def merge(linear: nn.Linear, before: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight and bias of ``linear(before(x))``."""
-    with torch.autocast(linear.weight.device.type, enabled=False):
-        weight, bias = promote(linear.weight), promote(linear.bias)
-        bias = torch.addmv(bias, weight, promote(before.bias))
-        return (weight @ promote(before.weight)).to(dtype), bias.to(dtype)
+def attend_linearly(attentions: Sequence[LinearAttention], tokens: Tensor, context: Tensor) -> Tensor:
+    """Linear attention of T tasks' tokens to all tasks', before the output projections.
+
+    Its work grows as its tokens do, and is done again in the backward pass. LayerNorms of the same tokens
+    differ in scale and shift alone, which are taken into the projections: tokens are normalised once.
+
+    Args:
+        attentions: T of them.
+        tokens: (T, B, N, C).
+        context: (B, M, C).
+
+    Returns:
+        (T, B, N, C).
+    """
+    heads, scale, tasks = attentions[0].heads, attentions[0].scale, len(attentions)
+    with torch.autocast(tokens.device.type, enabled=False):
+        layers = [
+            *zip(
+                *(((a.norm_q, a.to_q), (a.norm_k, a.to_k), (a.norm_v, a.to_v)) for a in attentions),
+                strict=True,
+            )
+        ]
+        pairs = [pair for kind in layers for pair in kind]
+        kinds = [[layer.weight for _, layer in pairs]] + [
+            [getattr(norm, name) for norm, _ in pairs] for name in ("weight", "bias")
+        ]
+        weight, gain, shift = map(promote, gathered(kinds))  # (3·T, C, C), (3·T, C) twice
+        bias = (weight @ shift[..., None])[..., 0].to(tokens.dtype)
+        weight = (weight * gain[:, None]).to(tokens.dtype)
+
+    def attend(tokens: Tensor, context: Tensor) -> Tensor:
+        own, every = (functional.layer_norm(each, each.shape[-1:]) for each in (tokens, context))
+        query = torch.baddbmm(bias[:tasks, None], own.flatten(1, 2), weight[:tasks].mT)
+        query = query.unflatten(2, (heads, -1)).unflatten(1, tokens.shape[1:3])  # (T, B, N, heads, C/heads)
+        query = query.permute(1, 0, 3, 2, 4).flatten(1, 2)
+        pair = functional.linear(every, weight[tasks:].flatten(0, 1), bias[tasks:].flatten())
+        key, value = split_heads(pair, 2 * tasks * heads).chunk(2, dim=1)  # (B, T·heads, M, C/heads)
+        attended = linear_attention(query, key, value, scale)
+        return attended.unflatten(1, (tasks, heads)).permute(1, 0, 3, 2, 4).flatten(3)
+
+    return checkpointed(attend, tokens, context)
+
+
+def merge(blocks: Sequence[TaskInteraction | TaskQuery], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights (W, C, C) and biases (W, C) of the Linear behind the output projection, of W blocks."""
+    with torch.autocast(blocks[0].linear.weight.device.type, enabled=False):
+        pairs = [(output_of(block.attention), block.linear) for block in blocks]
+        kinds = zip(*((a.weight, a.bias, b.weight, b.bias) for a, b in pairs), strict=True)
+        first, first_bias, weight, bias = map(promote, gathered(list(kinds)))
+        bias = torch.baddbmm(bias[..., None], weight, first_bias[..., None])[..., 0]
+        return (weight @ first).to(dtype), bias.to(dtype)
+
+
+def output_of(attention: nn.Module) -> nn.Linear:
+    """The output projection."""
+    return attention.proj if isinstance(attention, LinearAttention) else attention.out_proj
 
 
 class Folded(NamedTuple):

@@ -147,10 +147,9 @@ class DeGMixHead(nn.Module):
         maps = self.mixers(x)
         # permute: the gradient of flatten(2).transpose(1, 2) is one that PyTorch's CPU BatchNorm gets wrong.
         tokens = torch.stack([each.permute(0, 2, 3, 1).flatten(1, 2) for each in maps])  # (T, B, N, C)
-        decoded = (
-            self.decoder(tokens).transpose(2, 3).contiguous().unflatten(3, x.shape[2:])
-        )  # (T, B, C, H, W)
-        predictions = zip(self.predictions.items(), decoded.unbind(), strict=True)
+        decoded = self.decoder(tokens).transpose(2, 3).contiguous()  # (T, B, C, N)
+        decoded = decoded.unflatten(3, x.shape[2:]).unbind()
+        predictions = zip(self.predictions.items(), decoded, strict=True)
         return {task: resize(predict(each), size) for (task, predict), each in predictions}
 
     def _check_features(self, features: Sequence[Tensor], size: tuple[int, int]) -> None:

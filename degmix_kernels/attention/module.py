@@ -67,14 +67,10 @@ class LinearAttention(nn.Module):
 
     def forward(self, query: Tensor, context: Tensor) -> Tensor:
         """(B, N, C) queries, (B, M, C) tokens of ``context`` → (B, N, C)."""
-        return self.proj(self.attend(query, context))
-
-    def attend(self, query: Tensor, context: Tensor) -> Tensor:
-        """The same before the output projection."""
         attended = linear_attention(
             split_heads(self.to_q(self.norm_q(query)), self.heads),
             split_heads(self.to_k(self.norm_k(context)), self.heads),
             split_heads(self.to_v(self.norm_v(context)), self.heads),
             self.scale,
         )
-        return join_heads(attended)
+        return self.proj(join_heads(attended))

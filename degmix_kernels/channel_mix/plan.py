@@ -179,10 +179,9 @@ def _examples(dtype: torch.dtype) -> Iterator[Launch]:
     # shape of x, channels last, groups, out channels
     calls = [((8, 256, 107, 140), False, 1, 256)]
     if dtype != torch.float16:  # the code of bf16 but for conversions
-        calls += [((8, 256, 107, 140), True, 1, 256)]
+        calls += [((8, 256, 107, 140), True, 1, 256), ((8, 1024, 107, 140), False, 4, 1024)]
     if dtype == torch.bfloat16:
         calls += [
-            ((8, 1024, 107, 140), False, 4, 1024),
             ((2, 50, 7, 7), False, 1, 27),
             ((3, 256, 2048, 2048), True, 1, 256),
         ]

@@ -93,7 +93,7 @@ def _samples(cases: tuple[_Case, ...]) -> Callable[..., list[Sample]]:
 def _mix_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
     samples = []
     for case in _PER_CHANNEL:
-        if case.stride == (1, 1) and case.groups == 1:
+        if case.stride == (1, 1):
             sample = case.sample(device, dtype, generator)
             arguments = {name: sample.arguments[name] for name in ("offset", "weight", "bias")}
             samples.append(Sample(arguments | {"x": sample.arguments["input"]}, sample.reduction))

@@ -86,7 +86,9 @@ def _forward_blocks(problem: Problem, statistics: bool = False) -> Blocks:
     largest = 256 if wide else 128
     span = Span.of(problem, largest)
     out = block(span.groups * problem.group_out, largest)
-    pixels = block(problem.out_pixels, 64 if wide and out > 16 else 32)
+    # Where it takes registers to tell groups apart, 256 out channels leave room for half as many pixels.
+    narrow = out == 256 and problem.groups > 1
+    pixels = block(problem.out_pixels, 64 if wide and out > 16 and not narrow else 32)
     # 32 rows spill where addresses have 64 bits, or with statistics.
     rows = 32 if out * pixels >= 16384 and not (statistics or needs_64_bit(problem.offset[:1])) else 16
     rows = block(span.channels, rows)
@@ -200,7 +202,8 @@ def plan_backward_weight(
     wide = problem.input.dtype != torch.float32
     span = Span.of(problem, 256 if wide else 128)
     out = block(span.groups * problem.group_out, 256 if wide else 128)
-    rows = block(span.channels, 64 if wide else 32)
+    narrow = out == 256 and problem.groups > 1  # as in the forward pass
+    rows = block(span.channels, 64 if wide and not narrow else 32)
     while rows > 16 and not fits(problem, span.rows(problem, rows)):
         rows //= 2
     pixels = block(problem.out_pixels, 16 if wide and out * rows >= 4096 else 32)
@@ -343,9 +346,19 @@ class _Example:
 
 
 _EXAMPLES = (
-    # DeGMix on NYUD-v2, as deform_mix in training and as a convolution with a deterministic gradient.
+    # DeGMix on NYUD-v2: as deform_mix in training, a convolution with a deterministic gradient, four tasks
+    # side by side.
     _Example((8, 256, 107, 140), 256, 256, kernel=1, activation="gelu"),
     _Example((8, 256, 107, 140), 256, 256, kernel=1, deterministic=True),
+    _Example(
+        (1, 1024, 107, 140),
+        1024,
+        1024,
+        groups=4,
+        kernel=1,
+        activation="gelu",
+        dtypes=(torch.float32, torch.bfloat16),
+    ),
     _Example((2, 96, 56, 56), 96, 96, groups=2, kernel=1, extras=True),
     # EDVR, BasicVSR++: 8 channels per offset group; depthwise; more than 2³¹ elements in an image.
     _Example((2, 64, 180, 320), 64, 8, extras=True),

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from degmix import DeGMixHead
 from degmix.model import formula as plain
+from degmix.model import mixer
 from degmix.model.decoder import TaskInteraction, TaskQuery, attend_pixels, fold
 from degmix.model.formula import formula
 from degmix.model.mixer import Offsets, constant_offsets, constant_tables
@@ -57,6 +58,38 @@ def test_head_is_the_formula(attention, training, tasks, batch, height, width, d
     features, size = small_features(batch, height, width), (2 * height + 1, 3 * width)
     got, want = (run(head, forward, features, size) for forward in (DeGMixHead.__call__, formula))
     assert_same(got, want)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_tasks_mix_together_or_alone(together, training, monkeypatch):
+    """As many as fit; the last of three is alone where two fit."""
+    head, features = small_head("pixel", 3, 2).train(training), small_features(2, 7, 9)
+    with torch.no_grad():
+        map_bytes = head.embed(features).numel() * 8
+    monkeypatch.setattr(mixer, "TOGETHER_BYTES", together * 2 * map_bytes)
+    sizes = []
+    original = mixer.mix_tasks
+
+    def spy(mixers, *arguments):
+        sizes.append(len(mixers))
+        return original(mixers, *arguments)
+
+    monkeypatch.setattr(mixer, "mix_tasks", spy)
+    got = run(head, DeGMixHead.__call__, features, (15, 27))
+    assert sizes == {1: [], 2: [2, 1], 3: [3]}[together]
+    assert_same(got, run(head, formula, features, (15, 27)))
+
+
+def test_tasks_whose_norms_differ_mix_alone(monkeypatch):
+    """One task's norms are frozen, and another's average is cumulative."""
+    head, features = small_head("pixel", 3, 2).train(), small_features(2, 7, 9)
+    first, second, _ = head.mixers.values()
+    first.eval()
+    second[0].norm.momentum = None
+    monkeypatch.setattr(mixer, "mix_tasks", None)
+    got = run(head, DeGMixHead.__call__, features, (15, 27))
+    assert_same(got, run(head, formula, features, (15, 27)))
 
 
 @every_attention
