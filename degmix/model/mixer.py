@@ -56,16 +56,27 @@ class DeformableMixers(nn.ModuleDict):
         )
 
     def _together(self, x: Tensor) -> int:
-        """How many tasks are mixed together: those whose norms and dtypes are alike, within the memory."""
+        """How many tasks are mixed together: as many as memory allows, if all are alike, unwatched."""
         norms = [norm for layers in self.values() for layer in layers for norm in layer.norms]
         kinds = {(type(n), n.training, n.momentum, n.eps, n.affine, n.track_running_stats) for n in norms}
         ordinary = len(kinds) == 1 and type(norms[0]) is BatchNorm2d and norms[0].affine
         ordinary = ordinary and norms[0].track_running_stats and norms[0].momentum is not None
         one_dtype = len({parameter.dtype for parameter in self.parameters()}) == 1
-        if torch.compiler.is_compiling() or not ordinary or not one_dtype:  # compilers join operations, too
-            return 1
+        hooks = any(map(has_hooks, self.modules()))
+        if torch.compiler.is_compiling() or not ordinary or not one_dtype or hooks:
+            return 1  # compilers join operations themselves
         bytes_of_one = 2 * x.numel() * torch.promote_types(x.dtype, torch.float32).itemsize
         return max(1, min(TOGETHER_BYTES // max(bytes_of_one, 1), len(self)))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone wants to know of this module's calls, as FSDP does, or a program that prunes."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 class MixerLayer(nn.Module):

@@ -92,6 +92,17 @@ def test_tasks_whose_norms_differ_mix_alone(monkeypatch):
     assert_same(got, run(head, formula, features, (15, 27)))
 
 
+def test_hooks_of_a_layer_are_called():
+    head, features, calls = small_head("pixel", 3, 2), small_features(2, 7, 9), []
+    hook = head.mixers["task2"][1].deform_mix.register_forward_hook(lambda *_: calls.append(0))
+    want = head(features, (15, 27))
+    assert calls == [0]
+    hook.remove()
+    for task, prediction in head(features, (15, 27)).items():
+        assert relative_l2(prediction, want[task]) < TOLERANCE
+    assert calls == [0]
+
+
 @every_attention
 def test_as_many_heads_and_maps_as_there_may_be(attention):
     head = DeGMixHead((3,), {"one": 2, "two": 1}, attention=attention, depth=1, dim=8, heads=4).double()
