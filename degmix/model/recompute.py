@@ -41,7 +41,8 @@ def recomputed(
     autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
 
     def pack(saved: Tensor) -> Any:
-        return kept.get(_place(saved), saved)
+        # An operation that keeps its own result would keep itself alive by it, but for detach.
+        return kept.get(_place(saved)) or saved.detach()
 
     def unpack(packed: Any) -> Tensor:
         if isinstance(packed, Tensor):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import nullcontext
 from unittest.mock import patch
 
 import pytest
 import torch
-from test_head import draw
+from test_head import draw, every_attention, small_features, small_head
 from torch import Tensor, nn
 
+from degmix.info import _Storages
 from degmix.model import decoder
 from degmix.model.recompute import recomputed
 from degmix_kernels import GatedAttention
@@ -52,6 +55,30 @@ def test_other_parts_of_the_same_memory_are_kept():
     (grad,) = torch.autograd.grad(result, x)
     assert torch.equal(grad, torch.tensor([3.0, 4.0, 5.0, 0.0, 1.0, 2.0]))
     assert len(calls) == 1
+
+
+def test_nothing_lives_on_without_a_backward_pass():
+    """rsqrt keeps its own result."""
+    x = torch.ones(5, requires_grad=True)
+    hidden = x * 2
+    with recomputed([(hidden, lambda: x.detach() * 2)], [x]):
+        result = (hidden * hidden).rsqrt()
+    result = weakref.ref(result.untyped_storage())
+    assert result() is None
+
+
+@every_attention
+def test_a_head_leaves_nothing_behind(attention):
+    head, features = small_head(attention), [f.requires_grad_() for f in small_features(2, 8, 8)]
+    gc.collect()
+    gc.disable()
+    try:
+        with _Storages() as made:
+            head(features, (9, 9))
+        left = {id(storage) for storage in made.alive()}
+    finally:
+        gc.enable()
+    assert not left
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "autocast"])
