@@ -50,6 +50,11 @@ def use_backend(name: Backend) -> Iterator[None]:
         _backend = before
 
 
+def chosen() -> Backend:
+    """The backend that :func:`use_backend` has chosen, for who has to choose the same again later."""
+    return _backend
+
+
 def can_run(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """Whether Triton kernels can run on tensors of this device and dtype, and the reason if not."""
     if not HAS_TRITON:

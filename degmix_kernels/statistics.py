@@ -71,7 +71,7 @@ def plan_combine(statistics: Statistics, pixels: int, mean: Tensor, variance: Te
     Args:
         statistics: the parts of any number of images, filled.
         pixels: of one image.
-        mean: to be filled, (channels,), fp32; NaN without images.
+        mean: to be filled, (channels,), fp32.
         variance: to be filled with the biased variance, likewise.
     """
     parts, channels = statistics.means.shape
@@ -99,7 +99,12 @@ def plan_combine(statistics: Statistics, pixels: int, mean: Tensor, variance: Te
 
 
 def finish_statistics(statistics: Statistics, pixels: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, (channels,), fp32, by ``plan_combine``."""
+    """Mean and biased variance of each channel, (channels,), fp32, by ``plan_combine``; of nothing, zeros.
+
+    NaN would reach the gradients of a normalisation's parameters, which are sums over nothing.
+    """
+    if statistics.means.numel() == 0:
+        return tuple(statistics.means.new_zeros(2, statistics.means.shape[1]).unbind())
     mean, variance = (statistics.means.new_empty(statistics.means.shape[1]) for _ in range(2))
     run(plan_combine(statistics, pixels, mean, variance), mean.device)
     return mean, variance

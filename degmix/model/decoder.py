@@ -75,18 +75,16 @@ class GatingDecoder(nn.Module):
         else:
             pairs = zip(queries, tokens, strict=True)
             attended = [attend_tokens(query.attention, own, context) for query, own in pairs]
-        inputs = list(zip(attended, tokens, *merge(queries, tokens.dtype), strict=True))
+        projections = zip(*merge(queries, tokens.dtype), strict=True)
+        every = []
+        for query, x, residual, (weight, bias) in zip(queries, attended, tokens, projections, strict=True):
+            every += [x, weight, bias, *norm_of(query.norm), residual]
 
-        def answer(inputs: Sequence[tuple[Tensor, ...]]) -> Tensor:
-            answers = [
-                project(x, (weight, bias), query.norm, residual)
-                for query, (x, residual, weight, bias) in zip(queries, inputs, strict=True)
-            ]
-            return torch.cat(answers)
+        def answer(*every: Tensor) -> Tensor:
+            return torch.cat([project(*every[i : i + 6]) for i in range(0, len(every), 6)])
 
-        answers = answer(inputs)
-        again = partial(answer, [tuple(each.detach() for each in one) for one in inputs])
-        with recomputed([(answers, again)], [each for query in queries for each in norm_of(query.norm)]):
+        answers = answer(*every)
+        with recomputed([(answers, answer, every)]):
             return self.gate(answers)
 
 
@@ -117,10 +115,11 @@ class TaskInteraction(nn.Module):
             return attended.view_as(tokens)
         if self.mode in ("released", "linear"):
             weight, bias = self.merge_pointwise(tokens.dtype)
-            return project(tokens.flatten(0, 1), (weight, bias), self.norm).view_as(tokens)
+            return project(tokens.flatten(0, 1), weight, bias, *norm_of(self.norm)).view_as(tokens)
         every = tokens.transpose(0, 1).flatten(1, 2)  # (B, T·N, C)
         (weight,), (bias,) = merge([self], tokens.dtype)
-        attended = project(attend_tokens(self.attention, every, every), (weight, bias), self.norm)
+        attended = attend_tokens(self.attention, every, every)
+        attended = project(attended, weight, bias, *norm_of(self.norm))
         return attended.unflatten(1, (len(tokens), -1)).transpose(0, 1)
 
     def merge_pointwise(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -155,10 +154,15 @@ class TaskQuery(nn.Module):
 
 
 def project(
-    x: Tensor, projection: tuple[Tensor, Tensor], norm: nn.LayerNorm, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """``LayerNorm(W x + b) + residual``; what its backward pass needs beside x is computed again there."""
-    return checkpointed(partial(linear_norm, residual=residual), x, *projection, *norm_of(norm))
+    return checkpointed(partial(linear_norm, residual=residual), x, weight, bias, norm_weight, norm_bias)
 
 
 def attend_tokens(attention: GatedAttention, query: Tensor, context: Tensor) -> Tensor:
@@ -168,16 +172,18 @@ def attend_tokens(attention: GatedAttention, query: Tensor, context: Tensor) -> 
     with the tokens, and are computed again.
     """
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    inputs = query.detach(), *[context.detach()] * 2
     projected = attention.project_query(query), *attention.project_context(context)
     parts = [split_heads(each, attention.heads) for each in projected]
 
-    def again(index: int) -> Tensor:
+    def again(index: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         part = slice(index * attention.dim, (index + 1) * attention.dim)
-        return split_heads(functional.linear(inputs[index], weight[part], bias[part]), attention.heads)
+        return split_heads(functional.linear(x, weight[part], bias[part]), attention.heads)
 
-    computes = [(each, partial(again, index)) for index, each in enumerate(parts)]
-    with recomputed(computes, [weight, bias]):
+    inputs = query, context, context
+    computes = [
+        (each, partial(again, index), (inputs[index], weight, bias)) for index, each in enumerate(parts)
+    ]
+    with recomputed(computes):
         return join_heads(gated_attention(*parts))
 
 
@@ -298,7 +304,8 @@ def attend_pixels(
         return results
 
     # What lies between is five times the size of the result, and soon computed again.
-    return checkpointed(attend, queries, context, residuals)
+    norms = [each for block in blocks for each in norm_of(block.norm)]
+    return checkpointed(attend, queries, context, residuals, parameters=norms)
 
 
 def fold(blocks: Sequence[TaskInteraction | TaskQuery]) -> Folded:

@@ -140,7 +140,8 @@ class DeGMixHead(nn.Module):
             Task name → (B, channels, height, width).
 
         Raises:
-            ValueError: for another number of maps, other channels, or an empty size.
+            TypeError: for a map that is no tensor, or of another dtype or device.
+            ValueError: for another number of maps, images or channels, or an empty size.
         """
         self._check_features(features, size)
         x = self.embed(features)
@@ -155,12 +156,27 @@ class DeGMixHead(nn.Module):
     def _check_features(self, features: Sequence[Tensor], size: tuple[int, int]) -> None:
         if len(features) != len(self.in_channels):
             raise ValueError(f"features: expected {len(self.in_channels)} maps, got {len(features)}")
+        weight = next(self.embed.parameters())
         for index, (feature, channels) in enumerate(zip(features, self.in_channels, strict=True)):
+            name = f"features[{index}]"
+            if not isinstance(feature, Tensor) or not feature.is_floating_point():
+                kind = feature.dtype if isinstance(feature, Tensor) else type(feature).__name__
+                raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
             if feature.dim() != 4 or feature.shape[1] != channels or min(feature.shape[2:]) < 1:
                 expected = f"(B, {channels}, H, W) with H, W ≥ 1"
-                raise ValueError(f"features[{index}]: expected shape {expected}, got {tuple(feature.shape)}")
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"size: expected (height, width) of at least 1, got {tuple(size)}")
+                raise ValueError(f"{name}: expected shape {expected}, got {tuple(feature.shape)}")
+            if feature.shape[0] != features[0].shape[0]:
+                images = f"{features[0].shape[0]} images as features[0]"
+                raise ValueError(f"{name}: expected {images}, got {feature.shape[0]}")
+            if feature.device != weight.device:
+                raise TypeError(
+                    f"{name}: expected device {weight.device} as the parameters, got {feature.device}"
+                )
+            wanted = features[0] if torch.is_autocast_enabled(weight.device.type) else weight
+            if feature.dtype != wanted.dtype:
+                raise TypeError(f"{name}: expected {wanted.dtype}, got {feature.dtype}")
+        if len(size) != 2 or not all(isinstance(side, int | torch.SymInt) and side >= 1 for side in size):
+            raise ValueError(f"size: expected (height, width), integers of at least 1, got {tuple(size)}")
 
 
 class LinearEmbed(nn.Module):
@@ -210,7 +226,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Maps (B, in_channels[i], H_i, W_i) → (B, C, ⌈H_0/4⌉, ⌈W_0/4⌉)."""
-        x = checkpointed(self._project, *features)  # concatenated they take eight times the memory
+        # Concatenated they take eight times the memory.
+        x = checkpointed(self._project, *features, parameters=list(self.projection.parameters()))
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
 
     def _project(self, *features: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -58,8 +57,10 @@ class DeformableMixers(nn.ModuleDict):
     def _together(self, x: Tensor) -> int:
         """How many tasks are mixed together: as many as memory allows, if all are alike, unwatched."""
         norms = [norm for layers in self.values() for layer in layers for norm in layer.norms]
-        kinds = {(type(n), n.training, n.momentum, n.eps, n.affine, n.track_running_stats) for n in norms}
-        ordinary = len(kinds) == 1 and type(norms[0]) is BatchNorm2d and norms[0].affine
+        if any(type(norm) is not BatchNorm2d for norm in norms):
+            return 1
+        kinds = {(n.training, n.momentum, n.eps, n.affine, n.track_running_stats) for n in norms}
+        ordinary = len(kinds) == 1 and norms[0].affine
         ordinary = ordinary and norms[0].track_running_stats and norms[0].momentum is not None
         one_dtype = len({parameter.dtype for parameter in self.parameters()}) == 1
         hooks = any(map(has_hooks, self.modules()))
@@ -268,10 +269,12 @@ def forgotten(
     offset: Tensor, positions: Tensor, weight: Tensor, tables: Tables
 ) -> AbstractContextManager[None]:
     """Offsets, of 2·C channels in fp32, are the largest tensors of the head; the positions have 18."""
-    again = partial(
-        offsets_at, positions.detach(), weight.detach(), tuple(table.detach() for table in tables)
-    )
-    return recomputed([(offset, again)], [weight])
+    return recomputed([(offset, offsets_again, (positions, weight, *tables))])
+
+
+def offsets_again(positions: Tensor, weight: Tensor, *tables: Tensor) -> Tensor:
+    """:func:`offsets_at`, of tensors alone."""
+    return offsets_at(positions, weight, tables)
 
 
 def positions_of(x: Tensor, weight: Tensor) -> Tensor:
@@ -312,7 +315,7 @@ def constant_tables(layers: Sequence[Offsets], height: int, width: int, dtype: t
         weight, bias, start = gathered(list(kinds), torch.float64)
         # 1-based coordinates of the 3×3 window around each pixel: (L, 9, H) rows and (L, 9, W) columns.
         numbers = torch.arange(max(height, width) + 2, device=start.device, dtype=start.dtype)
-        rows, columns = (numbers[: size + 2].unfold(0, size, 1) for size in (height, width))
+        rows, columns = (numbers.as_strided((3, size), (1, 1)) for size in (height, width))
         start = start.unflatten(1, (2, 3, 3, 1))
         rows = (start[:, 0] + rows[:, None]).flatten(1, 2)[..., None].expand(-1, -1, -1, min(width, 3))
         columns = (start[:, 1] + columns).flatten(1, 2)[:, :, None].expand(-1, -1, min(height, 3), -1)

@@ -125,5 +125,7 @@ def deform_mix(
         if not statistics:
             return output
         exact = output.to(torch.promote_types(output.dtype, torch.float32))
+        if exact.numel() == 0:
+            return output, *exact.new_zeros(2, exact.shape[1]).unbind()
         mean = exact.mean((0, 2, 3))
         return output, mean, (exact - mean[:, None, None]).square().mean((0, 2, 3))

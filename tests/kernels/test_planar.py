@@ -280,7 +280,8 @@ def test_chan_formula_of_unequal_parts() -> None:
     flat = values.flatten(0, 1)
     assert relative_l2(mean, flat.mean(0)) < 1e-7
     assert relative_l2(variance, flat.var(0, unbiased=False)) < 1e-3
-    assert all(part.isnan().all() for part in finish_statistics(planar.new_statistics(_empty_batch()), 20))
+    # NaN would spoil the gradients of a normalisation's parameters.
+    assert all((part == 0).all() for part in finish_statistics(planar.new_statistics(_empty_batch()), 20))
 
 
 def _empty_batch() -> Problem:

@@ -379,7 +379,9 @@ def test_bad_features():
         ValueError, match=r"features\[1\]: expected shape \(B, 4, H, W\) .*got \(1, 3, 4, 4\)"
     ):
         head([good[0], good[0]], (8, 8))
-    with pytest.raises(ValueError, match=r"size: expected \(height, width\) of at least 1, got \(8, 0\)"):
+    with pytest.raises(
+        ValueError, match=r"size: expected \(height, width\), integers of at least 1, got \(8, 0\)"
+    ):
         head(good, (8, 0))
 
 

@@ -11,17 +11,20 @@ import pytest
 import torch
 from test_head import draw, every_attention, small_features, small_head
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from degmix.info import _Storages
 from degmix.model import decoder
 from degmix.model.recompute import recomputed
-from degmix_kernels import GatedAttention
+from degmix_kernels import GatedAttention, use_backend
+from degmix_kernels.testing import relative_l2
 
 
 def square(x: Tensor, layer: nn.Linear) -> Tensor:
     """The sum of squares of a Linear's result, which is not kept."""
     hidden = layer(x)
-    with recomputed([(hidden, lambda: layer(x.detach()))], list(layer.parameters())):
+    with recomputed([(hidden, functional.linear, (x, layer.weight, layer.bias))]):
         return (hidden * hidden).sum()
 
 
@@ -50,7 +53,7 @@ def test_other_parts_of_the_same_memory_are_kept():
     x, calls = torch.arange(6.0, requires_grad=True), []
     whole = x * 1
     first, second = whole.split(3)
-    with recomputed([(first, lambda: calls.append(0) or whole.detach()[:3])], [x]):
+    with recomputed([(first, lambda x: calls.append(0) or x[:3], (x,))]):
         result = (first * second).sum()
     (grad,) = torch.autograd.grad(result, x)
     assert torch.equal(grad, torch.tensor([3.0, 4.0, 5.0, 0.0, 1.0, 2.0]))
@@ -61,7 +64,7 @@ def test_nothing_lives_on_without_a_backward_pass():
     """rsqrt keeps its own result."""
     x = torch.ones(5, requires_grad=True)
     hidden = x * 2
-    with recomputed([(hidden, lambda: x.detach() * 2)], [x]):
+    with recomputed([(hidden, lambda x: x * 2, (x,))]):
         result = (hidden * hidden).rsqrt()
     result = weakref.ref(result.untyped_storage())
     assert result() is None
@@ -70,6 +73,7 @@ def test_nothing_lives_on_without_a_backward_pass():
 @every_attention
 def test_a_head_leaves_nothing_behind(attention):
     head, features = small_head(attention), [f.requires_grad_() for f in small_features(2, 8, 8)]
+    head(features, (9, 9))  # the first call imports what PyTorch imports late
     gc.collect()
     gc.disable()
     try:
@@ -79,6 +83,60 @@ def test_a_head_leaves_nothing_behind(attention):
     finally:
         gc.enable()
     assert not left
+
+
+@every_attention
+def test_no_parameter_changes_unnoticed(attention):
+    """Between forward and backward pass; the gradient would belong to neither value."""
+    head = small_head(attention, tasks=1)
+    features = [feature.requires_grad_() for feature in small_features(2, 8, 8)]
+
+    def loss() -> Tensor:
+        return sum(prediction.sum() for prediction in head(features, (9, 9)).values())
+
+    refused = 0
+    for parameter in head.parameters():
+        want = torch.autograd.grad(loss(), features)
+        result = loss()
+        with torch.no_grad():
+            parameter.mul_(2)
+        try:
+            got = torch.autograd.grad(result, features)
+        except RuntimeError:
+            refused += 1
+        else:  # its value is not needed, or its old one was kept
+            assert all(relative_l2(one, other) < 1e-12 for one, other in zip(got, want, strict=True))
+    assert refused > 10
+
+
+@pytest.mark.parametrize(
+    "attention", ["released", "pixel", "global"]
+)  # "linear" has few tokens, more matrices
+def test_a_checkpoint_around_the_head_frees_most_of_what_it_keeps(attention):
+    head, features = small_head(attention), [f.requires_grad_() for f in small_features(2, 16, 16)]
+
+    def total(*features: Tensor) -> Tensor:
+        return sum(prediction.square().sum() for prediction in head(features, (9, 9)).values())
+
+    with _Storages() as made:
+        want = total(*features)
+    kept = sum(storage.nbytes() for storage in made.alive())
+    with _Storages() as made:
+        got = checkpoint(total, *features, use_reentrant=False)
+    assert sum(storage.nbytes() for storage in made.alive()) < kept / 4
+    gradients = [torch.autograd.grad(each, features) for each in (got, want)]
+    for one, other in zip(*gradients, strict=True):
+        assert relative_l2(one, other) < 1e-12
+
+
+def test_the_backend_of_the_forward_pass_computes_again(device):
+    head = small_head("pixel").float().to(device)
+    for forward, backward in (("reference", "auto"), ("auto", "reference")):
+        with use_backend(forward):
+            features = [f.float().to(device).requires_grad_() for f in small_features(1, 8, 8)]
+            result = sum(prediction.sum() for prediction in head(features, (9, 9)).values())
+        with use_backend(backward):
+            result.backward()
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "autocast"])

@@ -92,6 +92,24 @@ def test_tasks_whose_norms_differ_mix_alone(monkeypatch):
     assert_same(got, run(head, formula, features, (15, 27)))
 
 
+def test_an_empty_batch_has_no_gradient(device):
+    head = small_head("pixel").float().to(device)
+    features = [feature[:0].float().to(device) for feature in small_features(1, 8, 8)]
+    sum(prediction.sum() for prediction in head(features, (9, 9)).values()).backward()
+    assert all(parameter.grad is None or (parameter.grad == 0).all() for parameter in head.parameters())
+
+
+def test_sizes_stay_dynamic_in_a_compiled_head():
+    head, features = small_head("pixel").float().eval(), [f.float() for f in small_features(2, 40, 56)]
+    for feature in features:
+        torch._dynamo.mark_dynamic(feature, 2)
+        torch._dynamo.mark_dynamic(feature, 3)
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")  # raises if one became a constant
+    want = head(features, (9, 9))
+    for task, prediction in compiled(features, (9, 9)).items():
+        torch.testing.assert_close(prediction, want[task])
+
+
 def test_hooks_of_a_layer_are_called():
     head, features, calls = small_head("pixel", 3, 2), small_features(2, 7, 9), []
     hook = head.mixers["task2"][1].deform_mix.register_forward_hook(lambda *_: calls.append(0))
