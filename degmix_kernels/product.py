@@ -106,7 +106,7 @@ class Product:
     """Sizes of ``weight · x`` for a dense x.
 
     Attributes:
-        x: (N, groups·inner, H, W) or (tokens, groups·inner), dense.
+        x: (N, groups·inner, H, W), (tokens, groups·inner) or (images, tokens, groups·inner), dense.
         weight: (groups·out_channels, inner), dense.
         out_block: out channels of a tile.
         pixel_block: pixels of a tile.
@@ -122,7 +122,7 @@ class Product:
     @property
     def groups(self) -> int:
         """Groups of channels that share nothing."""
-        return self.x.shape[1] // self.weight.shape[1]
+        return self.sizes.channels // self.weight.shape[1]
 
     @property
     def out_channels(self) -> int:

@@ -7,7 +7,6 @@ products with the tokens; the functions of the parameters are those of :mod:`deg
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -58,32 +57,33 @@ class GatingDecoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(T, B, N, C) → (T, B, N, C)."""
         if self.per_pixel:
-            queries = list(self.queries.values())
+            heads, queries = self.interaction.attention.heads, list(self.queries.values())
             first = [self.interaction] if self.interaction.mode == "pixel" else []
-            own, folded = fold([*first, *queries]).split(len(first))
+            own, folded = split(fold([*first, *queries]), len(first))
             fused = self.interaction(tokens, own)
-            answers = attend_pixels(queries, folded, tokens, fused, residuals=tokens)
-            return self.gate(torch.cat(answers)).view_as(tokens)
-        fused = self.interaction(tokens)
-        return self._attend_everywhere(tokens, fused.transpose(0, 1).flatten(1, 2)).view_as(tokens)
+            return self.gate(attend_pixels(folded, heads, tokens, fused, tokens)).view_as(tokens)
+        return self._attend_everywhere(tokens).view_as(tokens)
 
-    def _attend_everywhere(self, tokens: Tensor, context: Tensor) -> Tensor:
-        """(T, B, N, C) and all tasks' (B, T·N, C) → (T·B, N, C)."""
+    def _attend_everywhere(self, tokens: Tensor) -> Tensor:
+        """(T, B, N, C) → (T·B, N, C), of attention to all tasks' tokens."""
         queries = list(self.queries.values())
-        if isinstance(queries[0].attention, LinearAttention):
-            attended = attend_linearly([query.attention for query in queries], tokens, context)
+        attentions = [query.attention for query in queries]
+        if self.interaction.mode == "linear":
+            projection = merge(queries, tokens.dtype)
+            fused = self.interaction(tokens)
+            attended = [attend_linearly(attentions, tokens, join_tasks(fused)).flatten(0, 1)]
         else:
-            pairs = zip(queries, tokens, strict=True)
-            attended = [attend_tokens(query.attention, own, context) for query, own in pairs]
-        projections = zip(*merge(queries, tokens.dtype), strict=True)
-        every = []
-        for query, x, residual, (weight, bias) in zip(queries, attended, tokens, projections, strict=True):
-            every += [x, weight, bias, *norm_of(query.norm), residual]
+            own, projection = split(merge([self.interaction, *queries], tokens.dtype), 1)
+            context = join_tasks(self.interaction(tokens, own))
+            attended = attend_tokens(attentions, tokens, context)
+        every = tokens.flatten(0, 1), *projection, *attended
 
-        def answer(*every: Tensor) -> Tensor:
-            return torch.cat([project(*every[i : i + 6]) for i in range(0, len(every), 6)])
+        def answer(residual: Tensor, *every: Tensor) -> Tensor:
+            projection, attended = every[:4], every[4:]
+            x = torch.cat(attended) if len(attended) > 1 else attended[0]
+            return linear_norm(x, *projection, residual=residual)
 
-        answers = answer(*every)
+        answers = checkpointed(answer, *every)
         with recomputed([(answers, answer, every)]):
             return self.gate(answers)
 
@@ -108,19 +108,22 @@ class TaskInteraction(nn.Module):
         self.linear = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, tokens: Tensor, folded: Folded | None = None) -> Tensor:
-        """(T, B, N, C) → (T, B, N, C); ``folded``: this block's matrices, for ``"pixel"``."""
+    def forward(self, tokens: Tensor, own: Folded | Projection | None = None) -> Tensor:
+        """(T, B, N, C) → (T, B, N, C).
+
+        Args:
+            tokens: of all tasks.
+            own: this block's matrices, for ``"pixel"`` by :func:`fold`, for ``"global"`` by :func:`merge`.
+        """
         if self.mode == "pixel":
-            (attended,) = attend_pixels([self], folded, tokens, tokens)
-            return attended.view_as(tokens)
-        if self.mode in ("released", "linear"):
-            weight, bias = self.merge_pointwise(tokens.dtype)
-            return project(tokens.flatten(0, 1), weight, bias, *norm_of(self.norm)).view_as(tokens)
-        every = tokens.transpose(0, 1).flatten(1, 2)  # (B, T·N, C)
-        (weight,), (bias,) = merge([self], tokens.dtype)
-        attended = attend_tokens(self.attention, every, every)
-        attended = project(attended, weight, bias, *norm_of(self.norm))
-        return attended.unflatten(1, (len(tokens), -1)).transpose(0, 1)
+            return attend_pixels(own, self.attention.heads, tokens, tokens).view_as(tokens)
+        if self.mode == "global":
+            attended = attend_all_tokens(self.attention, join_tasks(tokens))
+            attended = checkpointed(linear_norm, attended, *own)
+            return attended.unflatten(1, (len(tokens), -1)).transpose(0, 1)
+        merged = self.merge_pointwise(tokens.dtype)
+        norm = self.norm.weight, self.norm.bias
+        return checkpointed(linear_norm, tokens.flatten(0, 1), *merged, *norm).view_as(tokens)
 
     def merge_pointwise(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Weight and bias of ``Linear(W_o (W_v x + b_v) + b_o)``."""
@@ -153,37 +156,79 @@ class TaskQuery(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
 
-def project(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """``LayerNorm(W x + b) + residual``; what its backward pass needs beside x is computed again there."""
-    return checkpointed(partial(linear_norm, residual=residual), x, weight, bias, norm_weight, norm_bias)
+class Projection(NamedTuple):
+    """A Linear and the LayerNorm behind it, of W blocks.
+
+    Attributes:
+        weight, bias: (W, C, D) and (W, C), in the dtype of the tokens.
+        norm_weight, norm_bias: (W, C).
+    """
+
+    weight: Tensor
+    bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
 
 
-def attend_tokens(attention: GatedAttention, query: Tensor, context: Tensor) -> Tensor:
-    """Softmax attention of (B, N, C) to all of (B, M, C), before the output projection.
+def join_tasks(tokens: Tensor) -> Tensor:
+    """(T, B, N, C) → (B, T·N, C)."""
+    return tokens.transpose(0, 1).flatten(1, 2)
+
+
+def attend_all_tokens(attention: GatedAttention, tokens: Tensor) -> Tensor:
+    """Softmax attention of (B, M, C) to itself, before the output projection."""
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    parts = functional.linear(tokens, weight, bias).chunk(3, dim=2)
+    pairs = zip(weight.chunk(3), bias.chunk(3), strict=True)
+    return attend(attention.heads, parts, [(tokens, *pair) for pair in pairs])
+
+
+def attend_tokens(attentions: Sequence[GatedAttention], tokens: Tensor, context: Tensor) -> list[Tensor]:
+    """Softmax attention of T tasks' tokens to all tasks', before the output projections.
+
+    Args:
+        attentions: T of them.
+        tokens: (T, B, N, C).
+        context: (B, M, C).
+
+    Returns:
+        T of (B, N, C).
+    """
+    kinds = [
+        [a.in_proj_weight.chunk(3)[0] for a in attentions],
+        [a.in_proj_bias.chunk(3)[0] for a in attentions],
+    ]
+    weight, bias = (kind.to(tokens.dtype) for kind in gathered(kinds))
+    queries = torch.baddbmm(bias[:, None], tokens.flatten(1, 2), weight.mT).view_as(tokens)
+    results = []
+    for index, attention in enumerate(attentions):
+        pair = attention.in_proj_weight[attention.dim :], attention.in_proj_bias[attention.dim :]
+        parts = queries[index], *functional.linear(context, *pair).chunk(2, dim=2)
+        keys_and_values = zip(*(each.chunk(2) for each in pair), strict=True)
+        factors = [(tokens[index], weight[index], bias[index])] + [
+            (context, *each) for each in keys_and_values
+        ]
+        results.append(attend(attention.heads, parts, factors))
+    return results
+
+
+def attend(heads: int, parts: Sequence[Tensor], factors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Softmax attention of queries to keys and values, (B, N, C) and (B, M, C) twice, to (B, N, C).
 
     Its work grows with N·M and is done once; the projections that it needs in its backward pass are products
     with the tokens, and are computed again.
+
+    Args:
+        heads: number of heads.
+        parts: queries, keys and values.
+        factors: tokens, weight and bias of the Linear that made each of them.
     """
-    weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    projected = attention.project_query(query), *attention.project_context(context)
-    parts = [split_heads(each, attention.heads) for each in projected]
 
-    def again(index: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        part = slice(index * attention.dim, (index + 1) * attention.dim)
-        return split_heads(functional.linear(x, weight[part], bias[part]), attention.heads)
+    def again(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return split_heads(functional.linear(tokens, weight, bias), heads)
 
-    inputs = query, context, context
-    computes = [
-        (each, partial(again, index), (inputs[index], weight, bias)) for index, each in enumerate(parts)
-    ]
-    with recomputed(computes):
+    parts = [split_heads(part, heads) for part in parts]
+    with recomputed([(part, again, inputs) for part, inputs in zip(parts, factors, strict=True)]):
         return join_heads(gated_attention(*parts))
 
 
@@ -230,14 +275,14 @@ def attend_linearly(attentions: Sequence[LinearAttention], tokens: Tensor, conte
     return checkpointed(attend, tokens, context)
 
 
-def merge(blocks: Sequence[TaskInteraction | TaskQuery], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weights (W, C, C) and biases (W, C) of the Linear behind the output projection, of W blocks."""
+def merge(blocks: Sequence[TaskInteraction | TaskQuery], dtype: torch.dtype) -> Projection:
+    """Output projection and Linear of W blocks as one, in ``dtype``, and the LayerNorm that follows."""
     with torch.autocast(blocks[0].linear.weight.device.type, enabled=False):
-        pairs = [(output_of(block.attention), block.linear) for block in blocks]
-        kinds = zip(*((a.weight, a.bias, b.weight, b.bias) for a, b in pairs), strict=True)
-        first, first_bias, weight, bias = map(promote, gathered(list(kinds)))
+        rows = [(output_of(block.attention), block.linear, block.norm) for block in blocks]
+        every = [[each for layer in row for each in (layer.weight, layer.bias)] for row in rows]
+        first, first_bias, weight, bias, *norm = map(promote, gathered(list(zip(*every, strict=True))))
         bias = torch.baddbmm(bias[..., None], weight, first_bias[..., None])[..., 0]
-        return (weight @ first).to(dtype), bias.to(dtype)
+        return Projection((weight @ first).to(dtype), bias.to(dtype), *norm)
 
 
 def output_of(attention: nn.Module) -> nn.Linear:
@@ -246,30 +291,31 @@ def output_of(attention: nn.Module) -> nn.Linear:
 
 
 class Folded(NamedTuple):
-    """The matrices of W blocks' attention after :func:`fold`: D = heads·C.
+    """The matrices of W blocks' attention after :func:`fold`, D = heads·C, and the LayerNorm that follows.
 
     Attributes:
         query_weight, query_bias: (W, C, D), a right factor, and (W, 1, D).
-        output_weight, output_bias: (W, C, D), a left factor, and (W, C).
+        weight, bias: (W, C, D), a left factor, and (W, C).
+        norm_weight, norm_bias: (W, C).
     """
 
     query_weight: Tensor
     query_bias: Tensor
-    output_weight: Tensor
-    output_bias: Tensor
+    weight: Tensor
+    bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
 
-    def split(self, count: int) -> tuple[Folded, Folded]:
-        """The matrices of the first ``count`` blocks, and of the rest."""
-        return Folded(*(each[:count] for each in self)), Folded(*(each[count:] for each in self))
+
+def split(matrices: Folded | Projection, count: int) -> tuple[Folded, Folded] | tuple[Projection, Projection]:
+    """The matrices of the first ``count`` blocks, and of the rest."""
+    kind = type(matrices)
+    return kind(*(each[:count] for each in matrices)), kind(*(each[count:] for each in matrices))
 
 
 def attend_pixels(
-    blocks: Sequence[TaskInteraction | TaskQuery],
-    folded: Folded,
-    queries: Tensor,
-    context: Tensor,
-    residuals: Tensor | None = None,
-) -> list[Tensor]:
+    folded: Folded, heads: int, queries: Tensor, context: Tensor, residuals: Tensor | None = None
+) -> Tensor:
     """``LayerNorm(Linear(Attention))`` of S tasks' tokens to all T tasks' tokens at their pixel.
 
     Keys and values are never projected: ``(W_q x + b_q) · (W_k y + b_k)`` is ``W_kᵀ(W_q x + b_q) · y`` but
@@ -277,35 +323,30 @@ def attend_pixels(
     ``Σ a (W_v y + b_v) = W_v (Σ a y) + b_v``, after which only products with constant matrices follow.
 
     Args:
-        blocks: S blocks, one for each query task, or a single one for all.
-        folded: their matrices.
+        folded: the matrices of S blocks, one for each query task, or of a single one for all.
+        heads: number of heads.
         queries: (S, B, N, C).
         context: (T, B, N, C).
         residuals: (S, B, N, C), added to the result.
 
     Returns:
-        One result per block: S of (B, N, C), or one of (S·B, N, C).
+        (S·B, N, C).
     """
-    heads, channels = blocks[0].attention.heads, queries.shape[-1]
-    folded = Folded(*(each.to(queries.dtype) for each in folded))
+    query_weight, query_bias, weight, bias = (each.to(queries.dtype) for each in folded[:4])
+    norm, channels = folded[4:], queries.shape[-1]
 
-    def attend(queries: Tensor, context: Tensor, residuals: Tensor | None) -> list[Tensor]:
-        own = queries.reshape(len(blocks), -1, channels)
-        query = torch.baddbmm(folded.query_bias, own, folded.query_weight)
+    def attend(queries: Tensor, context: Tensor, residuals: Tensor | None) -> Tensor:
+        own = queries.reshape(len(weight), -1, channels)
+        query = torch.baddbmm(query_bias, own, query_weight)
         query = query.view(1, len(queries), -1, heads * channels)  # images and pixels on one axis
         scale = (channels // heads) ** -0.5
         attended = task_attention(query, context.flatten(1, 2)[None], heads=heads, scale=scale)
-        attended = attended.reshape(len(blocks), -1, queries.shape[2], heads * channels)
-        results = []
-        for index, block in enumerate(blocks):
-            projection = folded.output_weight[index], folded.output_bias[index]
-            residual = None if residuals is None else residuals[index]
-            results.append(linear_norm(attended[index], *projection, *norm_of(block.norm), residual=residual))
-        return results
+        attended = attended.reshape(-1, queries.shape[2], heads * channels)
+        residual = None if residuals is None else residuals.flatten(0, 1)
+        return linear_norm(attended, weight, bias, *norm, residual=residual)
 
     # What lies between is five times the size of the result, and soon computed again.
-    norms = [each for block in blocks for each in norm_of(block.norm)]
-    return checkpointed(attend, queries, context, residuals, parameters=norms)
+    return checkpointed(attend, queries, context, residuals)
 
 
 def fold(blocks: Sequence[TaskInteraction | TaskQuery]) -> Folded:
@@ -313,7 +354,7 @@ def fold(blocks: Sequence[TaskInteraction | TaskQuery]) -> Folded:
     heads = blocks[0].attention.heads
     with torch.autocast(blocks[0].linear.weight.device.type, enabled=False):
         every = map(promote, gathered(list(zip(*map(factors, blocks), strict=True))))
-        query, key, value, query_bias, value_bias, output, output_bias, linear, linear_bias = every
+        query, key, value, query_bias, value_bias, output, output_bias, linear, linear_bias, *norm = every
         # (W·heads, C/heads, C) each; where heads fold into the batch nothing is copied
         query, key, value = (each.unflatten(1, (heads, -1)).flatten(0, 1) for each in (query, key, value))
         query_weight = key.mT @ query  # (W·heads, C, C)
@@ -328,6 +369,7 @@ def fold(blocks: Sequence[TaskInteraction | TaskQuery]) -> Folded:
             query_bias.view(len(blocks), 1, -1),
             output_weight.transpose(1, 2).flatten(2),
             output_bias[..., 0],
+            *norm,
         )
 
 
@@ -337,13 +379,8 @@ def factors(block: TaskInteraction | TaskQuery) -> tuple[Tensor, ...]:
     query_bias, _, value_bias = attention.in_proj_bias.chunk(3)
     return (
         *attention.in_proj_weight.chunk(3), query_bias, value_bias, output.weight, output.bias,
-        linear.weight, linear.bias,
+        linear.weight, linear.bias, block.norm.weight, block.norm.bias,
     )  # fmt: skip
-
-
-def norm_of(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a LayerNorm, whose eps is the default."""
-    return norm.weight, norm.bias
 
 
 def promote(tensor: Tensor) -> Tensor:

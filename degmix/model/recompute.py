@@ -23,11 +23,12 @@ def checkpointed(function: Callable[..., Any], *arguments: Any, parameters: Sequ
         parameters: tensors that it uses besides.
 
     Raises:
-        RuntimeError: in the backward pass, if one of these tensors has been changed in place since.
+        RuntimeError: in the backward pass, if a tensor among them has been changed in place since.
     """
     if torch.compiler.is_compiling():
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
-    name, unchanged = backend.chosen(), [version_check(parameter) for parameter in parameters]
+    used = [each for each in (*arguments, *parameters) if isinstance(each, Tensor)]
+    name, unchanged = backend.chosen(), [version_check(tensor) for tensor in used]
 
     def call(*arguments: Any) -> Any:
         for check in unchanged:

@@ -38,7 +38,7 @@ class Sizes:
     """A dense tensor as the kernels see it: images of (channels, pixels).
 
     Attributes:
-        images: 1 where the pixels of all images are on one axis (``last``).
+        images: 1 where the pixels of all images are on one axis (``last``, but for three-dimensional tokens).
         channels: C.
         pixels: of an image; of all images, if ``last``.
         last: whether channels, not pixels, are contiguous.
@@ -51,7 +51,9 @@ class Sizes:
 
     @classmethod
     def of(cls, x: Tensor) -> Sizes:
-        """The sizes of a dense (N, C, H, W) or (tokens, C)."""
+        """The sizes of a dense (N, C, H, W) or (tokens, C), or (images, tokens, C) with images kept apart."""
+        if x.dim() == 3:
+            return cls(x.shape[0], x.shape[2], x.shape[1], True)
         images, channels = x.shape[:2]
         pixels = x.shape[2] * x.shape[3] if x.dim() == 4 else 1
         return cls(1, channels, images * pixels, True) if is_last(x) else cls(images, channels, pixels, False)

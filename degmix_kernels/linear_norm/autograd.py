@@ -14,13 +14,22 @@ from degmix_kernels.product import input_gradient, weight_gradient
 from degmix_kernels.registered import RegisteredOp
 
 
-def _rows(tensor: Tensor | None, x: Tensor) -> Tensor | None:
-    """Tokens as (tokens, channels), maps laid out as x, or contiguous if that is neither of the two."""
+def _rows(tensor: Tensor | None, x: Tensor, blocks: int = 1) -> Tensor | None:
+    """Tokens as (blocks, tokens, channels); maps laid out as x, or contiguous if it is in neither layout."""
     if tensor is None:
         return None
     if tensor.dim() == 3:
-        return tensor.reshape(-1, tensor.shape[2]).contiguous()
+        batch, tokens, channels = tensor.shape
+        return tensor.reshape(blocks, batch // blocks * tokens, channels).contiguous()
     return tensor.contiguous(memory_format=_memory_format(x))
+
+
+def _blocks(parameter: Tensor | None, dims: int) -> Tensor | None:
+    """A parameter of ``dims`` dimensions for one block, contiguous, with an axis for blocks in front."""
+    if parameter is None:
+        return None
+    parameter = parameter.contiguous()
+    return parameter if parameter.dim() > dims else parameter[None]
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
@@ -47,22 +56,11 @@ def _forward(
     """The result, x̂, and 1 / √(variance + eps) of every pixel, the latter two empty if not to be kept."""
     results = _fake_forward(x, weight, bias, norm_weight, norm_bias, addend, residual, eps, keep)
     output, normed, deviation = results
-    run(
-        plan_forward(
-            _rows(x, x),
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            norm_weight.contiguous(),
-            norm_bias.contiguous(),
-            _rows(addend, x),
-            _rows(residual, x),
-            _rows(output, x),
-            _rows(normed, x) if keep else None,
-            deviation if keep else None,
-            eps,
-        ),
-        x.device,
-    )
+    weight = _blocks(weight, 2)
+    vectors = (_blocks(vector, 1) for vector in (bias, norm_weight, norm_bias))
+    maps = (_rows(each, x, len(weight)) for each in (addend, residual, output, normed if keep else None))
+    rows = _rows(x, x, len(weight))
+    run(plan_forward(rows, weight, *vectors, *maps, deviation if keep else None, eps), x.device)
     return results
 
 
@@ -77,7 +75,7 @@ def _fake_forward(
     eps: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    output = _empty_result(x, weight.shape[0])
+    output = _empty_result(x, weight.shape[-2])
     pixels = x.shape[0] * (x.shape[2] * x.shape[3] if x.dim() == 4 else x.shape[1])
     deviation = x.new_empty(pixels if keep else 0, dtype=torch.float32)
     return output, torch.empty_like(output) if keep else x.new_empty(0), deviation
@@ -104,15 +102,24 @@ def _backward(
     results = [x.new_empty(0) for _ in range(6)]
     inner = any(wanted[:3]) or wanted[5]
     grad_pre = torch.empty_like(normed) if inner else None
-    rows = None if grad_pre is None else _rows(grad_pre, x)
-    launch, sums = plan_backward(_rows(grad, x), _rows(normed, x), deviation, norm_weight.contiguous(), rows)
+    norm_weight = _blocks(norm_weight, 1)
+    blocks = len(norm_weight)
+    rows = _rows(grad_pre, x, blocks)
+    launch, sums = plan_backward(
+        _rows(grad, x, blocks), _rows(normed, x, blocks), deviation, norm_weight, rows
+    )
     run(launch, x.device)
-    if wanted[0]:
-        results[0] = input_gradient(rows, weight, _rows(x, x)).view(x.shape)
-    if wanted[1]:
-        results[1] = weight_gradient(rows, weight, _rows(x, x))
+    x_rows = _rows(x, x, blocks)
+    if wanted[0] and x.dim() == 4:
+        results[0] = input_gradient(rows, weight, x_rows)
+    elif wanted[0]:
+        results[0] = torch.bmm(rows, _blocks(weight, 2)).view(x.shape)
+    if wanted[1] and x.dim() == 4:
+        results[1] = weight_gradient(rows, weight, x_rows)
+    elif wanted[1]:
+        results[1] = torch.bmm(rows.mT, x_rows).view(weight.shape)
     if any(wanted[2:5]):
-        totals = sums.sum(1)
+        totals = sums.sum(2).view(3, *weight.shape[:-1])
         # In the kernel's order: norm_weight, norm_bias, bias.
         for index, total in ((3, 0), (4, 1), (2, 2)):
             if wanted[index]:
@@ -133,8 +140,8 @@ def _fake_backward(
 ) -> list[Tensor]:
     like_x = torch.empty_like(x, memory_format=_memory_format(x)) if wanted[0] else x.new_empty(0)
     like_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    channels = weight.shape[0]
-    vectors = (x.new_empty(channels if want else 0, dtype=torch.float32) for want in wanted[2:5])
+    shape = weight.shape[:-1]
+    vectors = (x.new_empty(shape if want else 0, dtype=torch.float32) for want in wanted[2:5])
     addend = torch.empty_like(normed) if wanted[5] else x.new_empty(0)
     return [like_x, like_weight if wanted[1] else x.new_empty(0), *vectors, addend]
 

@@ -12,13 +12,15 @@ from degmix_kernels.linear_norm import reference
 from degmix_kernels.linear_norm.module import LinearNorm
 from degmix_kernels.linear_norm.op import linear_norm
 
-# shape of x, out channels, bias, addend, residual
+# shape of x, blocks of parameters or none, out channels, bias, addend, residual
 _CALLS = (
-    ((2, 5, 6, 9), 7, True, True, True),
-    ((2, 9, 10), 6, True, False, True),
-    ((3, 1, 17), 33, False, True, False),
-    ((1, 16, 1, 3), 16, True, False, False),
-    ((0, 4, 3, 5), 2, True, True, True),
+    ((2, 5, 6, 9), (), 7, True, True, True),
+    ((2, 9, 10), (), 6, True, False, True),
+    ((3, 1, 17), (), 33, False, True, False),
+    ((4, 5, 7), (2,), 6, True, True, True),
+    ((3, 4, 16), (3,), 16, False, False, True),
+    ((1, 16, 1, 3), (), 16, True, False, False),
+    ((0, 4, 3, 5), (), 2, True, True, True),
 )
 
 
@@ -27,16 +29,16 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
         return torch.randn(shape, generator=generator).to(dtype).to(device)
 
     samples = []
-    for shape, out, bias, addend, residual in _CALLS:
+    for shape, blocks, out, bias, addend, residual in _CALLS:
         is_map = len(shape) == 4
         result = (shape[0], out, *shape[2:]) if is_map else (*shape[:2], out)
         channels = shape[1] if is_map else shape[2]
         arguments = {
             "x": draw(*shape),
-            "weight": draw(out, channels) / channels**0.5,
-            "bias": draw(out) if bias else None,
-            "norm_weight": draw(out),
-            "norm_bias": draw(out),
+            "weight": draw(*blocks, out, channels) / channels**0.5,
+            "bias": draw(*blocks, out) if bias else None,
+            "norm_weight": draw(*blocks, out),
+            "norm_bias": draw(*blocks, out),
             "addend": draw(*result) if addend else None,
             "residual": draw(*result) if residual else None,
         }

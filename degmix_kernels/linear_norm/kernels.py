@@ -29,6 +29,7 @@ def forward(
     out_blocks,
     pixel_blocks,
     groups,
+    BLOCKS: tl.constexpr,  # of parameters, one for each image, or 1 for all of them
     INNER_UNIT: tl.constexpr,
     OUT_UNIT: tl.constexpr,
     PIXEL_UNIT: tl.constexpr,
@@ -47,6 +48,12 @@ def forward(
     )  # fmt: skip
     out = tl.arange(0, BLOCK_OUT)
     out_valid = out < out_channels
+    if BLOCKS > 1:
+        weight_ptr += image * out_channels * inner
+        norm_weight_ptr += image * out_channels
+        norm_bias_ptr += image * out_channels
+        if bias_ptr is not None:
+            bias_ptr += image * out_channels
     pixel = pixel_start + tl.arange(0, BLOCK_PIXELS)
     pixel_valid = pixel < pixels
     z = product_tile(
@@ -55,7 +62,7 @@ def forward(
     )  # fmt: skip
     channel, valid = out[:, None], out_valid[:, None] & pixel_valid[None, :]
     if LAST:
-        address = pixel[None, :] * out_channels + channel
+        address = (image * pixels + pixel[None, :]) * out_channels + channel
     else:
         address = (image * out_channels + channel) * pixels + pixel[None, :]
     if bias_ptr is not None:
@@ -83,13 +90,14 @@ def backward(
     deviation_ptr,  # (images · pixels,)
     norm_weight_ptr,
     grad_pre_ptr,  # dz, laid out as the gradient, or None
-    sums_ptr,  # (3, parts, channels) fp32: Σ g·x̂, Σ g, Σ dz
+    sums_ptr,  # (3, blocks, parts, channels) fp32: Σ g·x̂, Σ g, Σ dz
     channels,
     pixels,
     pixel_blocks,
-    tiles,
+    tiles,  # of one block
     steps,
-    parts,
+    parts,  # likewise
+    BLOCKS: tl.constexpr,  # of parameters, one for each image, or 1 for all of them
     UNIT: tl.constexpr,
     LAST: tl.constexpr,
     INDEX_64: tl.constexpr,
@@ -97,9 +105,10 @@ def backward(
     BLOCK_PIXELS: tl.constexpr,
 ):
     """dz = (h − mean h − x̂ · mean(h·x̂)) / √(variance + eps), h = norm_weight · g, of a part of the tiles."""
-    part = tl.program_id(0)
+    program = tl.program_id(0)
     if INDEX_64:
-        part = part.to(tl.int64)
+        program = program.to(tl.int64)
+    block, part = program // parts, program % parts
     if LAST:
         channels *= UNIT
     else:
@@ -107,17 +116,20 @@ def backward(
     row = tl.arange(0, BLOCK_CHANNELS)
     row_valid = row < channels
     channel, channel_valid = row[:, None], row_valid[:, None]
-    weight = vector(norm_weight_ptr, row, row_valid)[:, None]
+    weight = vector(norm_weight_ptr + block * channels, row, row_valid)[:, None]
     scales = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     shifts = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     biases = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     for step in range(steps):
         tile = part * steps + step
-        image, pixel_block = tile // pixel_blocks, tile % pixel_blocks
+        image, pixel_block = block + tile // pixel_blocks, tile % pixel_blocks
         pixel = pixel_block * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[None, :]
         end = tl.where(tile < tiles, pixels, 0)  # the last part may end past the last tile
         valid = channel_valid & (pixel < end)
-        address = pixel * channels + channel if LAST else (image * channels + channel) * pixels + pixel
+        if LAST:
+            address = (image * pixels + pixel) * channels + channel
+        else:
+            address = (image * channels + channel) * pixels + pixel
         gradient = tl.load(grad_ptr + address, mask=valid, other=0.0).to(tl.float32)
         normed = tl.load(normed_ptr + address, mask=valid, other=0.0).to(tl.float32)
         product = gradient * normed
@@ -130,8 +142,9 @@ def backward(
             gradient = tl.where(channel_valid, (gradient * weight - mean - normed * slope) * deviation, 0.0)
             tl.store(grad_pre_ptr + address, gradient.to(grad_pre_ptr.dtype.element_ty), mask=valid)
             biases += gradient
-    sums_ptr += part * channels + channel
+    sums_ptr += program * channels + channel
+    every = BLOCKS * parts * channels
     tl.store(sums_ptr, tl.sum(scales, axis=1, keep_dims=True), mask=channel_valid)
-    tl.store(sums_ptr + parts * channels, tl.sum(shifts, axis=1, keep_dims=True), mask=channel_valid)
+    tl.store(sums_ptr + every, tl.sum(shifts, axis=1, keep_dims=True), mask=channel_valid)
     if grad_pre_ptr is not None:
-        tl.store(sums_ptr + 2 * parts * channels, tl.sum(biases, axis=1, keep_dims=True), mask=channel_valid)
+        tl.store(sums_ptr + 2 * every, tl.sum(biases, axis=1, keep_dims=True), mask=channel_valid)

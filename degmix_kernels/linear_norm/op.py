@@ -27,6 +27,8 @@ def linear_norm(
 ) -> Tensor:
     """A Linear, normalised over its channels: ``LayerNorm(W x + b + addend) + residual``.
 
+    Tokens may belong to G blocks, such as tasks, each with parameters of its own.
+
     The Triton kernels take up to 512 out channels; more run the reference.
 
     Under autocast ``x``, ``weight``, ``bias``, ``addend`` and ``residual`` are cast to the autocast dtype and
@@ -34,8 +36,9 @@ def linear_norm(
 
     Args:
         x: (B, N, C) tokens, or a map (B, C, H, W), channels_last in, channels_last out; floating point.
-        weight: (Cout, C).
-        bias: (Cout,).
+        weight: (Cout, C); or, for tokens, (G, Cout, C): the first B/G sequences are multiplied with the first
+            matrix, the next with the second, and so on. G divides B.
+        bias: (Cout,), or (G, Cout) with G weights, as all vectors.
         norm_weight: (Cout,), the LayerNorm's scale.
         norm_bias: (Cout,), its shift.
         addend: shaped as the result, added before the normalisation.
@@ -55,19 +58,24 @@ def linear_norm(
     """
     checks.expect_tensor("x", x)
     checks.expect(x.dim() in (3, 4), "x", "3 or 4 dimensions", f"shape {tuple(x.shape)}")
-    checks.expect_tensor("weight", weight, dims=2)
+    checks.expect_tensor("weight", weight)
+    checks.expect(weight.dim() in (2, 3), "weight", "2 or 3 dimensions", weight.shape)
+    blocks = tuple(weight.shape[:-2])
+    checks.expect(not blocks or x.dim() == 3, "weight", "2 dimensions for a map", weight.shape)
     x, weight, bias, addend, residual = autocast.cast_inputs(x.device, x, weight, bias, addend, residual)
     axis = 1 if x.dim() == 4 else 2
-    out_channels = weight.shape[0]
+    out_channels = weight.shape[-2]
     checks.expect_like("weight", weight, "x", x)
-    checks.expect(out_channels > 0 and x.shape[axis] > 0, "weight", "no empty dimension", tuple(weight.shape))
-    checks.expect_shape("weight", weight, (out_channels, x.shape[axis]))
+    checks.expect(min(weight.shape) > 0, "weight", "no empty dimension", tuple(weight.shape))
+    checks.expect_shape("weight", weight, (*blocks, out_channels, x.shape[axis]))
+    divides = not blocks or x.shape[0] % blocks[0] == 0
+    checks.expect(divides, "weight", "a first dimension that divides the batch of x", weight.shape)
     if x.dim() == 4:
         shape = (x.shape[0], out_channels, *x.shape[2:])
     else:
         shape = (*x.shape[:2], out_channels)
     for name, tensor, expected in (
-        ("bias", bias, (out_channels,)),
+        ("bias", bias, (*blocks, out_channels)),
         ("addend", addend, shape),
         ("residual", residual, shape),
     ):
@@ -78,7 +86,7 @@ def linear_norm(
     for name, tensor in {"norm_weight": norm_weight, "norm_bias": norm_bias}.items():
         checks.expect_tensor(name, tensor)
         checks.expect_device(name, tensor, "x", x)
-        checks.expect_shape(name, tensor, (out_channels,))
+        checks.expect_shape(name, tensor, (*blocks, out_channels))
     missing = f"more than {MAX_CHANNELS} out channels" if out_channels > MAX_CHANNELS else ""
     if backend.runs_triton("linear_norm", x.device, x.dtype, missing):
         leaves = (t for t in (x, weight, bias, norm_weight, norm_bias, addend) if t is not None)

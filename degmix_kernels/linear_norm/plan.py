@@ -32,11 +32,11 @@ def plan_forward(
     """Plan the forward pass.
 
     Args:
-        x: (N, inner, H, W) or (tokens, inner), dense.
-        weight: (Cout, inner), contiguous.
-        bias: (Cout,) or None.
-        norm_weight: (Cout,).
-        norm_bias: (Cout,).
+        x: (N, inner, H, W), or (blocks, tokens, inner) for as many matrices; dense.
+        weight: (blocks, Cout, inner), contiguous; a single block for a map.
+        bias: (blocks, Cout) or None.
+        norm_weight: (blocks, Cout).
+        norm_bias: (blocks, Cout).
         addend: laid out as the result, or None.
         residual: likewise.
         output: to be filled, laid out as x.
@@ -45,12 +45,12 @@ def plan_forward(
         eps: added to the variance.
     """
     half = x.dtype != torch.float32
-    out_block = block_of(weight.shape[0], 512)
+    out_block = block_of(weight.shape[1], 512)
     # A thread holds 64 sums of a product at most: with 512 out channels the pixels are fewer.
     largest = (16384 if half and out_block < 512 else 8192) // out_block
     product = Product(
         x,
-        weight,
+        weight[0],
         out_block,
         block_of(Sizes.of(x).pixels, min(largest, 64)),
         32 if half and out_block < 512 else 16,
@@ -72,7 +72,7 @@ def plan_forward(
             "eps": eps,
             **product.arguments(),
         },
-        product.constants(output),
+        {"BLOCKS": len(weight), **product.constants(output)},
         num_warps=8 if out_block * product.pixel_block >= 4096 else 4,
         num_stages=3,
     )
@@ -87,25 +87,26 @@ def plan_backward(
         grad: of the result, laid out as ``normed``.
         normed: from the forward pass.
         deviation: likewise.
-        norm_weight: (Cout,).
+        norm_weight: (blocks, Cout).
         grad_pre: to be filled with the gradient before the LayerNorm, laid out as ``normed``; or None.
 
     Returns:
-        The launch and the sums in parts that it fills, (3, parts, Cout), fp32: the gradients of norm_weight
-        and norm_bias and, with ``grad_pre``, of bias.
+        The launch and the sums in parts that it fills, (3, blocks, parts, Cout), fp32: the gradients of
+        norm_weight and norm_bias and, with ``grad_pre``, of bias.
     """
     sizes = Sizes.of(normed)
     channels = block_of(sizes.channels, 512)
     pixels = max(1, min(_BACKWARD_TILE // channels, 1 << max(sizes.pixels - 1, 0).bit_length()))
     pixel_blocks = ceil_div(sizes.pixels, pixels)
-    tiles = sizes.images * pixel_blocks
-    steps = ceil_div(tiles, _PROGRAMS)
+    blocks = len(norm_weight)
+    tiles = sizes.images * pixel_blocks // blocks
+    steps = ceil_div(tiles * blocks, _PROGRAMS)
     parts = ceil_div(tiles, max(steps, 1))
-    sums = normed.new_empty((3, parts, sizes.channels), dtype=torch.float32)
+    sums = normed.new_empty((3, blocks, parts, sizes.channels), dtype=torch.float32)
     unit = sizes.unit
     launch = Launch(
         kernels.backward,
-        parts,
+        blocks * parts,
         {
             "grad_ptr": grad,
             "normed_ptr": normed,
@@ -121,6 +122,7 @@ def plan_backward(
             "parts": parts,
         },
         {
+            "BLOCKS": blocks,
             "UNIT": unit,
             "LAST": sizes.last,
             "INDEX_64": needs_64_bit(normed),
@@ -147,9 +149,9 @@ def plan_examples(dtype: torch.dtype) -> list[Launch]:
 def _examples(dtype: torch.dtype) -> Iterator[Launch]:
     """DeGMix's embedding (maps) and blocks (tokens) on NYUD-v2, ragged sizes, more than 2³¹ elements."""
     # shape of x, out channels; maps are also tried with channels last
-    calls = [((8, 96, 107, 140), 256), ((4 * 8 * 14980, 256), 256)]
+    calls = [((8, 96, 107, 140), 256), ((4, 8 * 14980, 256), 256)]
     if dtype == torch.bfloat16:
-        calls += [((2, 50, 7, 7), 27), ((1000, 384), 512), ((3, 256, 2048, 2048), 256)]
+        calls += [((2, 50, 7, 7), 27), ((1, 1000, 384), 512), ((3, 256, 2048, 2048), 256)]
     for shape, out_channels in calls:
         x = torch.empty(shape, dtype=dtype, device="meta")
         output = x.new_empty(shape[0], out_channels, *shape[2:])

@@ -22,20 +22,27 @@ def linear_norm(
     """Plain-PyTorch :func:`degmix_kernels.linear_norm`, with the same arguments (checked there)."""
     compute = torch.promote_types(x.dtype, torch.float32)
 
-    def channels_last(tensor: Tensor) -> Tensor:
+    blocks = len(weight) if weight.dim() == 3 else 1
+
+    def rows(tensor: Tensor) -> Tensor:
+        """(blocks, tokens of a block, channels)."""
         tensor = tensor.to(compute)
-        return tensor.permute(0, 2, 3, 1) if x.dim() == 4 else tensor
+        tensor = tensor.permute(0, 2, 3, 1) if x.dim() == 4 else tensor
+        return tensor.reshape(blocks, tensor.shape[:-1].numel() // blocks, tensor.shape[-1])
+
+    def vectors(vector: Tensor) -> Tensor:
+        return vector.to(compute).view(blocks, 1, -1)
 
     with autocast.disabled(x.device):
-        z = functional.linear(
-            channels_last(x), weight.to(compute), None if bias is None else bias.to(compute)
-        )
+        z = rows(x) @ weight.to(compute).mT
+        if bias is not None:
+            z = z + vectors(bias)
         if addend is not None:
-            z = z + channels_last(addend)
-        output = functional.layer_norm(
-            z, norm_weight.shape, norm_weight.to(compute), norm_bias.to(compute), eps
-        )
+            z = z + rows(addend)
+        output = functional.layer_norm(z, z.shape[2:], eps=eps) * vectors(norm_weight) + vectors(norm_bias)
         if residual is not None:
-            output = output + channels_last(residual)
-        output = output.permute(0, 3, 1, 2) if x.dim() == 4 else output
-        return output.to(x.dtype)
+            output = output + rows(residual)
+        output = output.to(x.dtype)
+        if x.dim() == 4:
+            return output.view(x.shape[0], *x.shape[2:], z.shape[2]).permute(0, 3, 1, 2)
+        return output.view(*x.shape[:2], z.shape[2])

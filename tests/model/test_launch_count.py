@@ -21,6 +21,11 @@ def test_views_and_allocations_launch_nothing() -> None:
     assert counts == {"aten.clone": 1, "aten.add": 1}  # reshape has to copy
 
 
+def test_operators_without_a_result_count() -> None:
+    lists = [[torch.ones(3), torch.ones(4)] for _ in range(2)]
+    assert count_launches(lambda: torch._foreach_lerp_(*lists, 0.1)) == {"aten._foreach_lerp_": 1}
+
+
 def test_triton_kernels_count(device: torch.device) -> None:
     x, offset, weight = (
         torch.ones(shape, device=device) for shape in ((1, 4, 5, 5), (1, 8, 5, 5), (4, 4, 1, 1))

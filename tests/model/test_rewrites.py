@@ -188,7 +188,7 @@ def test_keys_fold_into_queries(tasks, heads, shared):
     blocks = random_blocks([kind("pixel", dim, heads).double() for _ in range(count)], seed=1)
     queries = draw(tasks, batch, pixels, dim, seed=2).requires_grad_()
     context = draw(tasks, batch, pixels, dim, seed=3).requires_grad_()
-    got = torch.cat(attend_pixels(blocks, fold(blocks), queries, context)).view(queries.shape)
+    got = attend_pixels(fold(blocks), heads, queries, context).view(queries.shape)
     every = context.permute(1, 2, 0, 3).flatten(0, 1)
     want = []
     for own, block in zip(queries, blocks * tasks if shared else blocks, strict=True):
