@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional
 from degmix.model.gathered import gathered
 from degmix.model.recompute import recomputed
 from degmix_kernels import BatchNorm2d, ChannelMix, DeformMix, batch_norm, channel_mix, deform_mix
-from degmix_kernels.batch_norm.running import update_running
+from degmix_kernels.batch_norm.running import update_all_running
 
 Tables = tuple[Tensor, Tensor]  # of ``constant_tables``
 
@@ -193,8 +194,8 @@ class Parameters(NamedTuple):
         )  # fmt: skip
 
 
-class Running(NamedTuple):
-    """Running statistics of a layer's norms, or of several layers' behind each other."""
+class Statistics(NamedTuple):
+    """What a layer's two norms normalise by, or several layers' behind each other."""
 
     channel_mean: Tensor
     channel_variance: Tensor
@@ -202,8 +203,8 @@ class Running(NamedTuple):
     variance: Tensor
 
     @classmethod
-    def of(cls, layer: MixerLayer) -> Running:
-        """Those of one layer."""
+    def running(cls, layer: MixerLayer) -> Statistics:
+        """The running ones of one layer."""
         return cls(*(each for norm in layer.norms for each in (norm.running_mean, norm.running_var)))
 
 
@@ -215,54 +216,76 @@ def mix_tasks(mixers: Sequence[Sequence[MixerLayer]], x: Tensor, tables: Tables)
     """
     depths = list(zip(*mixers, strict=True))
     layers = [layer for tasks in depths for layer in tasks]
-    every = gathered(list(zip(*map(Parameters.of, layers), strict=True)))
-    buffers = list(zip(*map(Running.of, layers), strict=True))
-    running = gathered(buffers)
-    norm, channels = layers[0].norm, x.shape[1]
+    norm, channels, images = layers[0].norm, x.shape[1], x.shape[0] * x.shape[2] * x.shape[3]
+    kinds = list(zip(*map(Parameters.of, layers), strict=True))
+    every = [gathered(kinds)]
+    if not norm.training:
+        every.append(gathered(list(zip(*map(Statistics.running, layers), strict=True))))
     # Per depth, the parameters and statistics of its tasks, (T · first axis, …).
-    stacked = zip(
-        *(each.unflatten(0, (len(depths), -1)).flatten(1, 2) for each in (*every, *running)), strict=True
-    )
-    for depth, each in enumerate(stacked):
-        parameters = Parameters(*each[: len(every)])
-        # data: autograd is to see that one has changed in place only where that one has.
-        statistics = Running(*(kind.data for kind in each[len(every) :]))
-        x = mix_depth(parameters, statistics, x, tuple(table[:, depth] for table in tables), norm)
+    every = [[each.unflatten(0, (len(depths), -1)).flatten(1, 2) for each in group] for group in every]
+    parameters, *running = (list(zip(*group, strict=True)) for group in every)
+    found = []
+    for depth in range(len(depths)):
+        own = tuple(table[:, depth] for table in tables)
+        known = None if norm.training else Statistics(*running[0][depth])
+        x, statistics = mix_depth(Parameters(*parameters[depth]), known, x, own, norm)
+        found.append(statistics)
     if norm.training:
-        updated = [each for kind in running for each in kind]
-        torch._foreach_copy_([each for kind in buffers for each in kind], updated)
-        torch._foreach_add_([norm.num_batches_tracked for layer in layers for norm in layer.norms], 1)
+        update_statistics(layers, found, images)
     return list(x.split(channels, dim=1))
 
 
+def update_statistics(layers: Sequence[MixerLayer], found: Sequence[Statistics], count: int) -> None:
+    """Move the running statistics of all layers toward those ``found`` of ``count`` elements per channel.
+
+    ``found`` has the layers' one depth after the other, its tasks' behind each other.
+    """
+    running = Statistics(*zip(*map(Statistics.running, layers), strict=True))
+    found = Statistics(*zip(*found, strict=True))
+    update_all_running(
+        [*running.channel_mean, *running.mean, *running.channel_variance, *running.variance],
+        [*found.channel_mean, *found.mean],
+        [*found.channel_variance, *found.variance],
+        count,
+        layers[0].norm.momentum,
+    )
+    torch._foreach_add_([norm.num_batches_tracked for layer in layers for norm in layer.norms], 1)
+
+
 def mix_depth(
-    parameters: Parameters, running: Running, x: Tensor, tables: Tables, norm: BatchNorm2d
-) -> Tensor:
-    """One layer of T tasks: (B, C, H, W) for all of them, or (B, T·C, H, W) → (B, T·C, H, W)."""
-    x = channel_mix(
+    parameters: Parameters, running: Statistics | None, x: Tensor, tables: Tables, norm: BatchNorm2d
+) -> tuple[Tensor, Statistics]:
+    """One layer of T tasks: (B, C, H, W) for all of them, or (B, T·C, H, W) → (B, T·C, H, W).
+
+    Normalised by ``running`` statistics or, without, by the batch's own; they are returned.
+    """
+    mix = partial(
+        channel_mix,
         x,
         parameters.channel_weight,
         parameters.channel_bias,
-        running_mean=running.channel_mean,
-        running_var=running.channel_variance,
         norm_weight=parameters.channel_norm_weight,
         norm_bias=parameters.channel_norm_bias,
-        training=norm.training,
-        momentum=norm.momentum,
         eps=norm.eps,
     )
+    if running is None:
+        x, *found = mix(statistics=True)
+    else:
+        x = mix(running_mean=running.channel_mean, running_var=running.channel_variance)
     positions = positions_of(x, parameters.positions_weight)
     offset = offsets_at(positions, parameters.offsets_weight, tables)
     with forgotten(offset, positions, parameters.offsets_weight, tables):
         weight, bias = parameters.deform_weight, parameters.deform_bias
-        if norm.training:
+        if running is None:
             mixed, *statistics = deform_mix(x, offset, weight, bias, statistics=True)
-            count = mixed.numel() // mixed.shape[1]
-            update_running(running.mean, running.variance, *statistics, count, norm.momentum)
         else:
             mixed, statistics = deform_mix(x, offset, weight, bias), (running.mean, running.variance)
         with torch.autocast(x.device.type, enabled=False):
-            return batch_norm(mixed, *statistics, parameters.norm_weight, parameters.norm_bias, x, norm.eps)
+            norm_parameters = parameters.norm_weight, parameters.norm_bias
+            x = batch_norm(mixed, *statistics, *norm_parameters, x, norm.eps)
+    if running is None:
+        running = Statistics(*found, *(each.detach() for each in statistics))
+    return x, running
 
 
 def forgotten(
@@ -310,20 +333,24 @@ def constant_tables(layers: Sequence[Offsets], height: int, width: int, dtype: t
         (L, C, H, min(W, 3)) for the halves computed from rows and (L, C, min(H, 3), W) for the others, of L
         layers; :func:`constant_offsets` makes maps of them.
     """
-    kinds = zip(*((layer.opt.weight, layer.opt.bias, layer.p_conv.bias) for layer in layers), strict=True)
+    kinds = zip(
+        *((*layer.opt.weight.chunk(2), *layer.opt.bias.chunk(2), layer.p_conv.bias) for layer in layers),
+        strict=True,
+    )
     with torch.autocast(layers[0].opt.weight.device.type, enabled=False):
-        weight, bias, start = gathered(list(kinds), torch.float64)
+        *kernels, start = gathered(list(kinds), torch.float64)
         # 1-based coordinates of the 3×3 window around each pixel: (L, 9, H) rows and (L, 9, W) columns.
         numbers = torch.arange(max(height, width) + 2, device=start.device, dtype=start.dtype)
         rows, columns = (numbers.as_strided((3, size), (1, 1)) for size in (height, width))
         start = start.unflatten(1, (2, 3, 3, 1))
-        rows = (start[:, 0] + rows[:, None]).flatten(1, 2)[..., None].expand(-1, -1, -1, min(width, 3))
-        columns = (start[:, 1] + columns).flatten(1, 2)[:, :, None].expand(-1, -1, min(height, 3), -1)
+        rows = (start[:, 0] + rows[:, None]).flatten(0, 2)[..., None].expand(-1, -1, min(width, 3))
+        columns = (start[:, 1] + columns).flatten(0, 2)[:, None].expand(-1, min(height, 3), -1)
         tables = []
-        for grid, kernel, shift in zip((rows, columns), weight.chunk(2, 1), bias.chunk(2, 1), strict=True):
-            windows = functional.unfold(grid, 3, padding=1)  # (L, 81, pixels)
-            table = torch.baddbmm(shift[..., None], kernel.flatten(2), windows)
-            tables.append(table.to(dtype).unflatten(2, grid.shape[2:]))
+        for grid, kernel, shift in zip((rows, columns), kernels[:2], kernels[2:], strict=True):
+            table = functional.conv2d(
+                grid[None], kernel.flatten(0, 1), shift.flatten(), padding=1, groups=len(layers)
+            )
+            tables.append(table.to(dtype).unflatten(1, (len(layers), -1))[0])
     return tuple(tables)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -34,11 +36,36 @@ def update_running(
         count: elements per channel behind them; without any, nothing moves.
         momentum: weight of the batch.
     """
+    update_all_running([running_mean, running_var], [mean], [variance], count, momentum)
+
+
+@torch.no_grad()
+def update_all_running(
+    running: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    count: int | Tensor,
+    momentum: float,
+) -> None:
+    """:func:`update_running` of several norms at once, whose batch statistics may lie behind each other.
+
+    Args:
+        running: (channels,) each: running means of all norms, then their running variances.
+        means: the batch's, of one norm or of several in a row, in the order of ``running``.
+        variances: likewise.
+        count: as there.
+        momentum: as there.
+    """
     if isinstance(count, int) and count == 0:
         return
-    kept, batch = [running_mean, running_var], [mean, variance * (count / (count - 1))]
-    if all(one.dtype == mean.dtype for one in kept):
-        torch._foreach_lerp_(kept, batch, momentum)
+    if isinstance(count, int):
+        variances = torch._foreach_mul(variances, count / (count - 1))
+    else:
+        variances = [variance * (count / (count - 1)) for variance in variances]
+    channels = len(running[0])
+    batch = [each for every in (*means, *variances) for each in every.split(channels)]
+    if all(one.dtype == new.dtype for one, new in zip(running, batch, strict=True)):
+        torch._foreach_lerp_(running, batch, momentum)
         return
-    for one, new in zip(kept, batch, strict=True):
+    for one, new in zip(running, batch, strict=True):
         one.copy_(torch.lerp(one.to(new.dtype), new, momentum))

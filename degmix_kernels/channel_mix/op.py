@@ -30,7 +30,8 @@ def channel_mix(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     process_group: ProcessGroup | None = None,
-) -> Tensor:
+    statistics: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """DeGMix's channel mixing, ``BatchNorm(activation(W x + b)) + residual``, with W a 1×1 convolution.
 
     Under autocast ``x``, ``weight``, ``bias`` and ``residual`` are cast to the autocast dtype and the result
@@ -52,9 +53,12 @@ def channel_mix(
         residual: shaped as the result, added after the normalisation.
         process_group: processes that share the batch's statistics; None for this one alone. Each of them must
             make the call, forward and backward.
+        statistics: whether to return the batch's statistics, too, for a caller who keeps running ones; only
+            without running statistics here. They have no gradients.
 
     Returns:
-        (B, Cout, H, W) or (tokens, Cout), in the dtype of ``x``.
+        (B, Cout, H, W) or (tokens, Cout), in the dtype of ``x``; with ``statistics`` that, and the mean and
+        biased variance it was normalised by, both (Cout,) in fp32 (fp64 for doubles).
 
     Raises:
         TypeError: for a wrong dtype or device.
@@ -98,6 +102,8 @@ def channel_mix(
                 raise TypeError(f"{name}: expected device {x.device} as x, got {value.device}")
     both = (running_mean is None) == (running_var is None)
     checks.expect(both, "running_var", "running_mean and running_var, or neither", "one of them")
+    alone = not statistics or running_mean is None
+    checks.expect(alone, "statistics", "False along with running_mean and running_var", statistics)
     elements = x.numel() // x.shape[1]
     batch = training or running_mean is None
     if batch and process_group is None:
@@ -118,9 +124,12 @@ def channel_mix(
             eps=eps,
             residual=residual,
             process_group=process_group,
+            statistics=statistics,
         )
-        last = x.dim() == 4 and layout.is_channels_last(x)
-        return output.contiguous(memory_format=torch.channels_last) if last else output
+        output, *rest = output if statistics else (output,)
+        if x.dim() == 4 and layout.is_channels_last(x):
+            output = output.contiguous(memory_format=torch.channels_last)
+        return (output, *rest) if statistics else output
     leaves = (t for t in (x, weight, bias, norm_weight, norm_bias) if t is not None)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in leaves)
     constants = (None, None) if batch else (running_mean, running_var)
@@ -131,4 +140,4 @@ def channel_mix(
     if training and running_mean is not None:
         count = elements if process_group is None else count
         update_running(running_mean, running_var, mean, variance, count, momentum)
-    return output
+    return (output, mean, variance) if statistics else output

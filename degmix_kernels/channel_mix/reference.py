@@ -29,7 +29,8 @@ def channel_mix(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     process_group: ProcessGroup | None = None,
-) -> Tensor:
+    statistics: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Plain-PyTorch :func:`degmix_kernels.channel_mix`, with the same arguments (checked there)."""
     with autocast.disabled(x.device):
         mixed = mix_and_activate(x, weight, bias, activation)
@@ -39,11 +40,27 @@ def channel_mix(
             if training and running_mean is not None:
                 update_running(*running, mean.detach(), variance.detach(), count, momentum)
             output = batch_norm(mixed, mean, variance, norm_weight, norm_bias, None, eps)
+        elif statistics:
+            output, mean, variance = normalize(mixed, norm_weight, norm_bias, eps)
         else:
             output = gather_and_normalize(mixed, *running, norm_weight, norm_bias, training, momentum, eps)
         if residual is not None:
             output = output + residual.to(output.dtype)
-    return output.to(x.dtype)
+    output = output.to(x.dtype)
+    return (output, mean.detach(), variance.detach()) if statistics else output
+
+
+def normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``x`` normalised by its own statistics, and these; of nothing, zeros."""
+    mean, variance = x.new_zeros(2, x.shape[1]).unbind()
+    # After a step with momentum 1 running statistics are the batch's, the variance being the unbiased one.
+    output = gather_and_normalize(x, mean, variance, weight, bias, True, 1.0, eps)
+    elements = x.numel() // x.shape[1]
+    if elements == 0:
+        return output, torch.zeros_like(mean), torch.zeros_like(variance)
+    return output, mean, variance * ((elements - 1) / elements)
 
 
 def mix_and_activate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
