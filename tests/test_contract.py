@@ -268,7 +268,9 @@ def test_second_derivative_is_refused(op: Op, device: torch.device) -> None:
     arguments = fresh(op, first(op, device).arguments)
     leaf = arguments[op.differentiable[0]]
     output = op.function(**arguments)
-    (gradient,) = torch.autograd.grad(output, leaf, random_like(output), create_graph=True)
+    # Of a linear op only the incoming gradient has a part in a derivative of the gradient.
+    grad = random_like(output).requires_grad_()
+    (gradient,) = torch.autograd.grad(output, leaf, grad, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         gradient.square().sum().backward()
 

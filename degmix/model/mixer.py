@@ -13,7 +13,15 @@ from torch.nn import functional
 
 from degmix.model.gathered import gathered
 from degmix.model.recompute import recomputed
-from degmix_kernels import BatchNorm2d, ChannelMix, DeformMix, batch_norm, channel_mix, deform_mix
+from degmix_kernels import (
+    BatchNorm2d,
+    ChannelMix,
+    DeformMix,
+    batch_norm,
+    channel_mix,
+    coordinate_bias,
+    deform_mix,
+)
 from degmix_kernels.batch_norm.running import update_all_running
 
 Tables = tuple[Tensor, Tensor]  # of ``constant_tables``
@@ -43,16 +51,16 @@ class DeformableMixers(nn.ModuleDict):
         maps = []
         for start in range(0, len(mixers), together):
             part = slice(start, start + together)
-            own = tuple(table[part] for table in tables)
+            own = tuple(table[:, part] for table in tables)
             maps += mix_tasks(mixers[part], x, own) if together > 1 else [mix_task(mixers[start], x, own)]
         return maps
 
     def _tables(self, x: Tensor) -> Tables:
-        """:func:`constant_tables` of all layers, with two axes, task and depth, in front."""
-        layers = [layer.offsets for layers in self.values() for layer in layers]
+        """:func:`constant_tables` of all layers, with two axes, depth and task, in front."""
+        layers = [layer.offsets for tasks in zip(*self.values(), strict=True) for layer in tasks]
         dtype = torch.promote_types(x.dtype, torch.float32)
         return tuple(
-            table.unflatten(0, (len(self), -1)) for table in constant_tables(layers, *x.shape[2:], dtype)
+            table.unflatten(0, (-1, len(self))) for table in constant_tables(layers, *x.shape[2:], dtype)
         )
 
     def _together(self, x: Tensor) -> int:
@@ -164,9 +172,9 @@ class Offsets(nn.Module):
 
 
 def mix_task(layers: Iterable[MixerLayer], x: Tensor, tables: Tables) -> Tensor:
-    """One task's layers on the shared map, (B, C, H, W); ``tables`` are (1, depth, …)."""
+    """One task's layers on the shared map, (B, C, H, W); ``tables`` are (depth, 1, …)."""
     for depth, layer in enumerate(layers):
-        x = layer(x, tuple(table[:, depth] for table in tables))
+        x = layer(x, tuple(table[depth] for table in tables))
     return x
 
 
@@ -212,7 +220,7 @@ def mix_tasks(mixers: Sequence[Sequence[MixerLayer]], x: Tensor, tables: Tables)
     """The layers of T tasks on the shared map, (B, C, H, W), by the same operations; the tasks' results.
 
     The tasks' channels lie behind each other, as groups of every operation. All norms have the settings of
-    the first; they are affine and have running statistics. ``tables`` are (T, depth, …).
+    the first; they are affine and have running statistics. ``tables`` are (depth, T, …).
     """
     depths = list(zip(*mixers, strict=True))
     layers = [layer for tasks in depths for layer in tasks]
@@ -226,7 +234,7 @@ def mix_tasks(mixers: Sequence[Sequence[MixerLayer]], x: Tensor, tables: Tables)
     parameters, *running = (list(zip(*group, strict=True)) for group in every)
     found = []
     for depth in range(len(depths)):
-        own = tuple(table[:, depth] for table in tables)
+        own = tuple(table[depth] for table in tables)
         known = None if norm.training else Statistics(*running[0][depth])
         x, statistics = mix_depth(Parameters(*parameters[depth]), known, x, own, norm)
         found.append(statistics)
@@ -318,7 +326,7 @@ def offsets_at(positions: Tensor, weight: Tensor, tables: Tables) -> Tensor:
     with torch.autocast(positions.device.type, enabled=False):
         groups = positions.shape[1] // weight.shape[1]
         learned = functional.conv2d(positions, weight.to(positions.dtype), padding=1, groups=groups)
-        return learned + constant_offsets(tables, *positions.shape[2:])
+        return coordinate_bias(learned, *tables)
 
 
 def constant_tables(layers: Sequence[Offsets], height: int, width: int, dtype: torch.dtype) -> Tables:
@@ -331,7 +339,7 @@ def constant_tables(layers: Sequence[Offsets], height: int, width: int, dtype: t
 
     Returns:
         (L, C, H, min(W, 3)) for the halves computed from rows and (L, C, min(H, 3), W) for the others, of L
-        layers; :func:`constant_offsets` makes maps of them.
+        layers, as :func:`degmix_kernels.coordinate_bias` takes them.
     """
     kinds = zip(
         *((*layer.opt.weight.chunk(2), *layer.opt.bias.chunk(2), layer.p_conv.bias) for layer in layers),
@@ -352,20 +360,3 @@ def constant_tables(layers: Sequence[Offsets], height: int, width: int, dtype: t
             )
             tables.append(table.to(dtype).unflatten(1, (len(layers), -1))[0])
     return tuple(tables)
-
-
-def constant_offsets(tables: Tables, height: int, width: int) -> Tensor:
-    """The :func:`constant_tables` of T layers as a map, (1, T·2·C, H, W)."""
-    rows, columns = tables
-    maps = torch.cat([repeat_middle(rows, 3, width), repeat_middle(columns, 2, height)], dim=1)
-    return maps.flatten(0, 1)[None]
-
-
-def repeat_middle(table: Tensor, dim: int, size: int) -> Tensor:
-    """Repeat the second of three slices until there are ``size`` of them; fewer are all there."""
-    if size <= 3:
-        return table
-    first, middle, last = table.split(1, dim)
-    shape = list(table.shape)
-    shape[dim] = size - 2
-    return torch.cat([first, middle.expand(shape), last], dim)

@@ -84,10 +84,10 @@ class _Operators(TorchDispatchMode):
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         free = function.is_view or function.overloadpacket.__name__ in FREE
-        # Questions about a tensor, such as for its device, come here too: their answers are no tensors. Nor do
-        # operators on lists of tensors, in place, answer with one.
+        # Questions about a tensor, such as for its device, come here too: their answers are no tensors. Nor
+        # do operators on lists of tensors, in place, answer with one.
         computes = any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
-        computes = computes or isinstance(function, torch._ops.OpOverload) and function._schema.is_mutable
+        computes = computes or (isinstance(function, torch._ops.OpOverload) and function._schema.is_mutable)
         if not free and computes:
             self.seen[str(function.overloadpacket)] += 1
         return result

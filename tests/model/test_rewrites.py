@@ -18,7 +18,8 @@ from degmix.model import formula as plain
 from degmix.model import mixer
 from degmix.model.decoder import TaskInteraction, TaskQuery, attend_pixels, fold
 from degmix.model.formula import formula
-from degmix.model.mixer import Offsets, constant_offsets, constant_tables
+from degmix.model.mixer import Offsets, constant_tables
+from degmix_kernels import coordinate_bias
 from degmix_kernels.testing import relative_l2
 
 TOLERANCE = 1e-10
@@ -140,7 +141,8 @@ def grid_offsets(offsets: Offsets, height: int, width: int) -> Tensor:
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 13])
 def test_constant_offsets_are_those_of_the_whole_grid(height, width):
     layers = [Offsets(4).double() for _ in range(2)]
-    every = constant_offsets(constant_tables(layers, height, width, torch.float64), height, width)
+    every = constant_tables(layers, height, width, torch.float64)
+    every = coordinate_bias(torch.zeros(1, 16, height, width, dtype=torch.float64), *every)
     for layer, got in zip(layers, every.chunk(2, 1), strict=True):
         want = grid_offsets(layer, height, width)
         assert got.shape == want.shape == (1, 8, height, width)
@@ -160,7 +162,7 @@ def test_constant_offsets_of_single_precision_are_computed_in_double(device):
     want = grid_offsets(offsets, 60, 90).float()
     with torch.autocast(device.type, torch.bfloat16):
         tables = constant_tables([offsets], 60, 90, torch.float32)
-        got = constant_offsets(tables, 60, 90)
+    got = coordinate_bias(torch.zeros(1, 32, 60, 90, device=device), *tables)
     assert got.dtype == torch.float32
     assert relative_l2(got, want) < 1e-8  # but for an element that rounds to the other side
 
