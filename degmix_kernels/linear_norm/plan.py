@@ -149,19 +149,23 @@ def plan_examples(dtype: torch.dtype) -> list[Launch]:
 def _examples(dtype: torch.dtype) -> Iterator[Launch]:
     """DeGMix's embedding (maps) and blocks (tokens) on NYUD-v2, ragged sizes, more than 2³¹ elements."""
     # shape of x, out channels; maps are also tried with channels last
-    calls = [((8, 96, 107, 140), 256), ((4, 8 * 14980, 256), 256)]
+    calls = [((8, 96, 107, 140), 256), ((1, 4 * 8 * 14980, 256), 256), ((4, 8 * 14980, 512), 256)]
     if dtype == torch.bfloat16:
         calls += [((2, 50, 7, 7), 27), ((1, 1000, 384), 512), ((3, 256, 2048, 2048), 256)]
     for shape, out_channels in calls:
         x = torch.empty(shape, dtype=dtype, device="meta")
-        output = x.new_empty(shape[0], out_channels, *shape[2:])
-        weight, vector = x.new_empty(out_channels, shape[1]), torch.empty(out_channels, device="meta")
+        is_map = len(shape) == 4
+        blocks, inner = (1, shape[1]) if is_map else (shape[0], shape[2])
+        output = (
+            x.new_empty(shape[0], out_channels, *shape[2:])
+            if is_map
+            else x.new_empty(*shape[:2], out_channels)
+        )
+        weight, vector = x.new_empty(blocks, out_channels, inner), x.new_empty(blocks, out_channels)
+        norm = torch.empty(blocks, out_channels, device="meta")
         deviation = torch.empty(output.numel() // out_channels, device="meta")
-        for last in (False, True) if len(shape) == 4 else (True,):
-            if last and len(shape) == 4:
+        for last in (False, True) if is_map else (True,):
+            if last and is_map:
                 x, output = (each.contiguous(memory_format=torch.channels_last) for each in (x, output))
-            yield plan_forward(
-                x, weight, weight[:, 0].contiguous(), vector, vector, output, output, output, output,
-                deviation, 1e-5,
-            )  # fmt: skip
-            yield plan_backward(output, output, deviation, vector, output)[0]
+            yield plan_forward(x, weight, vector, norm, norm, output, output, output, output, deviation, 1e-5)
+            yield plan_backward(output, output, deviation, norm, output)[0]

@@ -38,8 +38,7 @@ def test_triton_kernels_count(device: torch.device) -> None:
 @every_attention
 def test_the_head_launches_and_saves_less_than_its_formula(attention: str) -> None:
     counts = count_head(attention=attention)  # Swin-T on NYUD-v2
-    # Global attention is one call for each task, with projections of its own; the formula's is no more.
-    assert_lean(counts, launches={"linear": 0.36, "global": 0.42}.get(attention, 1 / 3))
+    assert_lean(counts)
 
 
 def test_saved_bytes_grow_with_the_batch() -> None:

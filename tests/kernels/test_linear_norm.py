@@ -1,0 +1,91 @@
+"""``linear_norm`` beyond what every op is tested for: blocks of parameters, many parts, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from degmix_kernels import linear_norm, use_backend
+from degmix_kernels.backend import INTERPRETED
+from degmix_kernels.linear_norm import plan
+from degmix_kernels.testing import assert_close
+
+NAMES = ("x", "weight", "bias", "norm_weight", "norm_bias", "addend", "residual")
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def arguments(blocks: int, batch: int, tokens: int, inner: int, out: int) -> dict[str, Tensor]:
+    vectors = {name: draw(blocks, out, seed=i) for i, name in enumerate(("bias", "norm_weight", "norm_bias"))}
+    maps = {name: draw(batch, tokens, out, seed=3 + i) for i, name in enumerate(("addend", "residual"))}
+    x, weight = draw(batch, tokens, inner, seed=5), draw(blocks, out, inner, seed=6) / inner**0.5
+    return {"x": x, "weight": weight, **vectors, **maps}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "batch", "tokens", "inner", "out"),
+    [(2, 2, 70, 20, 24), (3, 6, 5, 7, 33), (4, 4, 1, 16, 16), (1, 2, 9, 8, 8), (2, 0, 5, 6, 7)],
+)
+def test_blocks_are_calls_of_their_own(device, blocks, batch, tokens, inner, out):
+    every = {name: value.to(device) for name, value in arguments(blocks, batch, tokens, inner, out).items()}
+    leaves = [each.requires_grad_() for each in every.values()]
+    output = linear_norm(**every)
+    grad = draw(*output.shape, seed=7).to(device)
+    got = torch.autograd.grad(output, leaves, grad)
+    results = []
+    for block in range(blocks):
+        part = slice(block * batch // blocks, (block + 1) * batch // blocks)
+        own = {name: value[block if name in NAMES[1:5] else part] for name, value in every.items()}
+        results.append(linear_norm(**own))
+    want = torch.cat(results)
+    assert_close(output, want, inner * out)
+    by_name = dict(zip(every, got, strict=True))
+    for name, expected in zip(every, torch.autograd.grad(want, leaves, grad), strict=True):
+        assert_close(by_name[name], expected, max(batch * tokens, 1) * inner * out, name=name)
+
+
+def test_parts_end_in_the_middle_and_at_a_block_s_end(device, monkeypatch):
+    """More tiles than the backward pass has programs."""
+    monkeypatch.setattr(plan, "_PROGRAMS", 5)
+    every = {name: value.to(device) for name, value in arguments(2, 2, 83, 4, 500).items()}
+    names = ("weight", "bias", "norm_weight", "norm_bias")
+    exact = {name: value.double().requires_grad_() for name, value in every.items()}
+    leaves = [every[name].requires_grad_() for name in names]
+    output, want = linear_norm(**every), linear_norm(**exact)
+    grad = draw(*output.shape, seed=8).to(device)
+    got = torch.autograd.grad(output, leaves, grad)
+    expected = torch.autograd.grad(want, [exact[name] for name in names], grad.double())
+    for name, one, other in zip(names, got, expected, strict=True):
+        assert_close(one, other, 83 * 500 * 4, name=f"gradient of {name}")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight": draw(4, 6, 5, seed=0)}, ValueError, "weight: expected a first dimension that divides"),
+        ({"weight": draw(3, 6, 4, seed=0)}, ValueError, "weight: expected shape"),
+        ({"weight": draw(1, 3, 6, 5, seed=0)}, ValueError, "weight: expected 2 or 3 dimensions"),
+        ({"weight": draw(3, 0, 5, seed=0)}, ValueError, "weight: expected no empty dimension"),
+        ({"bias": draw(6, seed=0)}, ValueError, "bias: expected shape"),
+        ({"norm_weight": draw(6, seed=0)}, ValueError, "norm_weight: expected shape"),
+        ({"norm_bias": draw(2, 6, seed=0)}, ValueError, "norm_bias: expected shape"),
+        ({"x": draw(6, 5, 2, 2, seed=0)}, ValueError, "weight: expected 2 dimensions for a map"),
+        ({"weight": [1.0]}, TypeError, "weight: expected a tensor"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(change, error, message):
+    given = {name: value for name, value in arguments(3, 6, 2, 5, 6).items() if name not in NAMES[5:]}
+    with pytest.raises(error, match=message):
+        linear_norm(**{**given, **change})
+
+
+@pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or the interpreter"
+)
+def test_wider_than_a_program_warns(device):
+    given = {name: value.to(device) for name, value in arguments(1, 1, 2, 3, 513).items()}
+    with use_backend("triton"), pytest.warns(UserWarning, match="more than 512 out channels"):
+        linear_norm(**given)
