@@ -81,7 +81,7 @@ def _cells(row: Row, ours: Row | None) -> list[str]:
     return [
         f"  {row.impl}",
         _time(row),
-        "" if row.ms_p20 is None else f"{row.ms_p20:.3g}–{row.ms_p80:.3g}",
+        "" if row.ms_p20 is None else f"{_digits(row.ms_p20)}–{_digits(row.ms_p80)}",
         "" if row.impl == OURS else _ratio(row, ours),
         "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
         "" if row.speed_of_light is None else f"{100 * row.speed_of_light:.0f}",
@@ -90,7 +90,7 @@ def _cells(row: Row, ours: Row | None) -> list[str]:
 
 
 def _images_per_second(row: Row) -> str:
-    return "" if not row.ms or row.images is None else f"{1e3 * row.images / row.ms:.4g}"
+    return "" if not row.ms or row.images is None else _digits(1e3 * row.images / row.ms)
 
 
 def failures(rows: Iterable[Row]) -> list[str]:
@@ -113,9 +113,13 @@ def _key(row: Row) -> tuple[str | None, ...]:
 
 def _time(row: Row) -> str:
     if row.ms is not None:
-        return f"{row.ms:.4g}"
+        return _digits(row.ms)
     # A column as wide as a reason would leave the others none; ``failures`` has the reasons.
     return {"check failed": "WRONG", "failed": "failed"}.get(row.status.split(":")[0], "–")
+
+
+def _digits(number: float) -> str:
+    return f"{number:.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def _ratio(slow: Row | None, fast: Row | None) -> str:
