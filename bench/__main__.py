@@ -21,10 +21,13 @@ from bench.results import OK, OURS, Results, Row
 from bench.run import CASES, FAMILIES, Selection, is_quick, known_shapes, run
 from degmix.progress import stage
 
+FAILURE = 1
 USER_ERROR = 2
+INTERRUPTED = 130
 LOG_WIDTH = 110  # columns, where there is no terminal that has its own
 DEFAULT_MODES = ("fwd", "fwdbwd")
 DEFAULT_DTYPES = ("bf16", "fp32")
+SMALL_DTYPES = ("fp32",)  # which show as much on a CPU, in half the time
 QUICK_SECONDS = 0.02
 BASELINES = tuple(dict.fromkeys(name for case in CASES for name in case.implementations if name != OURS))
 NONE = "none"
@@ -73,8 +76,8 @@ def parser() -> argparse.ArgumentParser:
         "--dtype",
         nargs="+",
         choices=tuple(DTYPES),
-        default=list(DEFAULT_DTYPES),
-        help="of our inputs (default: bf16 fp32)",
+        metavar="DTYPE",
+        help="bf16, fp16, fp32: of our inputs (default: bf16 fp32; at small sizes fp32)",
     )
     add(
         "--shapes",
@@ -121,15 +124,16 @@ def select(options: argparse.Namespace, device: torch.device) -> Selection:
     baselines = options.baseline
     if baselines is not None:
         baselines = tuple(name for name in baselines if name != NONE)
+    dtypes = tuple(options.dtype or (SMALL_DTYPES if small else DEFAULT_DTYPES))
     seconds = QUICK_SECONDS if small else SECONDS
-    selection = Selection(tuple(cases), tuple(options.mode), tuple(options.dtype), baselines, seconds)
+    selection = Selection(tuple(cases), tuple(options.mode), dtypes, baselines, seconds)
     if not len(selection):
         raise UsageError("nothing to measure: no op has all of these shapes, dtypes and modes")
     return selection
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 if one of our ops failed, 2 for a user's mistake."""
+    """Run the benchmark; 1 if one of our ops failed, 2 for a user's mistake, 130 if it was interrupted."""
     options = parser().parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     try:
@@ -140,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def benchmark(options: argparse.Namespace, console: Console) -> int:
-    """Measure, show and write what the options ask for; 1 if one of our ops failed."""
+    """Measure, show and write what the options ask for; the exit code as of :func:`main`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     selection = select(options, device)
     earlier = None
@@ -161,16 +165,24 @@ def benchmark(options: argparse.Namespace, console: Console) -> int:
             advance(done, what)
             done += 1
 
-        for more in run(selection, device, measured.ceilings, begin):
-            rows += more
-            measured = Results(machine, measured.ceilings, tuple(rows))
-            if file is not None:  # after every row, so that an interrupted run leaves what it has
-                results.write(measured, file)
-        advance(done, "")
+        interrupted = False
+        try:
+            for more in run(selection, device, measured.ceilings, begin):
+                rows += more
+                measured = Results(machine, measured.ceilings, tuple(rows))
+                if file is not None:  # after every row, so that a run that is killed leaves what it has
+                    results.write(measured, file)
+            advance(done, "")
+        except KeyboardInterrupt:
+            interrupted = True
     _show(console, measured, earlier, options.compare)
     if file is not None:
         console.print(f"Results: {file}", soft_wrap=True, highlight=False)
-    return int(any(row.impl == OURS and row.status != OK for row in rows))
+    if interrupted:
+        console.print(f"Interrupted: {done - 1} of {len(selection)} measurements were made.")
+    if any(row.impl == OURS and row.status != OK for row in rows):
+        return FAILURE
+    return INTERRUPTED if interrupted else 0
 
 
 def _show(console: Console, measured: Results, earlier: Results | None, name: str | None) -> None:

@@ -18,14 +18,15 @@ from bench import (
     model,
     task_attention,
 )
-from bench.cases import DTYPES, Case, Problem, Run, Unavailable
+from bench.cases import COMPILED, DTYPES, Case, Problem, Run, Unavailable
 from bench.ceilings import speed_of_light
 from bench.check import ANOTHER_FUNCTION, Checker, CheckFailed
 from bench.measure import call_of, measure, peak_bytes, timers
 from bench.results import OURS, Ceilings, Row
 from bench.shapes import LAUNCH, QUICK
 
-FAMILIES = (deform_conv, batch_norm, channel_mix, linear_norm, task_attention, gating, attention, model)
+# What matters most comes first: a run may be stopped when its time is up.
+FAMILIES = (model, deform_conv, task_attention, channel_mix, gating, linear_norm, batch_norm, attention)
 CASES: tuple[Case, ...] = tuple(case for family in FAMILIES for case in family.CASES)
 
 Advance = Callable[[str], None]
@@ -49,12 +50,17 @@ class Selection:
     baselines: tuple[str, ...] | None
     seconds: float
 
-    def rounds(self) -> Iterator[tuple[Case, str]]:
-        """Every case in each of its dtypes."""
-        for case in self.cases:
-            for dtype in self.dtypes:
-                if dtype in case.dtypes:
-                    yield case, dtype
+    def rounds(self) -> Iterator[tuple[Case, str, list[str]]]:
+        """Every case in each of its dtypes, with its implementations.
+
+        Compiled ones, whose compilation takes longer than all the rest, have rounds of their own, the last.
+        """
+        for compiled in (False, True):
+            for case in self.cases:
+                names = [name for name in self.implementations_of(case) if (name == COMPILED) == compiled]
+                for dtype in self.dtypes:
+                    if names and dtype in case.dtypes and self.modes_of(case):
+                        yield case, dtype, names
 
     def modes_of(self, case: Case) -> list[str]:
         """Its modes among those that are wanted."""
@@ -69,7 +75,7 @@ class Selection:
         ]
 
     def __len__(self) -> int:
-        return sum(len(self.modes_of(case)) * len(self.implementations_of(case)) for case, _ in self.rounds())
+        return sum(len(self.modes_of(case)) * len(names) for case, _, names in self.rounds())
 
 
 def run(
@@ -83,10 +89,8 @@ def run(
         ceilings: what the device reaches.
         advance: called with a line about what comes next, once for each implementation and mode.
     """
-    for case, dtype in selection.rounds():
-        modes, names = selection.modes_of(case), selection.implementations_of(case)
-        if not modes:
-            continue
+    for case, dtype, names in selection.rounds():
+        modes = selection.modes_of(case)
         try:
             checker = Checker(case.prepare(device, DTYPES[dtype]))
         except Exception as error:  # whatever it is, the other cases are measured

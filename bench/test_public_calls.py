@@ -21,18 +21,19 @@ from bench.shapes import LAUNCH, NYUD, QUICK
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = (NYUD.name, f"{NYUD.name} b1", LAUNCH) if DEVICE.type == "cuda" else (QUICK,)
+CALLS = [
+    pytest.param(case, mode, dtype, id=f"{case.op}-{case.shape}-{case.modes[mode]}-{dtype}".replace(" ", "_"))
+    for case in CASES
+    if case.shape in SHAPES
+    for mode in ("fwd", "fwdbwd")
+    if mode in case.modes
+    for dtype in ("bf16", "fp32")
+    if dtype in case.dtypes
+]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("mode", ["fwd", "fwdbwd"])
-@pytest.mark.parametrize(
-    "case",
-    [case for case in CASES if case.shape in SHAPES],
-    ids=lambda case: f"{case.op}-{case.shape}".replace(" ", "_"),
-)
+@pytest.mark.parametrize(("case", "mode", "dtype"), CALLS)
 def test_call(case: Case, mode: str, dtype: str, benchmark: Callable[..., object]) -> None:
-    if mode not in case.modes or dtype not in case.dtypes:
-        pytest.skip(f"{case.op}, {case.shape} has no {mode} in {dtype}")
     problem = case.prepare(DEVICE, DTYPES[dtype])
     call = call_of(problem.runs[OURS](), mode, problem.dtype)
 
