@@ -9,6 +9,7 @@ from rich.table import Table
 
 from bench.measure import GRAPH, LOOP
 from bench.results import OK, OURS, Machine, Results, Row
+from degmix_kernels.backend import INTERPRETED
 
 
 def op_tables(rows: Sequence[Row]) -> Iterator[Table]:
@@ -25,7 +26,8 @@ def machine_lines(results: Results) -> list[str]:
         rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings.matrix.items())
         lines.append(f"Measured in this run: copy {ceilings.copy / 1e9:.4g} GB/s; matrix products {rates}")
     if machine.gpu is None:
-        lines.append("On a CPU our ops run their references: these times say nothing about the kernels.")
+        what = "Triton's interpreter" if INTERPRETED else "their references"
+        lines.append(f"On a CPU our ops run {what}: these times say nothing about the kernels.")
     return lines
 
 
