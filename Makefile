@@ -38,7 +38,7 @@ format: .venv/test.installed
 	.venv/bin/ruff format .
 
 clean:
-	rm -rf .venv .venv-pinned runs build dist .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-pinned runs gpu_check build dist .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 .venv/bin/python .venv-pinned/bin/python:
 	$(PYTHON) -m venv $(@D)/..

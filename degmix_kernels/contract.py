@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,42 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Work:
+    """Least work of one pass of one call.
+
+    Attributes:
+        bytes: moved between memory and chip, with everything read once and written once.
+        flops: of the matrix products only, two per multiply-add.
+    """
+
+    bytes: int
+    flops: int
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What :class:`Work` is counted from; ``arguments`` are a call's, by name.
+
+    Attributes:
+        output: ``output(arguments)`` is the shape of the result, whose dtype is that of the first
+            differentiable argument.
+        products: ``products(arguments)`` counts the FLOPs of the forward pass's matrix products.
+        backward_products: FLOPs of the backward pass's products over those of the forward pass: two for a
+            product whose factors both have a gradient; five halves for attention, whose weights have to be
+            computed again.
+        backward_reads: names of the arguments without which there are no gradients.
+    """
+
+    output: Callable[[Mapping[str, Any]], tuple[int, ...]]
+    products: Callable[[Mapping[str, Any]], int]
+    backward_products: float
+    backward_reads: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Op:
     """One op, in its four faces, with what the shared tests need to know.
 
@@ -38,7 +75,9 @@ class Op:
         samples: ``samples(device, dtype, generator)`` makes the calls that the contract tests run, ragged,
             1-sized and empty shapes included. Tensors are drawn in fp32 from the (CPU) generator, then
             cast, so that one seed gives the same values at every dtype.
-        differentiable: names of the arguments that have gradients, where given and floating-point.
+        differentiable: names of the arguments that have gradients, where given and floating-point; the one
+            that gives the result its dtype is the first.
+        cost: the least a call can cost: what benchmarks count the speed of light from.
         batched: names of the tensors whose first axis is the batch.
         keeps_layout_of: the 4-D argument whose channels_last layout the output keeps, if there is one.
         autocast: names of the arguments cast to the autocast dtype; the output has that dtype too.
@@ -54,6 +93,7 @@ class Op:
     module: type[nn.Module]
     samples: Callable[[torch.device, torch.dtype, torch.Generator], list[Sample]]
     differentiable: tuple[str, ...]
+    cost: Cost
     batched: tuple[str, ...] = ()
     keeps_layout_of: str | None = None
     autocast: tuple[str, ...] = ()
@@ -64,3 +104,22 @@ class Op:
     def label(self) -> str:
         """Name and variant, as reports and test names show them."""
         return f"{self.name} ({self.variant})" if self.variant else self.name
+
+    def forward_work(self, arguments: Mapping[str, Any]) -> Work:
+        """Least work of a call: every tensor read once, the result written once."""
+        read = sum(_bytes(value) for value in arguments.values())
+        return Work(read + self._output_bytes(arguments), self.cost.products(arguments))
+
+    def backward_work(self, arguments: Mapping[str, Any]) -> Work:
+        """Least work of all gradients: the result's and the arguments they need read, they written."""
+        read = sum(_bytes(arguments.get(name)) for name in self.cost.backward_reads)
+        written = sum(_bytes(arguments.get(name)) for name in self.differentiable)
+        flops = round(self.cost.products(arguments) * self.cost.backward_products)
+        return Work(self._output_bytes(arguments) + read + written, flops)
+
+    def _output_bytes(self, arguments: Mapping[str, Any]) -> int:
+        return math.prod(self.cost.output(arguments)) * arguments[self.differentiable[0]].element_size()
+
+
+def _bytes(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0

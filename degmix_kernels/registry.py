@@ -20,3 +20,15 @@ OPS: tuple[Op, ...] = (
     *GATING,
     *ATTENTION,
 )
+
+
+def find(name: str, variant: str = "") -> Op:
+    """The op of that name and variant.
+
+    Raises:
+        KeyError: if there is none.
+    """
+    for op in OPS:
+        if (op.name, op.variant) == (name, variant):
+            return op
+    raise KeyError(f"no op {name!r} with variant {variant!r}")

@@ -33,7 +33,8 @@ def tolerance(dtype: torch.dtype, reduction: int) -> float:
 
 def relative_l2(actual: Tensor, expected: Tensor) -> float:
     """``‖actual − expected‖ / ‖expected‖`` in fp64; 0 for two zero (or empty) tensors, NaN if any is NaN."""
-    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    expected = expected.detach().double()
+    actual = actual.detach().double().to(expected.device)
     difference, size = (actual - expected).norm().item(), expected.norm().item()
     if size == 0:
         return difference if difference == 0 or math.isnan(difference) else math.inf

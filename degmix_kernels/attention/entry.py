@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,7 @@ from degmix_kernels import backend
 from degmix_kernels.attention import reference
 from degmix_kernels.attention.module import GatedAttention, LinearAttention
 from degmix_kernels.attention.op import gated_attention, linear_attention
-from degmix_kernels.contract import Op, Sample
+from degmix_kernels.contract import Cost, Op, Sample
 from degmix_kernels.launch import Launch
 
 # batch, heads, queries, keys, head_dim, gate, residual
@@ -70,6 +73,31 @@ def _linear_plan(dtype: torch.dtype) -> list[Launch]:
     return plan_examples(dtype)
 
 
+def _gated_products(arguments: Mapping[str, Any]) -> int:
+    """2 · 2 · B · heads · N · M · D: Q Kᵀ, and its softmax times V."""
+    return 4 * arguments["query"].numel() * arguments["key"].shape[2]
+
+
+def _linear_products(arguments: Mapping[str, Any]) -> int:
+    """2 · B · heads · (M + N) · D · D: Kᵀ V, and Q times it."""
+    query, key = arguments["query"], arguments["key"]
+    return 2 * (query.numel() + key.numel()) * query.shape[3]
+
+
+_GATED_COST = Cost(
+    output=lambda arguments: tuple(arguments["query"].shape),
+    products=_gated_products,
+    backward_products=2.5,
+    backward_reads=("query", "key", "value", "gate"),
+)
+_LINEAR_COST = Cost(
+    output=lambda arguments: tuple(arguments["query"].shape),
+    products=_linear_products,
+    backward_products=2,  # Kᵀ V is small enough to be kept
+    backward_reads=("query", "key", "value"),
+)
+
+
 OPS = (
     Op(
         name="gated_attention",
@@ -78,6 +106,7 @@ OPS = (
         module=GatedAttention,
         samples=_gated_samples,
         differentiable=("query", "key", "value", "gate", "residual"),
+        cost=_GATED_COST,
         batched=("query", "key", "value", "gate", "residual"),
         autocast=("query", "key", "value", "gate", "residual"),
         kernels=_gated_plan,
@@ -89,6 +118,7 @@ OPS = (
         module=LinearAttention,
         samples=_linear_samples,
         differentiable=("query", "key", "value"),
+        cost=_LINEAR_COST,
         batched=("query", "key", "value"),
         autocast=("query", "key", "value"),
         kernels=_linear_plan,

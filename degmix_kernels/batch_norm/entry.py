@@ -9,7 +9,7 @@ from degmix_kernels import backend
 from degmix_kernels.batch_norm import reference
 from degmix_kernels.batch_norm.module import BatchNorm2d
 from degmix_kernels.batch_norm.op import batch_norm
-from degmix_kernels.contract import Op, Sample
+from degmix_kernels.contract import Cost, Op, Sample
 from degmix_kernels.launch import Launch
 
 # shape of x, weight and bias, residual
@@ -53,6 +53,15 @@ def _plan(dtype: torch.dtype) -> list[Launch]:
     return plan_examples(dtype)
 
 
+# Memory only: there is no product.
+_COST = Cost(
+    output=lambda arguments: tuple(arguments["x"].shape),
+    products=lambda arguments: 0,
+    backward_products=0,
+    backward_reads=("x", "mean", "variance", "weight"),
+)
+
+
 OPS = (
     Op(
         name="batch_norm",
@@ -61,6 +70,7 @@ OPS = (
         module=BatchNorm2d,
         samples=_samples,
         differentiable=("x", "mean", "variance", "weight", "bias", "residual"),
+        cost=_COST,
         batched=("x", "residual"),
         keeps_layout_of="x",
         autocast=("x", "residual"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,7 @@ from degmix_kernels import backend
 from degmix_kernels.channel_mix import reference
 from degmix_kernels.channel_mix.module import ChannelMix
 from degmix_kernels.channel_mix.op import channel_mix
-from degmix_kernels.contract import Op, Sample
+from degmix_kernels.contract import Cost, Op, Sample
 from degmix_kernels.launch import Launch
 
 # shape of x, out_channels, groups, activation, bias, training, norm parameters, residual
@@ -61,6 +64,26 @@ def _plan(dtype: torch.dtype) -> list[Launch]:
     return plan_examples(dtype)
 
 
+def _output(arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    x = arguments["x"]
+    return (x.shape[0], arguments["weight"].shape[0], *x.shape[2:])
+
+
+def _products(arguments: Mapping[str, Any]) -> int:
+    """2 · pixels · Cout · C/groups: W x at every pixel."""
+    x, weight = arguments["x"], arguments["weight"]
+    return 2 * (x.numel() // x.shape[1]) * weight.numel()
+
+
+_COST = Cost(
+    output=_output,
+    products=_products,
+    backward_products=2,
+    # With the bias, the batch's statistics and z, which is not an argument, can be computed again.
+    backward_reads=("x", "weight", "bias", "running_mean", "running_var", "norm_weight"),
+)
+
+
 OPS = (
     Op(
         name="channel_mix",
@@ -69,6 +92,7 @@ OPS = (
         module=ChannelMix,
         samples=_samples,
         differentiable=("x", "weight", "bias", "norm_weight", "norm_bias", "residual"),
+        cost=_COST,
         batched=("x", "residual"),
         keeps_layout_of="x",
         autocast=("x", "weight", "bias", "residual"),

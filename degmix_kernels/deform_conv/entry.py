@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from degmix_kernels import backend
-from degmix_kernels.contract import Op, Sample
+from degmix_kernels.contract import Cost, Op, Sample
 from degmix_kernels.deform_conv import reference
 from degmix_kernels.deform_conv.module import DeformConv2d, DeformMix
 from degmix_kernels.deform_conv.op import deform_conv2d, deform_mix
@@ -118,6 +120,19 @@ def _plan_general(dtype: torch.dtype) -> list[Launch]:
     return plan_examples(dtype)
 
 
+def _cost(backward_reads: tuple[str, ...]) -> Cost:
+    def output(arguments: Mapping[str, Any]) -> tuple[int, ...]:
+        offset = arguments["offset"]
+        return (offset.shape[0], arguments["weight"].shape[0], *offset.shape[2:])
+
+    def products(arguments: Mapping[str, Any]) -> int:
+        """2 · pixels · Cout · C/groups · kh · kw: W times the samples; blending them is no product."""
+        offset = arguments["offset"]
+        return 2 * offset.shape[0] * math.prod(offset.shape[2:]) * arguments["weight"].numel()
+
+    return Cost(output, products, backward_products=2, backward_reads=backward_reads)
+
+
 def _deform_conv2d(variant: str, cases: tuple[_Case, ...], kernels: Callable[..., list[Launch]]) -> Op:
     return Op(
         name="deform_conv2d",
@@ -126,6 +141,7 @@ def _deform_conv2d(variant: str, cases: tuple[_Case, ...], kernels: Callable[...
         module=DeformConv2d,
         samples=_samples(cases),
         differentiable=("input", "offset", "weight", "bias", "mask"),
+        cost=_cost(("input", "offset", "weight", "mask")),
         batched=("input", "offset", "mask"),
         keeps_layout_of="input",
         autocast=("input", "weight", "bias", "mask"),
@@ -145,6 +161,7 @@ OPS = (
         module=DeformMix,
         samples=_mix_samples,
         differentiable=("x", "offset", "weight", "bias"),
+        cost=_cost(("x", "offset", "weight", "bias")),  # behind the activation, the bias too
         batched=("x", "offset"),
         keeps_layout_of="x",
         autocast=("x", "weight", "bias"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from degmix_kernels import backend
-from degmix_kernels.contract import Op, Sample
+from degmix_kernels.contract import Cost, Op, Sample
 from degmix_kernels.gating import reference
 from degmix_kernels.gating.module import GatedMLP, SpatialGatingUnit
 from degmix_kernels.gating.op import gated_mlp, spatial_gating_unit
@@ -89,6 +92,49 @@ def _mlp_plan(dtype: torch.dtype) -> list[Launch]:
     return mlp_examples(dtype)
 
 
+def _gate_products(arguments: Mapping[str, Any], tokens: int, channels: int) -> int:
+    """2 · tokens · channels · size of W: each element is one row of W times a token or a channel."""
+    weight = "weight" if "weight" in arguments else "gate_weight"
+    return 2 * tokens * channels * arguments[weight].shape[0]
+
+
+def _unit_products(arguments: Mapping[str, Any]) -> int:
+    channels = arguments["v"].shape[2]
+    return _gate_products(arguments, arguments["v"].numel() // channels, channels)
+
+
+def _mlp_products(arguments: Mapping[str, Any]) -> int:
+    """The gate's; fc1, 2 · tokens · C · 2 hidden, and fc2, 2 · tokens · hidden · C."""
+    channels, hidden = arguments["fc2_weight"].shape
+    tokens = arguments["x"].numel() // channels
+    return _gate_products(arguments, tokens, hidden) + 6 * tokens * channels * hidden
+
+
+_UNIT_COST = Cost(
+    output=lambda arguments: tuple(arguments["u"].shape),
+    products=_unit_products,
+    backward_products=2,
+    backward_reads=("u", "v", "norm_weight", "norm_bias", "weight", "bias"),
+)
+_MLP_COST = Cost(
+    output=lambda arguments: tuple(arguments["x"].shape),
+    products=_mlp_products,
+    backward_products=2,
+    backward_reads=(
+        "x",
+        "norm_weight",
+        "norm_bias",
+        "fc1_weight",
+        "fc1_bias",
+        "gate_norm_weight",
+        "gate_norm_bias",
+        "gate_weight",
+        "gate_bias",
+        "fc2_weight",
+    ),
+)
+
+
 OPS = (
     Op(
         name="spatial_gating_unit",
@@ -97,6 +143,7 @@ OPS = (
         module=SpatialGatingUnit,
         samples=_unit_samples,
         differentiable=("u", "v", "norm_weight", "norm_bias", "weight", "bias"),
+        cost=_UNIT_COST,
         batched=("u", "v"),
         autocast=("u", "v", "weight", "bias"),
         kernels=_gate_plan,
@@ -120,6 +167,7 @@ OPS = (
             "fc2_weight",
             "fc2_bias",
         ),
+        cost=_MLP_COST,
         batched=("x",),
         autocast=("x", "fc1_weight", "fc1_bias", "gate_weight", "gate_bias", "fc2_weight", "fc2_bias"),
         kernels=_mlp_plan,

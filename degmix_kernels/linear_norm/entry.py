@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from degmix_kernels import backend
-from degmix_kernels.contract import Op, Sample
+from degmix_kernels.contract import Cost, Op, Sample
 from degmix_kernels.launch import Launch
 from degmix_kernels.linear_norm import reference
 from degmix_kernels.linear_norm.module import LinearNorm
@@ -57,6 +60,25 @@ def _plan(dtype: torch.dtype) -> list[Launch]:
     return plan_examples(dtype)
 
 
+def _output(arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    x, out = arguments["x"], arguments["weight"].shape[0]
+    return (x.shape[0], out, *x.shape[2:]) if x.dim() == 4 else (*x.shape[:2], out)
+
+
+def _products(arguments: Mapping[str, Any]) -> int:
+    """2 · pixels · Cout · C: W x at every pixel."""
+    x, (out, channels) = arguments["x"], arguments["weight"].shape
+    return 2 * (x.numel() // channels) * out * channels
+
+
+_COST = Cost(
+    output=_output,
+    products=_products,
+    backward_products=2,
+    backward_reads=("x", "weight", "bias", "norm_weight", "addend"),
+)
+
+
 OPS = (
     Op(
         name="linear_norm",
@@ -65,6 +87,7 @@ OPS = (
         module=LinearNorm,
         samples=_samples,
         differentiable=("x", "weight", "bias", "norm_weight", "norm_bias", "addend", "residual"),
+        cost=_COST,
         batched=("x", "addend", "residual"),
         keeps_layout_of="x",
         autocast=("x", "weight", "bias", "addend", "residual"),

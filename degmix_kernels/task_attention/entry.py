@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from degmix_kernels import backend
-from degmix_kernels.contract import Op, Sample
+from degmix_kernels.contract import Cost, Op, Sample
 from degmix_kernels.launch import Launch
 from degmix_kernels.task_attention import reference
 from degmix_kernels.task_attention.module import TaskAttention
@@ -51,6 +54,19 @@ def _plan(dtype: torch.dtype) -> list[Launch]:
     return plan_examples(dtype)
 
 
+def _products(arguments: Mapping[str, Any]) -> int:
+    """2 · 2 · B · N · S · T · heads · D: scores of S queries and T keys, and their weighted sums."""
+    return 4 * arguments["query"].numel() * arguments["key"].shape[1]
+
+
+_COST = Cost(
+    output=lambda arguments: tuple(arguments["query"].shape),
+    products=_products,
+    backward_products=2.5,
+    backward_reads=("query", "key", "value"),
+)
+
+
 OPS = (
     Op(
         name="task_attention",
@@ -59,6 +75,7 @@ OPS = (
         module=TaskAttention,
         samples=_samples,
         differentiable=("query", "key", "value"),
+        cost=_COST,
         batched=("query", "key", "value"),
         autocast=("query", "key", "value"),
         kernels=_plan,

@@ -1,0 +1,113 @@
+"""Whether an implementation computes what the fp64 reference computes; nothing is timed before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bench.cases import SEED, Problem, Run
+from degmix_kernels.testing import relative_l2
+
+# A baseline that is further off than this computes something else; nearer ones have their error in their row.
+ANOTHER_FUNCTION = 0.5
+
+
+class CheckFailed(Exception):
+    """The result is not the reference's; the message says by how much.
+
+    Attributes:
+        error: the largest relative L2 error.
+    """
+
+    def __init__(self, message: str, error: float) -> None:
+        super().__init__(message)
+        self.error = error
+
+
+class Checker:
+    """Compares runs of one problem with its fp64 reference, which is computed once.
+
+    Args:
+        problem: what is checked.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._expected: dict[bool, dict[str, Tensor]] = {}
+
+    def check(self, run: Run, gradients: bool, limit: float) -> float:
+        """The largest relative L2 error of output and, if asked for, gradients.
+
+        Args:
+            run: what is checked.
+            gradients: whether a backward pass is part of it.
+            limit: what is allowed.
+
+        Raises:
+            CheckFailed: if the error is above the limit, or NaN, or a shape is wrong.
+        """
+        errors = self.errors(run, gradients)
+        worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+        if not errors[worst] <= limit:  # written so that NaN fails
+            message = f"{worst}: relative L2 error {errors[worst]:.3e}, tolerance {limit:.3e}"
+            raise CheckFailed(message, errors[worst])
+        return errors[worst]
+
+    def errors(self, run: Run, gradients: bool) -> dict[str, float]:
+        """Relative L2 error by name of output or gradient."""
+        with torch.set_grad_enabled(gradients):
+            outputs = run.forward()
+            expected = self._expect(outputs, gradients)
+            grads = upstream(outputs, self.problem.dtype) if gradients else None
+            actual = self._results(run, outputs, grads)
+        errors = {}
+        for name, wanted in expected.items():
+            part = actual[name][self.problem.part]
+            if part.shape != wanted.shape:
+                message = f"{name}: expected shape {tuple(wanted.shape)}, got {tuple(part.shape)}"
+                raise CheckFailed(message, math.inf)
+            errors[name] = relative_l2(part, wanted)
+        return errors
+
+    def _expect(self, like: Sequence[Tensor], gradients: bool) -> dict[str, Tensor]:
+        if gradients not in self._expected:
+            exact = self.problem.exact()
+            grads = upstream(like, self.problem.dtype, torch.float64) if gradients else None
+            if grads is not None:
+                grads = [grad[self.problem.part] for grad in grads]
+            results = self._results(exact, exact.forward(), grads)
+            self._expected[gradients] = {name: result.detach() for name, result in results.items()}
+        return self._expected[gradients]
+
+    def _results(
+        self, run: Run, outputs: Sequence[Tensor], grads: Sequence[Tensor] | None
+    ) -> dict[str, Tensor]:
+        results = {f"output {index}" if index else "output": each for index, each in enumerate(outputs)}
+        if grads is None:
+            return results
+        leaves = list(run.leaves.values())
+        gradients = torch.autograd.grad(outputs, leaves, grads, materialize_grads=True)
+        if self.problem.joint:
+            return results | {"gradients": torch.cat([gradient.flatten() for gradient in gradients])}
+        named = zip(run.leaves, gradients, strict=True)
+        return results | {f"gradient of {name}": gradient for name, gradient in named}
+
+
+def upstream(
+    outputs: Sequence[Tensor], rounded: torch.dtype, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Random gradients that arrive at a backward pass, the same for all implementations.
+
+    Args:
+        outputs: what they are the gradients of.
+        rounded: whose digits they have at most: those of the inputs that are measured.
+        dtype: what they are handed over in, if not in the dtypes of the outputs.
+    """
+    generator = torch.Generator(outputs[0].device).manual_seed(SEED + 1)
+    return [
+        torch.randn(each.shape, generator=generator, device=each.device).to(rounded).to(dtype or each.dtype)
+        for each in outputs
+    ]

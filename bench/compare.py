@@ -1,0 +1,58 @@
+"""Results to compare with: of a file, or of another revision, measured now on the same machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.machine import REPOSITORY
+from bench.results import Results, read
+
+
+class CompareError(ValueError):
+    """There is nothing to compare with; the message says why."""
+
+
+def earlier_results(source: str, options: Sequence[str]) -> Results:
+    """Read a result file, or run the same benchmark of a git revision.
+
+    Args:
+        source: a path, or whatever git takes for a revision.
+        options: of the benchmark, for a revision.
+
+    Raises:
+        CompareError: if it is neither, or the revision's benchmark does not run.
+        ValueError: if the file is no result file.
+    """
+    if Path(source).is_file():
+        return read(Path(source))
+    try:
+        commit = _git("rev-parse", "--verify", "--quiet", f"{source}^{{commit}}").strip()
+    except (OSError, subprocess.CalledProcessError):
+        raise CompareError(f"--compare {source}: neither a file nor a git revision") from None
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        tree, file = Path(folder, "tree"), Path(folder, "results.json")
+        _git("worktree", "add", "--detach", str(tree), commit)
+        try:
+            return _run_there(source, tree, file, options)
+        finally:
+            _git("worktree", "remove", "--force", str(tree))
+
+
+def _run_there(source: str, tree: Path, file: Path, options: Sequence[str]) -> Results:
+    if not Path(tree, "bench", "__main__.py").is_file():
+        raise CompareError(f"--compare {source}: that revision has no benchmark yet")
+    # -m puts the folder it is started in first, before any installed copy of the library.
+    command = [sys.executable, "-m", "bench", *options, "--json", str(file)]
+    subprocess.run(command, cwd=tree, check=False)
+    if not file.is_file():
+        raise CompareError(f"--compare {source}: the benchmark of that revision left no results")
+    return read(file)
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(REPOSITORY), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,108 @@
+"""Deformable convolution: 3×3 as detectors use it, and DeGMix's 1×1 with an offset per channel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from bench.cases import Baseline, Case, Draw, Unavailable, op_case
+from bench.shapes import CONVOLUTIONS, MAPS, SMALL_OFFSETS, Convolution, Map
+from degmix_kernels.activation import activate
+from degmix_kernels.contract import Sample
+from degmix_kernels.registry import find
+
+FAMILY = "deform_conv"
+
+
+def _convolution(shape: Convolution) -> Callable[[Draw], Sample]:
+    def sample(draw: Draw) -> Sample:
+        batch, channels, height, width = shape.batch, shape.channels, shape.height, shape.width
+        arguments = {
+            "input": draw(batch, channels, height, width),
+            # Offsets are fp32 in every dtype: bf16 has no room for a pixel coordinate.
+            "offset": draw(batch, 18, height, width, dtype=torch.float32) * shape.spread,
+            "weight": draw(channels, channels, 3, 3) / math.sqrt(9 * channels),
+            "bias": draw(channels),
+            "padding": 1,
+            "mask": draw(batch, 9, height, width).sigmoid(),
+        }
+        return Sample(arguments, max(batch * height * width, 9 * channels))
+
+    return sample
+
+
+def _mix(shape: Map) -> Callable[[Draw], Sample]:
+    def sample(draw: Draw) -> Sample:
+        batch, channels, height, width = shape.batch, shape.channels, shape.height, shape.width
+        arguments = {
+            "x": draw(batch, channels, height, width),
+            "offset": draw(batch, 2 * channels, height, width, dtype=torch.float32) * SMALL_OFFSETS,
+            "weight": draw(channels, channels, 1, 1) / math.sqrt(channels),
+            "bias": draw(channels),
+        }
+        return Sample(arguments, max(batch * height * width, channels))
+
+    return sample
+
+
+def _deform_mix_of(deform_conv2d: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """DeGMix's operator of somebody's deformable convolution: an activation follows."""
+
+    def deform_mix(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return activate(deform_conv2d(x, offset, weight, bias), "gelu")
+
+    return deform_mix
+
+
+def load_torchvision(device: torch.device) -> Callable[..., Tensor]:
+    """torchvision's operator.
+
+    Raises:
+        Unavailable: if it is not installed or does not load.
+    """
+    # RuntimeError: a torchvision that was built for another torch.
+    try:
+        from torchvision.ops import deform_conv2d
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise Unavailable(f"torchvision's operator does not load: {error}") from error
+    return deform_conv2d
+
+
+def _deformops(device: torch.device) -> Callable[..., Tensor]:
+    try:
+        function = import_module("deformops").deform_conv2d
+    except ImportError:
+        raise Unavailable("deformops is not installed") from None
+    except AttributeError:
+        raise Unavailable("this deformops has no deform_conv2d") from None
+    if device.type != "cuda":
+        raise Unavailable("needs a GPU")
+    return function
+
+
+def _baselines(mixed: bool) -> tuple[Baseline, ...]:
+    """torchvision's operator in the dtypes that it has, and deformops'."""
+
+    def of(load: Callable[[torch.device], Callable[..., Tensor]]) -> Callable[..., Callable[..., Tensor]]:
+        return (lambda device: _deform_mix_of(load(device))) if mixed else load
+
+    return (
+        Baseline("torchvision fp32", of(load_torchvision), torch.float32),
+        Baseline("torchvision fp16", of(load_torchvision), torch.float16),
+        Baseline("deformops", of(_deformops)),
+    )
+
+
+CASES: tuple[Case, ...] = (
+    *(
+        op_case(
+            FAMILY, find("deform_conv2d", "general"), shape.name, _convolution(shape), _baselines(mixed=False)
+        )
+        for shape in CONVOLUTIONS
+    ),
+    *(op_case(FAMILY, find("deform_mix"), shape.name, _mix(shape), _baselines(mixed=True)) for shape in MAPS),
+)

@@ -1,0 +1,67 @@
+"""Gating along channels, as DeGMix has it, and along tokens, as gMLP does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from bench.cases import Case, Draw, op_case
+from bench.shapes import MAPS, TOKEN_MAPS, Map
+from degmix_kernels.contract import Sample
+from degmix_kernels.registry import find
+
+FAMILY = "gating"
+
+
+def _unit(shape: Map, mode: str) -> Callable[[Draw], Sample]:
+    def sample(draw: Draw) -> Sample:
+        tokens, channels = (shape.batch * shape.tasks, shape.pixels), shape.channels
+        side = channels if mode == "channel" else shape.pixels
+        arguments = {
+            "u": draw(*tokens, channels),
+            "v": draw(*tokens, channels),
+            "norm_weight": draw(channels, dtype=torch.float32),
+            "norm_bias": draw(channels, dtype=torch.float32),
+            "weight": draw(side, side) / math.sqrt(side),
+            "bias": draw(side),
+            "mode": mode,
+        }
+        # Sums of sums: of the gate's product, of the LayerNorm, of the parameters' gradients.
+        return Sample(arguments, side * channels * math.prod(tokens))
+
+    return sample
+
+
+def _mlp(shape: Map) -> Callable[[Draw], Sample]:
+    def sample(draw: Draw) -> Sample:
+        tokens, channels = (shape.batch * shape.tasks, shape.pixels), shape.channels
+        hidden = channels  # as in DeGMix: fc1 makes 2C, u and v
+        arguments = {
+            "x": draw(*tokens, channels),
+            "norm_weight": draw(channels, dtype=torch.float32),
+            "norm_bias": draw(channels, dtype=torch.float32),
+            "fc1_weight": draw(2 * hidden, channels) / math.sqrt(channels),
+            "fc1_bias": draw(2 * hidden),
+            "gate_norm_weight": draw(hidden, dtype=torch.float32),
+            "gate_norm_bias": draw(hidden, dtype=torch.float32),
+            "gate_weight": draw(hidden, hidden) / math.sqrt(hidden),
+            "gate_bias": draw(hidden),
+            "fc2_weight": draw(channels, hidden) / math.sqrt(hidden),
+            "fc2_bias": draw(channels),
+        }
+        # Sums of sums: fc1, gate and fc2, and of the parameters' gradients.
+        return Sample(arguments, channels * hidden * hidden * math.prod(tokens))
+
+    return sample
+
+
+CASES: tuple[Case, ...] = (
+    *(op_case(FAMILY, find("spatial_gating_unit"), shape.name, _unit(shape, "channel")) for shape in MAPS),
+    *(
+        op_case(FAMILY, find("spatial_gating_unit"), f"{shape.name} tokens", _unit(shape, "token"))
+        for shape in TOKEN_MAPS
+    ),
+    *(op_case(FAMILY, find("gated_mlp"), shape.name, _mlp(shape)) for shape in MAPS),
+)

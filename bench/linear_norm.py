@@ -1,0 +1,37 @@
+"""A Linear and its LayerNorm, with a residual, over the tokens of all tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from bench.cases import Case, Draw, op_case
+from bench.shapes import MAPS, Map
+from degmix_kernels.contract import Sample
+from degmix_kernels.registry import find
+
+FAMILY = "linear_norm"
+
+
+def _sample(shape: Map) -> Callable[[Draw], Sample]:
+    def sample(draw: Draw) -> Sample:
+        channels, size = shape.channels, (shape.batch * shape.tasks, shape.pixels, shape.channels)
+        arguments = {
+            "x": draw(*size),
+            "weight": draw(channels, channels) / math.sqrt(channels),
+            "bias": draw(channels),
+            "norm_weight": draw(channels, dtype=torch.float32),
+            "norm_bias": draw(channels, dtype=torch.float32),
+            "residual": draw(*size),
+        }
+        # Sums of sums: of the product, of the LayerNorm, over tokens of the parameters' gradients.
+        return Sample(arguments, math.prod(size) * channels)
+
+    return sample
+
+
+CASES: tuple[Case, ...] = tuple(
+    op_case(FAMILY, find("linear_norm"), shape.name, _sample(shape)) for shape in MAPS
+)

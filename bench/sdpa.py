@@ -1,0 +1,31 @@
+"""PyTorch's fused attention, one baseline for every backend it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.cases import Baseline
+
+BACKENDS = {
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "SDPA cudnn": SDPBackend.CUDNN_ATTENTION,
+    "SDPA math": SDPBackend.MATH,
+}
+
+
+def sdpa_baselines(function: Callable[..., Tensor]) -> tuple[Baseline, ...]:
+    """A function around ``scaled_dot_product_attention``, with each backend; those that refuse say so."""
+
+    def load(backend: SDPBackend) -> Callable[[torch.device], Callable[..., Tensor]]:
+        def forced(**arguments: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return function(**arguments)
+
+        return lambda device: forced
+
+    return tuple(Baseline(name, load(backend)) for name, backend in BACKENDS.items())

@@ -1,0 +1,42 @@
+"""Attention over the tasks at each pixel: T queries and T keys, heads of 128 channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import functional
+
+from bench.cases import Case, Draw, op_case
+from bench.sdpa import sdpa_baselines
+from bench.shapes import HEADS, MAPS, Map
+from degmix_kernels.contract import Sample
+from degmix_kernels.registry import find
+
+FAMILY = "task_attention"
+
+
+def _sample(shape: Map) -> Callable[[Draw], Sample]:
+    def sample(draw: Draw) -> Sample:
+        size = (shape.batch, shape.tasks, shape.pixels, shape.channels)
+        arguments = {name: draw(*size) for name in ("query", "key", "value")}
+        head_dim = shape.channels // HEADS
+        return Sample(arguments | {"heads": HEADS}, max(head_dim, shape.tasks * HEADS))
+
+    return sample
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """With the pixels on the batch axis: what PyTorch offers for many small problems."""
+
+    def split(tokens: Tensor) -> Tensor:  # (B, T, N, heads·D) → (B·N, heads, T, D)
+        return tokens.unflatten(3, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+
+    attended = functional.scaled_dot_product_attention(split(query), split(key), split(value))
+    return attended.unflatten(0, (query.shape[0], -1)).permute(0, 3, 1, 2, 4).flatten(3)
+
+
+CASES: tuple[Case, ...] = tuple(
+    op_case(FAMILY, find("task_attention"), shape.name, _sample(shape), sdpa_baselines(_sdpa))
+    for shape in MAPS
+)

@@ -1,0 +1,196 @@
+"""The benchmark's loop and its command line, on a CPU at small sizes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import __main__ as program
+from bench import compare
+from bench.cases import EAGER, Baseline, Case, Draw, Problem, op_case
+from bench.results import OK, OURS, Ceilings, Row, read
+from bench.run import CASES, FAMILIES, Selection, run
+from degmix_kernels import registry
+from degmix_kernels.contract import Op, Sample
+from degmix_kernels.registry import find
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+
+
+def sample(draw: Draw) -> Sample:
+    size = (2, 3, 4, 5)
+    return Sample({"x": draw(*size), "mean": draw(3), "variance": draw(3).square() + 0.5}, 40)
+
+
+def measured(*cases: Case, modes: tuple[str, ...] = ("fwd", "fwdbwd")) -> list[Row]:
+    selection = Selection(cases, modes, ("fp32",), None, seconds=0)
+    lines: list[str] = []
+    rows = [row for more in run(selection, CPU, Ceilings(1e9, {"fp32": 1e9}), lines.append) for row in more]
+    assert len(lines) == len(selection)
+    return rows
+
+
+def of(rows: list[Row], name: str) -> list[Row]:
+    return [row for row in rows if row.impl == name]
+
+
+def test_rows_are_complete() -> None:
+    rows = measured(op_case("test", find("batch_norm"), "tiny", sample), modes=("fwd", "bwd", "fwdbwd"))
+    for row in of(rows, OURS) + of(rows, EAGER):
+        assert row.status == OK
+        assert row.timer == "cpu clock"
+        assert 0 < row.ms_p20 <= row.ms <= row.ms_p80
+        assert 0 < row.rel_error < 1e-6
+        assert row.speed_of_light == pytest.approx(max(row.bytes, row.flops) / 1e9 / (row.ms / 1e3))
+        assert row.peak_bytes is None
+    assert {row.status for row in of(rows, "torch.compile")} == {"not available: needs a GPU"}
+
+
+def broken(change: Callable[[Tensor], Tensor]) -> Op:
+    """``batch_norm`` with a mistake."""
+    op = find("batch_norm")
+    return replace(op, function=lambda **arguments: change(op.function(**arguments)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: y * 1.001, "output: relative L2 error 1.000e-03"),
+        (lambda y: torch.where(y == y.max(), torch.nan, y), "output: relative L2 error nan"),
+        (lambda y: y[:1], "output: expected shape"),
+    ],
+)
+def test_a_wrong_result_is_not_timed(change: Callable[[Tensor], Tensor], message: str) -> None:
+    rows = measured(op_case("test", broken(change), "tiny", sample), modes=("fwd",))
+    for row in of(rows, OURS):
+        assert row.status.startswith(f"check failed: {message}")
+        assert row.ms is None
+    assert all(row.status == OK for row in of(rows, EAGER))
+
+
+def test_a_wrong_gradient_is_not_timed() -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, y: Tensor) -> Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            return 2 * grad
+
+    forward, both = of(measured(op_case("test", broken(Doubled.apply), "tiny", sample)), OURS)
+    assert forward.status == OK
+    assert both.status.startswith("check failed: gradient of")
+    assert both.ms is None
+
+
+def test_a_failing_baseline_stops_nothing() -> None:
+    def raising(**arguments: Tensor) -> Tensor:
+        raise RuntimeError("out of luck\nand a second line")
+
+    def missing(device: torch.device) -> Callable[..., Tensor]:
+        raise ImportError("no module of that name")
+
+    baselines = (
+        Baseline("raises", lambda device: raising),
+        Baseline("missing", missing),
+        Baseline("wrong", lambda device: lambda x, **_: -x),
+    )
+    rows = measured(op_case("test", find("batch_norm"), "tiny", sample, baselines))
+    assert {row.status for row in of(rows, "raises")} == {"failed: RuntimeError: out of luck"}
+    assert {row.status for row in of(rows, "missing")} == {"failed: ImportError: no module of that name"}
+    assert all(row.status.startswith("check failed") for row in of(rows, "wrong"))
+    assert all(row.status == OK for row in of(rows, OURS))
+
+
+def test_a_case_that_cannot_be_prepared_is_a_row() -> None:
+    def prepare(device: torch.device, dtype: torch.dtype) -> Problem:
+        raise MemoryError("too large")
+
+    case = Case("test", "op", "huge", prepare, (OURS, EAGER))
+    assert {row.status for row in measured(case)} == {"failed: MemoryError: too large"}
+
+
+def test_every_op_of_the_registry_is_measured() -> None:
+    assert {op.name for op in registry.OPS} <= {case.op.partition(" (")[0] for case in CASES}
+    folders = {path.parent.name for path in (ROOT / "degmix_kernels").glob("*/entry.py")}
+    assert folders == {family.FAMILY for family in FAMILIES} - {"model"}
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        program.main(["--help"])
+    text = capsys.readouterr().out
+    for word in ("--op", "--mode", "--dtype", "--shapes", "--baseline", "--json", "--compare", "--quick"):
+        assert word in text
+    for word in ("nyud", "cityscapes", "torchvision fp16", "deformops", "SDPA flash", "task_attention"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "convolution"], "--op convolution: unknown"),
+        (["--shapes", "moon"], "--shapes moon: unknown"),
+        (["--op", "model", "--shapes", "launch"], "nothing to measure"),
+        (["--quick", "--compare", "no-such-revision"], "neither a file nor a git revision"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program.main(arguments) == program.USER_ERROR
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_end_to_end(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    command = [sys.executable, "-m", "bench", "--quick", "--op", "batch_norm", "--json", str(file)]
+    command += ["--baseline", EAGER]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "batch_norm" in shown
+    results = read(file)
+    assert results.machine.torch == torch.__version__
+    assert {row.impl for row in results.rows} == {OURS, EAGER}
+    assert {row.mode for row in results.rows} == {"fwd", "fwdbwd"}
+    again = subprocess.run([*command, "--compare", str(file)], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0
+    assert "then / now" in again.stdout
+
+
+def test_another_revision_is_measured_in_its_own_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository of one commit, with a benchmark that leaves a result file and says where it ran."""
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__main__.py").write_text(
+        "import pathlib, shutil, sys\n"
+        "shutil.copy(pathlib.Path.cwd() / 'kept.json', sys.argv[sys.argv.index('--json') + 1])\n"
+    )
+    machine = {"gpu": None, "cpu": None, "driver": None, "cuda": None, "torch": "1", "triton": None}
+    machine |= {"python": "3", "clocks": None, "commit": None, "dirty": None}
+    (tmp_path / "kept.json").write_text(
+        str({"machine": machine, "ceilings": {"copy": None, "matrix": {}}, "rows": []})
+        .replace("'", '"')
+        .replace("None", "null")
+    )
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.example"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(compare, "REPOSITORY", tmp_path)
+    assert compare.earlier_results("HEAD", ["--quick"]).machine.torch == "1"
+    listed = subprocess.run([*git, "worktree", "list"], check=True, capture_output=True, text=True).stdout
+    assert len(listed.splitlines()) == 1
+    (tmp_path / "bench" / "__main__.py").unlink()
+    for command in (["add", "-A"], ["commit", "-q", "-m", "two"]):
+        subprocess.run([*git, *command], check=True)
+    with pytest.raises(compare.CompareError, match="has no benchmark yet"):
+        compare.earlier_results("HEAD", [])
