@@ -1,0 +1,204 @@
+"""Result files: what one run of the benchmark measured, where, and how far from what the machine can do.
+
+``bench/results/<gpu>/<date>-<commit>.json`` holds one :class:`Results`. Nothing in a report is typed by hand:
+whatever is printed, drawn or quoted is read back with :func:`read`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+OURS = "ours"  # the implementation that all others are compared with
+OK = "ok"
+
+_Record = TypeVar("_Record")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the run happened; fields are None where there is nothing to read.
+
+    Attributes:
+        gpu: name of the GPU; None if the run was on the CPU, whose times say nothing about a GPU.
+        cpu: name of the processor.
+        driver: version of the GPU's driver.
+        cuda: version of CUDA (or of HIP) that torch was built with.
+        torch: version of PyTorch.
+        triton: version of Triton.
+        python: version of Python.
+        clocks: clock frequencies as read, unchanged, in the driver's own words.
+        commit: git revision of the code that was measured, 40 digits.
+        dirty: whether that code had uncommitted changes; None without git.
+    """
+
+    gpu: str | None
+    cpu: str | None
+    driver: str | None
+    cuda: str | None
+    torch: str
+    triton: str | None
+    python: str
+    clocks: str | None
+    commit: str | None
+    dirty: bool | None
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reached in the same run; speed of light is counted from these.
+
+    Attributes:
+        copy: bytes per second of a large device-to-device copy, bytes read plus bytes written.
+        matrix: FLOPs per second of a large matrix product, by dtype ("bf16", "fp16", "fp32").
+    """
+
+    copy: float | None
+    matrix: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation of one op at one shape, in one dtype and mode.
+
+    Attributes:
+        op: label of the op in ``degmix_kernels.registry``, or the part of the model.
+        shape: name of the shape in ``bench.shapes``.
+        dtype: "bf16", "fp16" or "fp32": that of our op's inputs. A baseline that computes in another says so
+            in ``impl``, and stands beside the rows it is compared with.
+        mode: "fwd", "bwd" or "fwdbwd"; of the model "inference" or "training step".
+        impl: ``OURS`` or the name of the baseline.
+        timer: "cuda events", "cuda graph" or "cpu clock"; None if nothing was timed.
+        images: pictures per call, for images per second; None for ops.
+        ms: median milliseconds of one call.
+        ms_p20: 20 % of the calls took less.
+        ms_p80: 80 % of the calls took less.
+        peak_bytes: most device memory allocated at once during a call, what existed before included.
+        bytes: fewest bytes that the call has to move, as the op declares.
+        flops: floating-point operations of its products, as the op declares.
+        speed_of_light: time that ``bytes`` and ``flops`` need at the ceilings, over ``ms``; 1 is perfect.
+        rel_error: largest relative L2 error of output and gradients against the fp64 reference, in this run.
+        status: ``OK``, or in words why there are no times.
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    mode: str
+    impl: str
+    timer: str | None = None
+    images: int | None = None
+    ms: float | None = None
+    ms_p20: float | None = None
+    ms_p80: float | None = None
+    peak_bytes: int | None = None
+    bytes: int | None = None
+    flops: int | None = None
+    speed_of_light: float | None = None
+    rel_error: float | None = None
+    status: str = OK
+
+    @property
+    def case(self) -> tuple[str, str, str, str]:
+        """What rows have in common that are compared with each other."""
+        return self.op, self.shape, self.dtype, self.mode
+
+
+@dataclass(frozen=True)
+class Results:
+    """One run of the benchmark."""
+
+    machine: Machine
+    ceilings: Ceilings
+    rows: tuple[Row, ...]
+
+
+def write(results: Results, path: Path) -> None:
+    """Write a result file, whole or not at all; numbers that are not finite become null.
+
+    Raises:
+        OSError: if the folder cannot be made or the file not written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_finite(asdict(results)), indent=1, allow_nan=False) + "\n"
+    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(unfinished, 0o644)  # mkstemp lets nobody else read its file
+        os.replace(unfinished, path)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
+
+
+def read(path: Path) -> Results:
+    """Read a result file.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it is not one of these result files, naming the first place that is wrong.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    _check_keys(data, {field.name for field in fields(Results)}, str(path))
+    if not isinstance(data["rows"], list):
+        raise ValueError(f"{path}: rows: expected a list, got {type(data['rows']).__name__}")
+    return Results(
+        machine=_record(Machine, data["machine"], f"{path}: machine"),
+        ceilings=_record(Ceilings, data["ceilings"], f"{path}: ceilings"),
+        rows=tuple(_record(Row, row, f"{path}: rows[{index}]") for index, row in enumerate(data["rows"])),
+    )
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest result file below a folder, by the date its name begins with; None if there is none."""
+    return max(folder.rglob("*.json"), key=lambda path: path.name, default=None)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _check_keys(data: Any, expected: set[str], where: str) -> None:
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: expected an object, got {type(data).__name__}")
+    if data.keys() != expected:
+        missing, unknown = sorted(expected - data.keys()), sorted(data.keys() - expected)
+        raise ValueError(f"{where}: missing keys {missing}, unknown keys {unknown}")
+
+
+def _record(kind: type[_Record], data: Any, where: str) -> _Record:
+    hints = get_type_hints(kind)
+    _check_keys(data, set(hints), where)
+    for name, hint in hints.items():
+        if not _fits(data[name], hint):
+            raise ValueError(f"{where}.{name}: expected {_words(hint)}, got {data[name]!r}")
+    return kind(**data)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is dict:
+        _, entry = get_args(hint)
+        return isinstance(value, dict) and all(_fits(each, entry) for each in value.values())
+    accepted = get_args(hint) or (hint,)
+    if isinstance(value, bool):  # which Python counts among the integers
+        return bool in accepted
+    return isinstance(value, accepted) or (float in accepted and isinstance(value, int))
+
+
+def _words(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
