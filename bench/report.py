@@ -75,8 +75,8 @@ def _provenance(results: Results, source: str) -> str:
     if machine.gpu is None:
         text += " On a CPU the ops run their references: these times say nothing about the kernels."
     if ceilings.copy is not None:
-        rates = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in ceilings.matrix.items())
-        text += f" Ceilings in the same run: copy {ceilings.copy / 1e12:.2f} TB/s; matrix products {rates}."
+        rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings.matrix.items())
+        text += f" Ceilings in the same run: copy {ceilings.copy / 1e12:.3g} TB/s; matrix products {rates}."
     return text
 
 

@@ -245,7 +245,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _changed(rows: Sequence[Compiled]) -> list[str]:
     if not BASELINE.exists():
         return [f"bench/{BASELINE.name}: no such file"]
-    baseline = read_baseline(BASELINE)
+    try:
+        baseline = read_baseline(BASELINE)
+    except json.JSONDecodeError as error:  # as after a merge; ``--update`` mends it
+        return [f"bench/{BASELINE.name}: not JSON: {error}"]
     return [
         line
         for target in TARGETS

@@ -173,6 +173,13 @@ def test_the_command_shows_compares_and_updates(compiled, tmp_path, capsys):
     assert "python -m bench.resources --update" in capsys.readouterr().err
 
 
+def test_updating_mends_a_baseline_with_conflicts(compiled, capsys):
+    resources.BASELINE.write_text("<<<<<<< ours\n")
+    assert resources.main(["--update"]) == 0
+    assert "resources.json: not JSON" in capsys.readouterr().err
+    assert resources.main([]) == 0
+
+
 def test_the_command_never_records_a_spill(compiled, capsys):
     compiled[1] = replace(compiled[1], spilled=16)
     assert resources.main(["--update"]) == 1
