@@ -1,4 +1,4 @@
-"""A Linear and its LayerNorm, with a residual, over the tokens of all tasks."""
+"""A Linear and its LayerNorm, with a residual, of each task's tokens with parameters of its own."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def _sample(shape: Map) -> Callable[[Draw], Sample]:
         channels, size = shape.channels, (shape.batch * shape.tasks, shape.pixels, shape.channels)
         arguments = {
             "x": draw(*size),
-            "weight": draw(channels, channels) / math.sqrt(channels),
-            "bias": draw(channels),
-            "norm_weight": draw(channels, dtype=torch.float32),
-            "norm_bias": draw(channels, dtype=torch.float32),
+            "weight": draw(shape.tasks, channels, channels) / math.sqrt(channels),
+            "bias": draw(shape.tasks, channels),
+            "norm_weight": draw(shape.tasks, channels, dtype=torch.float32),
+            "norm_bias": draw(shape.tasks, channels, dtype=torch.float32),
             "residual": draw(*size),
         }
         # Sums of sums: of the product, of the LayerNorm, over tokens of the parameters' gradients.

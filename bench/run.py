@@ -12,6 +12,7 @@ from bench import (
     attention,
     batch_norm,
     channel_mix,
+    coordinate_bias,
     deform_conv,
     gating,
     linear_norm,
@@ -26,7 +27,17 @@ from bench.results import OURS, Ceilings, Row
 from bench.shapes import LAUNCH, QUICK
 
 # What matters most comes first: a run may be stopped when its time is up.
-FAMILIES = (model, deform_conv, task_attention, channel_mix, gating, linear_norm, batch_norm, attention)
+FAMILIES = (
+    model,
+    deform_conv,
+    coordinate_bias,
+    task_attention,
+    channel_mix,
+    gating,
+    linear_norm,
+    batch_norm,
+    attention,
+)
 CASES: tuple[Case, ...] = tuple(case for family in FAMILIES for case in family.CASES)
 
 Advance = Callable[[str], None]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from degmix_kernels import backend
-from degmix_kernels.contract import Op, Sample
+from degmix_kernels.contract import Cost, Op, Sample
 from degmix_kernels.coordinate_bias import reference
 from degmix_kernels.coordinate_bias.module import CoordinateBias
 from degmix_kernels.coordinate_bias.op import coordinate_bias
@@ -49,6 +49,15 @@ def _plan(dtype: torch.dtype) -> list[Launch]:
     return plan_examples(dtype)
 
 
+# Memory only: there is no product, and the gradients are sums of the result's.
+_COST = Cost(
+    output=lambda arguments: tuple(arguments["x"].shape),
+    products=lambda arguments: 0,
+    backward_products=0,
+    backward_reads=(),
+)
+
+
 OPS = (
     Op(
         name="coordinate_bias",
@@ -56,7 +65,8 @@ OPS = (
         reference=reference.coordinate_bias,
         module=CoordinateBias,
         samples=_samples,
-        differentiable=("rows", "columns", "x"),
+        differentiable=("x", "rows", "columns"),
+        cost=_COST,
         batched=("x",),
         keeps_layout_of="x",
         autocast=("x",),

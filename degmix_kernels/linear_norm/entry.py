@@ -61,13 +61,13 @@ def _plan(dtype: torch.dtype) -> list[Launch]:
 
 
 def _output(arguments: Mapping[str, Any]) -> tuple[int, ...]:
-    x, out = arguments["x"], arguments["weight"].shape[0]
+    x, out = arguments["x"], arguments["weight"].shape[-2]
     return (x.shape[0], out, *x.shape[2:]) if x.dim() == 4 else (*x.shape[:2], out)
 
 
 def _products(arguments: Mapping[str, Any]) -> int:
     """2 · pixels · Cout · C: W x at every pixel."""
-    x, (out, channels) = arguments["x"], arguments["weight"].shape
+    x, (*_, out, channels) = arguments["x"], arguments["weight"].shape
     return 2 * (x.numel() // channels) * out * channels
 
 

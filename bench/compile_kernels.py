@@ -1,0 +1,170 @@
+"""Compile every planned launch of the registry for one target, without a GPU; print one JSON line for each.
+
+``bench.resources`` runs this in a process of its own, without TRITON_INTERPRET: whether a kernel is compiled
+or interpreted is settled when it is defined. The first line says how many lines follow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from bench.compiled import Compiled
+from bench.targets import TARGETS, Target
+from degmix_kernels.launch import INT32_MAX, Launch
+from degmix_kernels.registry import OPS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "i64", torch.int32: "i32"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def source(launch: Launch) -> ASTSource:
+    """The specialisation that Triton's launcher would make of these arguments."""
+    names = launch.kernel.arg_names
+    signature, constants, attributes = {}, dict(launch.constants), {}
+    for name in names:
+        value = launch.arguments.get(name)
+        position = (names.index(name),)
+        if name in launch.constants or value is None or (isinstance(value, int) and value == 1):
+            signature[name] = "constexpr"
+            constants.setdefault(name, value)
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + NAMES[value.dtype]
+            attributes[position] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if value <= INT32_MAX else "i64"
+            if value % 16 == 0:
+                attributes[position] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def planned(op_part: str, dtypes: list[str]) -> Iterator[tuple[str, str, Launch, ASTSource]]:
+    """Op, dtype, launch and specialisation of every planned launch; of those that ops share, the first."""
+    done = set()
+    for op in OPS:
+        if op.kernels is None or op_part not in op.label:
+            continue
+        for dtype in dtypes:
+            for launch in op.kernels(DTYPES[dtype]):
+                specialised = source(launch)
+                key = (specialised.hash(), launch.num_warps, launch.num_stages)
+                if key not in done:
+                    done.add(key)
+                    yield op.label, dtype, launch, specialised
+
+
+def measure(compiled: CompiledKernel, target: Target) -> dict[str, Any]:
+    """The fields of :class:`bench.compiled.Compiled` that the compiler settles."""
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        counts = {
+            name: int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+            for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+        }
+        registers = counts["vgpr_count"]  # of both kinds, general and those of matrix products
+        # Scalar registers spill into lanes of vector registers; only these spill to memory.
+        spilled = counts["vgpr_spill_count"] + counts["private_segment_fixed_size"]
+        loads, reductions = amd_widths(text)
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+            usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        counts = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        registers, spilled = counts["REG"], counts["STACK"] + counts["LOCAL"]
+        text = compiled.asm["ptx"]
+        loads, reductions = nvidia_widths(text)
+    own_first = (target.matrix, target.older_matrix)
+    return {
+        "registers": registers,
+        "spilled": spilled,
+        "shared": compiled.metadata.shared,
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", 0),  # AMD's records have no such field
+        "products": "tt.dot" in compiled.asm["ttir"],
+        "matrix": next((name for name in own_first if name and name in text), None),
+        "loads": loads,
+        "reductions": reductions,
+    }
+
+
+def nvidia_widths(ptx: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Bits per lane → number of instructions, for loads from and reductions into global memory."""
+    counts = []
+    for instruction in (r"ld\.global", r"(?:red|atom)\.global"):
+        found = re.findall(rf"\b{instruction}[.\w:]*?(?:\.v(\d))?\.(?:noftz\.)?[bfsu](\d+)\b", ptx)
+        counts.append(Counter(int(count or 1) * int(bits) for count, bits in found))
+    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+|\d+)", ptx)
+    counts[0].update(8 * int(size, 0) for size in copies)
+    return _sorted(counts[0]), _sorted(counts[1])
+
+
+def amd_widths(assembly: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Likewise, of AMD's assembly."""
+    space = r"\b(?:global|buffer|flat)_"
+    loads = Counter()
+    for kind, count in re.findall(rf"{space}load_([us]byte|[us]?short|dword)(?:_d16\w*|x(\d))?\b", assembly):
+        loads[(8 if "byte" in kind else 16 if "short" in kind else 32) * int(count or 1)] += 1
+    added = re.findall(rf"{space}atomic_(?:pk_)?add(?:_(?:f|bf)(\d+))?(_x2)?\b", assembly)
+    reductions = Counter(64 if twice or bits == "64" else 32 for bits, twice in added)
+    return _sorted(loads), _sorted(reductions)
+
+
+def _sorted(counts: Counter[int]) -> dict[str, int]:
+    return {str(bits): count for bits, count in sorted(counts.items())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--op", default="", help="only ops whose label contains this")
+    parser.add_argument("--dtype", choices=DTYPES, help="only this one")
+    arguments = parser.parse_args()
+    target = TARGETS[arguments.target]
+    gpu = GPUTarget(target.backend, target.arch, target.lanes)
+    launches = list(planned(arguments.op, [arguments.dtype] if arguments.dtype else list(DTYPES)))
+    if not launches:
+        labels = ", ".join(op.label for op in OPS if op.kernels is not None)
+        sys.exit(f"--op {arguments.op}: no op is called so; there are {labels}")
+    print(json.dumps(len(launches)), flush=True)
+    for op, dtype, launch, specialised in launches:
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        row = Compiled(
+            op=op,
+            kernel=launch.kernel.__name__,
+            dtype=dtype,
+            target=target.name,
+            constants=dict(launch.constants),
+            sizes={name: n for name, n in launch.arguments.items() if isinstance(n, int)},
+            tensors={
+                name: None if value is None else NAMES[value.dtype]
+                for name, value in launch.arguments.items()
+                if value is None or isinstance(value, Tensor)
+            },
+            warps=launch.num_warps,
+            stages=launch.num_stages,
+            **measure(triton.compile(specialised, target=gpu, options=options), target),
+        )
+        print(json.dumps(asdict(row)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""What a result file says, as README's tables and as pictures: ``python -m bench.report --help``.
+
+Everything between README's two markers is written here, and nothing there is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bench.machine import REPOSITORY
+from bench.results import OK, OURS, Machine, Results, Row, read
+from bench.speedups import Comparison, model_calls, shown
+
+README = REPOSITORY / "README.md"
+RESULTS = REPOSITORY / "bench" / "results"
+PICTURES = Path("docs") / "benchmark"  # below README's folder
+BEGIN = "<!-- benchmark: written by python -m bench.report, not by hand -->"
+END = "<!-- end of benchmark -->"
+NO_RESULT = """\
+No speed is quoted here yet: no GPU has timed the kernels. `python -m bench` on a machine with a GPU leaves a
+result file, `python -m bench.report` then puts its numbers here."""
+RULE = """\
+Median times; of each op the shape that moves most bytes. Speed of light: the time that the call's bytes and
+operations need at the ceilings, over its own."""
+USER_ERROR = 2
+COMMAND = "python -m bench.report"
+MIB = 2**20
+
+
+def section(results: Results, source: str, pictures: Sequence[str]) -> str:
+    """The report in Markdown.
+
+    Args:
+        results: what was measured.
+        source: where the file is, as the report's reader finds it.
+        pictures: likewise, of the pictures.
+    """
+    lines = [_provenance(results, source), ""]
+    ops, model = shown(results), model_calls(results)
+    if ops:
+        lines += [
+            "| op | call | ms | of the speed of light | times as fast as |",
+            "|---|---|---:|---:|---|",
+            *(_op_line(call) for call in ops),
+            "",
+            RULE,
+            "",
+        ]
+    if model:
+        lines += [
+            "| model | call | images/s | peak MiB | times as fast as | of the peak memory of |",
+            "|---|---|---:|---:|---|---|",
+            *(_model_line(call) for call in model),
+            "",
+        ]
+    lines += [f"![{Path(name).stem.replace('-', ' ')}]({name})\n" for name in pictures]
+    failed = sum(row.impl == OURS and row.status != OK for row in results.rows)
+    if failed:
+        calls = sum(row.impl == OURS for row in results.rows)
+        lines += [f"{failed} of {calls} calls of ours have no time; the file says why.", ""]
+    return "\n".join(lines).rstrip("\n")
+
+
+def _provenance(results: Results, source: str) -> str:
+    machine, ceilings = results.machine, results.ceilings
+    commit = "no commit" if machine.commit is None else f"commit {machine.commit[:10]}"
+    measured = [f"torch {machine.torch}", commit + (" with changes" if machine.dirty else "")]
+    for name, value in (("Triton", machine.triton), ("CUDA", machine.cuda), ("driver", machine.driver)):
+        if value is not None:
+            measured.insert(-1, f"{name} {value}")
+    text = f"Measured on {_device(machine)}, {', '.join(measured)}: [{Path(source).name}]({source})."
+    if machine.gpu is None:
+        text += " On a CPU the ops run their references: these times say nothing about the kernels."
+    if ceilings.copy is not None:
+        rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings.matrix.items())
+        text += f" Ceilings in the same run: copy {ceilings.copy / 1e12:.3g} TB/s; matrix products {rates}."
+    return text
+
+
+def _device(machine: Machine) -> str:
+    return machine.gpu or f"a CPU ({machine.cpu})"
+
+
+def _op_line(call: Comparison) -> str:
+    row = call.ours
+    light = "–" if row.speed_of_light is None else f"{row.speed_of_light:.0%}"
+    name = f"`{row.op}` | {row.shape}, {row.dtype}, {row.mode}"
+    return f"| {name} | {_time(row)} | {light} | {_ratios(call)} |"
+
+
+def _model_line(call: Comparison) -> str:
+    row = call.ours
+    speed = f"{1e3 * row.images / row.ms:.4g}" if row.ms else _time(row)
+    peak = "–" if row.peak_bytes is None else f"{row.peak_bytes / MIB:.0f}"
+    shares = {other.impl: call.share_of_peak(other) for other in call.others}
+    name = f"{row.op} | {row.shape}, {row.dtype}, {row.mode}"
+    return f"| {name} | {speed} | {peak} | {_ratios(call)} | {_each(shares, '.0%')} |"
+
+
+def _time(row: Row) -> str:
+    if row.ms is None:
+        return row.status.partition(":")[0]
+    return f"{row.ms:.3g}" if row.ms < 1000 else f"{row.ms:.0f}"
+
+
+def _ratios(call: Comparison) -> str:
+    return _each({other.impl: call.speed_up(other) for other in call.others}, ".2f", "×")
+
+
+def _each(ratios: Mapping[str, float | None], form: str, unit: str = "") -> str:
+    """Every baseline with its ratio, or with a dash where there is none."""
+    return ", ".join(
+        f"{name} {'–' if ratio is None else f'{ratio:{form}}{unit}'}" for name, ratio in ratios.items()
+    )
+
+
+def newest_of_a_gpu(folder: Path) -> tuple[Path, Results] | None:
+    """The newest result file of a GPU below a folder, by the date in its name; None if there is none.
+
+    Raises:
+        ValueError: if a file that is looked at is no result file.
+    """
+    for path in sorted(folder.rglob("*.json"), key=lambda path: path.name, reverse=True):
+        results = read(path)
+        if results.machine.gpu is not None:
+            return path, results
+    return None
+
+
+def replaced(text: str, generated: str) -> str:
+    """README with something else between its markers.
+
+    Raises:
+        ValueError: if the markers are not both there, once, in this order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in before + after:
+        raise ValueError(f"{README.name}: expected one {BEGIN} and, below it, one {END}")
+    return f"{before}{BEGIN}\n{generated}\n{END}{after}"
+
+
+def report_file(path: Path) -> None:
+    """Draw a result file's pictures and write its tables beside it."""
+    from bench import plots
+
+    results = read(path)
+    drawn = plots.draw(results, path.parent)
+    target = path.with_suffix(".md")
+    target.write_text(section(results, path.name, [picture.name for picture in drawn]) + "\n", "utf-8")
+    print(f"{target} and {len(drawn)} pictures beside it")
+
+
+def report(check: bool) -> int:
+    """Bring README and its pictures up to date, or only say whether README is."""
+    found = newest_of_a_gpu(RESULTS)
+    old = README.read_text(encoding="utf-8")
+    if found is None:
+        generated = NO_RESULT
+    else:
+        from bench import plots
+
+        path, results = found
+        pictures = [(PICTURES / name).as_posix() for name in plots.names(results)]
+        generated = section(results, path.relative_to(README.parent).as_posix(), pictures)
+    new = replaced(old, generated)
+    if check:
+        if new != old:
+            print(
+                f"{README.name} is not what the newest result gives: {COMMAND} rewrites it", file=sys.stderr
+            )
+        return int(new != old)
+    if found is None:
+        print(
+            "no result file of a GPU under bench/results: python -m bench on a machine with a GPU makes one"
+        )
+    else:
+        drawn = plots.draw(results, README.parent / PICTURES)
+        print(f"{path.name}: {README.name} and {len(drawn)} pictures in {PICTURES}")
+    if new != old:
+        README.write_text(new, encoding="utf-8")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 1 if ``--check`` finds README stale, 2 for a file that is no result file."""
+    parser = argparse.ArgumentParser(
+        prog=COMMAND,
+        description="Write README's benchmark tables, and draw its pictures, from the newest result file "
+        "of a GPU under bench/results.",
+    )
+    parser.add_argument(
+        "file", nargs="?", type=Path, help="report this file instead, beside it; README stays as it is"
+    )
+    parser.add_argument("--check", action="store_true", help="only say whether README is up to date")
+    chosen = parser.parse_args(arguments)
+    if chosen.check and chosen.file:
+        parser.error("--check: expected no file: README follows the newest one")
+    try:
+        if chosen.file is None:
+            return report(chosen.check)
+        report_file(chosen.file)
+        return 0
+    except (OSError, ValueError) as error:
+        print(f"bench.report: {error}", file=sys.stderr)
+        return USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Our rows of a result file beside the baselines' of the same calls, and which of them a report shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.results import OURS, Results, Row
+
+SHOWN_DTYPE = "bf16"  # of an op that was measured in several
+SHOWN_MODES = ("fwd", "fwdbwd")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Our row of one call, and the baselines' rows of the same call and timer."""
+
+    ours: Row
+    others: tuple[Row, ...]
+
+    def speed_up(self, other: Row) -> float | None:
+        """How many times as fast as another implementation ours is; None without both times."""
+        return other.ms / self.ours.ms if other.ms and self.ours.ms else None
+
+    def share_of_peak(self, other: Row) -> float | None:
+        """Our peak memory over another implementation's; None without both."""
+        return self.ours.peak_bytes / other.peak_bytes if self.ours.peak_bytes and other.peak_bytes else None
+
+
+def shown(results: Results) -> list[Comparison]:
+    """Of each op the calls at the shape that moves most bytes; all others are in the file alone."""
+    calls = [
+        call
+        for call in _comparisons(results.rows)
+        if call.ours.images is None and call.ours.mode in SHOWN_MODES
+    ]
+    chosen = []
+    for op in dict.fromkeys(call.ours.op for call in calls):
+        of_op = [call for call in calls if call.ours.op == op]
+        candidates = [call for call in of_op if call.ours.dtype == SHOWN_DTYPE] or of_op
+        largest = max(candidates, key=_bytes).ours
+        place = (largest.shape, largest.dtype)
+        # Launches of small calls are timed twice, in two ways; a call that failed has no timer.
+        timers = (largest.timer, None)
+        chosen += [
+            call
+            for call in candidates
+            if (call.ours.shape, call.ours.dtype) == place and call.ours.timer in timers
+        ]
+    return chosen
+
+
+def model_calls(results: Results) -> list[Comparison]:
+    """The calls of the model."""
+    return [call for call in _comparisons(results.rows) if call.ours.images is not None]
+
+
+def _comparisons(rows: Sequence[Row]) -> list[Comparison]:
+    return [
+        Comparison(ours, tuple(row for row in rows if row.impl != OURS and _comparable(row, ours)))
+        for ours in rows
+        if ours.impl == OURS
+    ]
+
+
+def _comparable(row: Row, ours: Row) -> bool:
+    # A row without times stands among whatever was timed.
+    return row.case == ours.case and (row.timer == ours.timer or None in (row.timer, ours.timer))
+
+
+def _bytes(call: Comparison) -> int:
+    # Ours may have failed, and then only the others say how large the call is.
+    return max(row.bytes or 0 for row in (call.ours, *call.others))
