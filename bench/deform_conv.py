@@ -73,12 +73,11 @@ def load_torchvision(device: torch.device) -> Callable[..., Tensor]:
 
 
 def _deformops(device: torch.device) -> Callable[..., Tensor]:
+    """deformops' drop-in for torchvision's function; it copies its operands channels last and back."""
     try:
-        function = import_module("deformops").deform_conv2d
+        function = import_module("deformops.integrations.torchvision").deform_conv2d
     except ImportError:
         raise Unavailable("deformops is not installed") from None
-    except AttributeError:
-        raise Unavailable("this deformops has no deform_conv2d") from None
     if device.type != "cuda":
         raise Unavailable("needs a GPU")
     return function
