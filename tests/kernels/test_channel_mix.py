@@ -157,6 +157,32 @@ def test_autocast_casts_operands_and_not_the_norm(device):
     assert module.norm.running_mean.dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_statistics_are_those_of_the_batch(device, backend, last):
+    x, weight, bias = draw(2, 5, 4, 3), draw(7, 5, seed=1), draw(7, seed=2)
+    _, active = formula(x, weight, bias, None, None, torch.ones(7), torch.zeros(7))
+    given = [each.float().to(device).requires_grad_() for each in (x, weight, bias)]
+    if last:
+        given[0] = given[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with use_backend(backend):
+        output, mean, variance = channel_mix(*given, statistics=True)
+        plain = channel_mix(*given)
+        empty, *nothing = channel_mix(given[0][:0], *given[1:], statistics=True)
+    assert torch.equal(output, plain)
+    assert output.stride() == plain.stride()
+    assert output.requires_grad
+    for got, want in ((mean, active.mean((0, 2, 3))), (variance, active.var((0, 2, 3), correction=0))):
+        assert_close(got, want.to(device), 24 * 5)
+        assert not got.requires_grad
+    assert empty.shape == (0, 7, 4, 3)
+    assert all(torch.equal(each, torch.zeros(7, device=device)) for each in nothing)
+    probe = draw(*output.shape, seed=3).float().to(device)
+    gradients = (torch.autograd.grad(each, given, probe) for each in (output, plain))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("layer", [ChannelMix(4, 4), BatchNorm2d(4)], ids=["ChannelMix", "BatchNorm2d"])
 def test_one_element_has_no_batch_statistic(layer):
     with pytest.raises(ValueError, match=r"more than (one element|1 value)"):
@@ -174,6 +200,11 @@ def test_one_element_has_no_batch_statistic(layer):
         ({"bias": torch.zeros(4)}, ValueError, r"bias: expected shape \(5,\)"),
         ({"activation": "tanh"}, ValueError, r"activation: expected one of .*'gelu'"),
         ({"running_mean": torch.zeros(5)}, ValueError, "running_var: expected running_mean and running_var"),
+        (
+            {"running_mean": torch.zeros(5), "running_var": torch.ones(5), "statistics": True},
+            ValueError,
+            "statistics: expected False along with running_mean",
+        ),
         ({"norm_weight": torch.zeros(3)}, ValueError, "norm_weight: expected shape"),
         ({"residual": torch.zeros(2, 3)}, ValueError, r"residual: expected shape \(2, 5\)"),
     ],

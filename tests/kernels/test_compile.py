@@ -9,6 +9,7 @@ from bench.resources import BASELINE, UPDATE, compile_for, differences, read_bas
 from bench.targets import TARGETS
 
 
+@pytest.mark.timeout(1800)  # some hundred kernels, with empty caches on a busy machine
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_without_spills(target: str) -> None:
     """All that is asked of a target, in one test: kernels compile once, whichever worker takes it."""
