@@ -13,12 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import degmix_kernels
 from degmix_kernels import use_backend
 from degmix_kernels.backend import KERNEL_DTYPES, can_run
 from degmix_kernels.contract import Op, Sample
+from degmix_kernels.registered import RegisteredOp
 from degmix_kernels.registry import OPS
 from degmix_kernels.testing import assert_close, poisoned_empty
 
@@ -181,6 +185,39 @@ def test_gradients_one_at_a_time(op: Op, device: torch.device) -> None:
         check(op, sample, arguments, output, random_like(output), torch.float32)
     with torch.no_grad():
         assert not op.function(**fresh(op, sample.arguments)).requires_grad
+
+
+class FakeResults(TorchDispatchMode):
+    """Compares what registered ops return with what they tell compilers that they would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compared = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        if function.namespace == "degmix":
+            with FakeTensorMode() as mode:
+                copies = tree_map_only(Tensor, mode.from_tensor, args)
+                expected = function(*copies, **(kwargs or {}))
+            for result, fake in zip(tree_leaves(results), tree_leaves(expected), strict=True):
+                assert (result.dtype, result.shape) == (fake.dtype, fake.shape), function
+                assert result.numel() == 0 or result.stride() == fake.stride(), function
+            self.compared += 1
+        return results
+
+
+@every_kernel_op
+def test_compilers_are_told_the_truth(op: Op, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RegisteredOp, "__call__", lambda self, *arguments: self.forward(*arguments))
+    sample = first(op, device, torch.bfloat16)
+    for wanted in [*([name] for name in differentiated(op, sample.arguments)), list(op.differentiable)]:
+        arguments = fresh(op, sample.arguments, wanted=tuple(wanted))
+        leaves = [value for value in arguments.values() if isinstance(value, Tensor) and value.requires_grad]
+        with FakeResults() as mode:
+            output = op.function(**arguments)
+            torch.autograd.grad(output, leaves, random_like(output))
+        assert mode.compared >= 1
 
 
 @every_op

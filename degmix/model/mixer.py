@@ -26,9 +26,9 @@ from degmix_kernels.batch_norm.running import update_all_running
 
 Tables = tuple[Tensor, Tensor]  # of ``constant_tables``
 
-# Tasks are mixed together, by the same kernels, as long as their offsets take no more bytes than this: with
-# larger maps one task keeps a GPU busy, and memory is what runs out.
-TOGETHER_BYTES = 2**28
+# Tasks are mixed together, by the same kernels, as long as their offsets take no more bytes than this (all of
+# NYUD-v2's, PASCAL's and Cityscapes' do at batch 8): with larger maps memory is what runs out.
+TOGETHER_BYTES = 2**31
 
 
 class DeformableMixers(nn.ModuleDict):
@@ -69,8 +69,12 @@ class DeformableMixers(nn.ModuleDict):
         if any(type(norm) is not BatchNorm2d for norm in norms):
             return 1
         kinds = {(n.training, n.momentum, n.eps, n.affine, n.track_running_stats) for n in norms}
-        ordinary = len(kinds) == 1 and norms[0].affine
-        ordinary = ordinary and norms[0].track_running_stats and norms[0].momentum is not None
+        buffers = [
+            each for norm in norms for each in (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+        ]
+        ordinary = len(kinds) == 1 and all(buffer is not None for buffer in buffers)
+        ordinary = ordinary and norms[0].affine and norms[0].track_running_stats
+        ordinary = ordinary and norms[0].momentum is not None
         one_dtype = len({parameter.dtype for parameter in self.parameters()}) == 1
         hooks = any(map(has_hooks, self.modules()))
         if torch.compiler.is_compiling() or not ordinary or not one_dtype or hooks:

@@ -25,6 +25,8 @@ def checkpointed(function: Callable[..., Any], *arguments: Any, parameters: Sequ
     Raises:
         RuntimeError: in the backward pass, if a tensor among them has been changed in place since.
     """
+    if not torch.is_grad_enabled():
+        return function(*arguments)
     if torch.compiler.is_compiling():
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
     used = [each for each in (*arguments, *parameters) if isinstance(each, Tensor)]
@@ -83,6 +85,8 @@ def recomputed(computes: Sequence[tuple[Tensor, Callable[..., Tensor], Sequence[
 
 def version_check(tensor: Tensor) -> Callable[[], Tensor]:
     """A function that gives the tensor, and raises if it has been changed in place by then."""
+    if tensor.is_inference():  # these have no version, and autograd does not let them be saved
+        return lambda: tensor
     version = tensor._version
 
     def get() -> Tensor:

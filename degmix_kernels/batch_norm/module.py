@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from degmix_kernels import autocast
 from degmix_kernels.batch_norm.op import batch_norm
 from degmix_kernels.batch_norm.reference import gather_and_normalize
-from degmix_kernels.batch_norm.running import step_momentum, update_running
+from degmix_kernels.batch_norm.running import kept_statistics, step_momentum, update_running
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -52,8 +52,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         """Normalise with statistics still to be gathered."""
         output = gather_and_normalize(
             input,
-            self.running_mean,
-            self.running_var,
+            *kept_statistics(self),
             self.weight,
             self.bias,
             self.training,
@@ -67,5 +66,6 @@ class BatchNorm2d(nn.BatchNorm2d):
     def _update(self, mean: Tensor, variance: Tensor, count: int) -> None:
         """Move running statistics toward a batch's, of ``count`` elements per channel."""
         momentum = step_momentum(self)
-        if self.training and self.running_mean is not None:
-            update_running(self.running_mean, self.running_var, mean, variance, count, momentum)
+        running = kept_statistics(self)
+        if self.training and running[0] is not None:
+            update_running(*running, mean, variance, count, momentum)

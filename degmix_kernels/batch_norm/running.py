@@ -10,11 +10,18 @@ from torch import Tensor, nn
 
 def step_momentum(norm: nn.modules.batchnorm._BatchNorm) -> float:
     """Weight of the coming batch in the running statistics; counts the batch when in training."""
-    if norm.training and norm.num_batches_tracked is not None:
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:  # a cumulative average
             return 1.0 / float(norm.num_batches_tracked)
     return 0.0 if norm.momentum is None else norm.momentum
+
+
+def kept_statistics(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor | None, Tensor | None]:
+    """Running mean and variance that the coming call reads or moves, as PyTorch decides it; or None twice."""
+    if norm.training and not norm.track_running_stats:
+        return None, None
+    return norm.running_mean, norm.running_var
 
 
 @torch.no_grad()

@@ -181,7 +181,7 @@ def _fake_backward(
     channels = weight.shape[0]
     like_x = torch.empty_like(x, memory_format=_memory_format(x)) if wanted[0] else x.new_empty(0)
     like_weight = x.new_empty(weight.shape if wanted[1] else 0)
-    vectors = (x.new_empty(channels if want else 0, dtype=torch.float32) for want in wanted[2:])
+    vectors = (x.new_empty(channels, dtype=torch.float32) if want else x.new_empty(0) for want in wanted[2:])
     return [like_x, like_weight, *vectors]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from degmix_kernels import checks
 from degmix_kernels.activation import ACTIVATIONS
 from degmix_kernels.batch_norm.module import BatchNorm2d
-from degmix_kernels.batch_norm.running import step_momentum
+from degmix_kernels.batch_norm.running import kept_statistics, step_momentum
 from degmix_kernels.channel_mix.op import channel_mix
 
 
@@ -67,13 +67,14 @@ class ChannelMix(nn.Module):
         """(B, C, H, W) → (B, Cout, H, W); ``residual``, shaped as the result, is added last."""
         norm = self.norm
         group = synchronised_group(norm) if isinstance(norm, nn.SyncBatchNorm) and self.training else None
+        running_mean, running_var = kept_statistics(norm)
         return channel_mix(
             x,
             self.weight,
             self.bias,
             self.activation,
-            running_mean=norm.running_mean,
-            running_var=norm.running_var,
+            running_mean=running_mean,
+            running_var=running_var,
             norm_weight=norm.weight,
             norm_bias=norm.bias,
             training=norm.training,

@@ -59,7 +59,7 @@ def _fake_backward(grad: Tensor, groups: int, row_channels: int, wanted: list[bo
         (groups, channels // groups - row_channels, min(height, 3), width),
     )
     return [
-        grad.new_empty(shape if want else 0, dtype=torch.float32)
+        grad.new_empty(shape, dtype=torch.float32) if want else grad.new_empty(0)
         for shape, want in zip(shapes, wanted, strict=True)
     ]
 

@@ -19,15 +19,16 @@ class CoordinateBias(nn.Module):
         width: of the maps.
 
     Raises:
+        TypeError: for what is no integer.
         ValueError: for a size or a total of channels below 1.
     """
 
     def __init__(self, row_channels: int, column_channels: int, height: int, width: int) -> None:
         super().__init__()
         for name, count in {"height": height, "width": width}.items():
-            checks.expect(count > 0, name, "at least 1", count)
+            checks.expect_integer(name, count, 1)
         for name, count in {"row_channels": row_channels, "column_channels": column_channels}.items():
-            checks.expect(count >= 0, name, "at least 0", count)
+            checks.expect_integer(name, count, 0)
         counts = row_channels, column_channels
         checks.expect(sum(counts) > 0, "column_channels", "more than 0 without row_channels", counts)
         self.rows = nn.Parameter(torch.zeros(1, row_channels, height, min(width, 3)))

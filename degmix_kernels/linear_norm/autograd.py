@@ -141,7 +141,7 @@ def _fake_backward(
     like_x = torch.empty_like(x, memory_format=_memory_format(x)) if wanted[0] else x.new_empty(0)
     like_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     shape = weight.shape[:-1]
-    vectors = (x.new_empty(shape if want else 0, dtype=torch.float32) for want in wanted[2:5])
+    vectors = (x.new_empty(shape, dtype=torch.float32) if want else x.new_empty(0) for want in wanted[2:5])
     addend = torch.empty_like(normed) if wanted[5] else x.new_empty(0)
     return [like_x, like_weight if wanted[1] else x.new_empty(0), *vectors, addend]
 

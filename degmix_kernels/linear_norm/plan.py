@@ -72,7 +72,7 @@ def plan_forward(
             "eps": eps,
             **product.arguments(),
         },
-        {"BLOCKS": len(weight), **product.constants(output)},
+        {"BLOCKS": len(weight), **product.constants(output, weight)},
         num_warps=8 if out_block * product.pixel_block >= 4096 else 4,
         num_stages=3,
     )
@@ -125,7 +125,7 @@ def plan_backward(
             "BLOCKS": blocks,
             "UNIT": unit,
             "LAST": sizes.last,
-            "INDEX_64": needs_64_bit(normed),
+            "INDEX_64": needs_64_bit(normed, sums),
             "BLOCK_CHANNELS": channels,
             "BLOCK_PIXELS": pixels,
         },

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from degmix.model.mixer import MixerLayer
-from degmix_kernels import BatchNorm2d, batch_norm, use_backend
+from degmix_kernels import BatchNorm2d, ChannelMix, batch_norm, use_backend
 from degmix_kernels.batch_norm import plan
 from degmix_kernels.testing import assert_close
 
@@ -199,6 +199,20 @@ def test_without_running_statistics(device):
     expected = functional.batch_norm(x, None, None, training=True)
     torch.testing.assert_close(ours(x), expected)
     torch.testing.assert_close(ours(x, statistics_of(x), x), expected + x)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_statistics_that_are_no_longer_tracked_stay(device, given):
+    ours, plain = BatchNorm2d(4).to(device), nn.BatchNorm2d(4).to(device)
+    mixes = ChannelMix(4, 4).to(device)
+    ours.track_running_stats = plain.track_running_stats = mixes.norm.track_running_stats = False
+    x = draw(2, 4, 3, 3, dtype=torch.float32).to(device) + 1
+    torch.testing.assert_close(ours(x, statistics_of(x) if given else None), plain(x))
+    mixes(x)
+    for norm in (ours, mixes.norm):
+        torch.testing.assert_close(norm.state_dict(), plain.state_dict())
+    ours.eval(), plain.eval()
+    torch.testing.assert_close(ours(x), plain(x))
 
 
 def test_half_precision_running_statistics_and_an_empty_batch(device):

@@ -82,6 +82,20 @@ def test_blocks_that_do_not_fit_are_refused(change, error, message):
         linear_norm(**{**given, **change})
 
 
+def test_many_blocks_have_64_bit_addresses():
+    """Where neither x nor the result is large, but the parameters or the sums of their gradients are."""
+    x, output = (torch.empty(4097, 1, n, device="meta", dtype=torch.bfloat16) for n in (1024, 512))
+    weight, vector = output.new_empty(4097, 512, 1024), output.new_empty(4097, 512)
+    for blocks, wide in ((4097, True), (1000, False)):
+        given = x[:blocks], weight[:blocks], None, vector[:blocks], vector[:blocks]
+        launch = plan.plan_forward(*given, None, None, output[:blocks], None, None, 1e-5)
+        assert launch.constants["INDEX_64"] == wide
+    for blocks, wide in ((1_500_000, True), (1000, False)):
+        normed = torch.empty(blocks, 1, 512, device="meta")
+        launch, _ = plan.plan_backward(normed, normed, normed[:, 0, 0], normed[:, 0], normed)
+        assert launch.constants["INDEX_64"] == wide
+
+
 @pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or the interpreter"
 )

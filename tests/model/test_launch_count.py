@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from launch_count import assert_lean, count_head, count_launches
+from launch_count import NYUD, assert_lean, count_head, count_launches
 from test_head import every_attention
 
 from degmix_kernels import deform_mix, use_backend
 from degmix_kernels.backend import INTERPRETED
+
+PASCAL = {"semseg": 21, "human_parts": 7, "sal": 2, "normals": 3, "edge": 1}
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or Triton's interpreter"
@@ -36,8 +38,12 @@ def test_triton_kernels_count(device: torch.device) -> None:
 
 
 @every_attention
-def test_the_head_launches_and_saves_less_than_its_formula(attention: str) -> None:
-    counts = count_head(attention=attention)  # Swin-T on NYUD-v2
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(
+    ("tasks", "size"), [(NYUD, (425, 560)), (PASCAL, (512, 512))], ids=["nyud", "pascal"]
+)
+def test_the_head_launches_and_saves_less_than_its_formula(attention, tasks, size, batch) -> None:
+    counts = count_head(tasks=tasks, size=size, batch=batch, attention=attention)  # Swin-T
     assert_lean(counts)
 
 

@@ -86,6 +86,20 @@ def test_a_head_leaves_nothing_behind(attention):
 
 
 @every_attention
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_inference_mode_takes_tensors_made_in_it(attention, training):
+    head, features = small_head(attention).train(training), small_features(2, 16, 16)
+    want = head(features, (9, 9))
+    with torch.inference_mode():
+        got = head([feature * 1 for feature in features], (9, 9))
+    with torch.no_grad():
+        again = head(features, (9, 9))
+    for task, prediction in got.items():
+        assert relative_l2(prediction, want[task]) < 1e-12
+        assert relative_l2(again[task], want[task]) < 1e-12
+
+
+@every_attention
 def test_no_parameter_changes_unnoticed(attention):
     """Between forward and backward pass; the gradient would belong to neither value."""
     head = small_head(attention, tasks=1)

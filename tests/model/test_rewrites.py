@@ -93,6 +93,18 @@ def test_tasks_whose_norms_differ_mix_alone(monkeypatch):
     assert_same(got, run(head, formula, features, (15, 27)))
 
 
+@pytest.mark.parametrize("removed", [("running_mean", "running_var"), ("num_batches_tracked",)])
+def test_norms_without_buffers(removed):
+    head, features = small_head("pixel", 3, 2).train(), small_features(2, 7, 9)
+    for layers in head.mixers.values():
+        for layer in layers:
+            for norm in layer.norms:
+                for name in removed:
+                    setattr(norm, name, None)
+    got = run(head, DeGMixHead.__call__, features, (15, 27))
+    assert_same(got, run(head, formula, features, (15, 27)))
+
+
 def test_an_empty_batch_has_no_gradient(device):
     head = small_head("pixel").float().to(device)
     features = [feature[:0].float().to(device) for feature in small_features(1, 8, 8)]
