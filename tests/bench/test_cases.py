@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import cases, model
+from bench import cases, model, task_attention
 from bench.cases import DTYPES, Case
 from bench.run import CASES
 from bench.shapes import MAPS
 from degmix.tasks import TASKS
+from degmix_kernels.registry import find
 
 META = torch.device("meta")
 NOTICED = 1e-3  # relative error that a check in fp32 has to see; 1 % and everything above with it
@@ -32,7 +33,9 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "Draw", DrawMeta)
 
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op} {case.shape} {[*case.modes]}")
+every_case = pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case.op} {case.shape} {[*case.modes]}"
+)
 
 
 @every_case
@@ -53,3 +56,11 @@ def test_the_check_of_every_op_sees_a_small_error(case: Case) -> None:
 @pytest.mark.parametrize("shape", MAPS, ids=lambda shape: shape.name)
 def test_tasks_are_those_of_the_model(shape) -> None:
     assert set(shape.task_names) <= TASKS.keys()
+
+
+def test_sdpa_in_chunks_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_attention, "CHUNK", 7)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, 3, 11, 8, generator=generator, dtype=torch.float64)
+    expected = find("task_attention").reference(query, key, value, 2)
+    torch.testing.assert_close(task_attention._sdpa(query, key, value, 2), expected)
