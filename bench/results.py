@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 OURS = "ours"  # the implementation that all others are compared with
 OK = "ok"
 
+Key = tuple[str, str, str, str, str]
 _Record = TypeVar("_Record")
 
 
@@ -107,6 +108,11 @@ class Row:
     def case(self) -> tuple[str, str, str, str]:
         """What rows have in common that are compared with each other."""
         return self.op, self.shape, self.dtype, self.mode
+
+    @property
+    def key(self) -> Key:
+        """What the rows of one measurement, one for each timer, have in common."""
+        return (*self.case, self.impl)
 
 
 @dataclass(frozen=True)

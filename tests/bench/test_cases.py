@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from bench import cases, model, task_attention
-from bench.cases import DTYPES, Case
-from bench.run import CASES
+from bench.cases import COMPILED, DTYPES, MODES, Case
+from bench.run import CASES, Selection, is_quick
 from bench.shapes import MAPS
 from degmix.tasks import TASKS
 from degmix_kernels.registry import find
@@ -64,3 +66,27 @@ def test_sdpa_in_chunks_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> Non
     query, key, value = torch.randn(3, 2, 3, 11, 8, generator=generator, dtype=torch.float64)
     expected = find("task_attention").reference(query, key, value, 2)
     torch.testing.assert_close(task_attention._sdpa(query, key, value, 2), expected)
+
+
+def test_what_matters_most_is_measured_first() -> None:
+    real = tuple(case for case in CASES if not is_quick(case))
+    order = [
+        (case, dtype, names, {mode for modes in names.values() for mode in modes})
+        for case, dtype, names in Selection(real, MODES, ("fp32", "bf16"), None, 0).rounds()
+    ]
+    assert [(case.shape, dtype) for case, dtype, *_ in order[:4]] == [
+        *[("nyud b1", "bf16")] * 2,
+        *[("nyud b8", "bf16")] * 2,
+    ]
+    leading = next(place for place, (case, *_) in enumerate(order) if case.shape == "pascal b1")
+    assert {case.op for case, *_ in order[:leading]} == {case.op for case in CASES}
+    with_compiled = {case.op for case, _, names, _ in order[:leading] if COMPILED in names}
+    assert with_compiled == {case.op for case in CASES}
+    fp32 = next(place for place, (_, dtype, *_) in enumerate(order) if dtype == "fp32")
+    assert {dtype for _, dtype, *_ in order[:fp32]} == {"bf16"}
+    alone = next(place for place, (*_, modes) in enumerate(order) if "bwd" in modes)
+    assert all(modes == {"bwd"} for *_, modes in order[alone:])
+    everything = Selection(real, MODES, ("fp32", "bf16"), None, 0)
+    rest = replace(everything, done=frozenset(list(everything.keys())[:100]))
+    assert len(rest) == len(everything) - 100
+    assert not rest.keys() & rest.done
