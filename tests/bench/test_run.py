@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench import compare, machine, program
-from bench.cases import EAGER, Baseline, Case, Draw, Problem, op_case
+from bench.cases import COMPILED, EAGER, Baseline, Case, Draw, Problem, op_case
 from bench.machine import read_machine
 from bench.results import OK, OURS, Ceilings, Row, read
 from bench.run import CASES, FAMILIES, DeviceLost, Selection, run
@@ -227,6 +227,14 @@ def test_a_gpu_that_answers_no_more_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     with pytest.raises(DeviceLost, match="illegal memory access"):
         forget(torch.device("cuda"))
+
+
+def test_quick_on_a_gpu_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    case = op_case("test", find("batch_norm"), "tiny", sample)
+    selection = Selection((case,), ("fwd",), ("fp32",), (COMPILED,), 0, quick=True)
+    rows = [row for more in run(selection, torch.device("cuda"), Ceilings(None, {}), str) for row in more]
+    assert [row.status for row in of(rows, COMPILED)] == ["not available: left out by --quick"]
 
 
 def test_an_interrupt_before_measuring_is_one_sentence() -> None:
