@@ -87,7 +87,7 @@ class Row:
         flops: floating-point operations of its products, as the op declares.
         speed_of_light: time that ``bytes`` and ``flops`` need at the ceilings, over ``ms``; 1 is perfect.
         rel_error: largest relative L2 error of output and gradients against the fp64 reference, in this run.
-        status: ``OK``, or in words why there are no times.
+        status: ``OK``, or in words why there are no times or no peak memory.
     """
 
     op: str

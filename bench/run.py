@@ -160,7 +160,7 @@ def run(
     """
     place = Place(device, ceilings, selection.seconds)
     for case, dtype, wanted in selection.rounds():
-        status, checker = None, None
+        status, checker, make = None, None, None  # which lets go of what the round before held
         try:
             checker = Checker(case.prepare(device, DTYPES[dtype]))
         except Exception as error:  # whatever it is, the other cases are measured
@@ -179,6 +179,8 @@ def run(
                     small = case.shape == LAUNCH
                     yield _rows(checker, make, _row(case, dtype, mode, name), mode, place, small)
                 _forget(device)
+            if name == COMPILED and device.type == "cuda":
+                torch.compiler.reset()  # its graphs keep their memory otherwise
 
 
 def _rows(
@@ -207,25 +209,27 @@ def _timed(row: Row, problem: Problem, made: Run, mode: str, place: Place, small
             if timer == LOOP and mode == ALONE and made.without_graphs is not None:
                 raise Unavailable("its CUDA graphs hold one forward pass at a time")
             timing = measure(call_of(made, mode, problem.dtype, keep=timer == GRAPH), timer, place.seconds)
-            light = speed_of_light(work, timing.ms, place.ceilings, row.dtype) if work is not None else None
-            yield replace(
-                row,
-                timer=timer,
-                ms=timing.ms,
-                ms_p20=timing.ms_p20,
-                ms_p80=timing.ms_p80,
-                peak_bytes=_peak(made, mode, problem.dtype, place.device),
-                speed_of_light=light,
-            )
         except Exception as error:  # as above
             yield replace(row, timer=timer, status=_words(error))
+            continue
+        light = speed_of_light(work, timing.ms, place.ceilings, row.dtype) if work is not None else None
+        timed = replace(
+            row,
+            timer=timer,
+            ms=timing.ms,
+            ms_p20=timing.ms_p20,
+            ms_p80=timing.ms_p80,
+            speed_of_light=light,
+        )
+        yield _with_peak(timed, made, mode, problem.dtype) if place.device.type == "cuda" else timed
 
 
-def _peak(made: Run, mode: str, dtype: torch.dtype, device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    plain = made if made.without_graphs is None else made.without_graphs()
-    return peak_bytes(call_of(plain, mode, dtype), plain.own_bytes)
+def _with_peak(row: Row, made: Run, mode: str, dtype: torch.dtype) -> Row:
+    try:
+        plain = made if made.without_graphs is None else made.without_graphs()
+        return replace(row, peak_bytes=peak_bytes(call_of(plain, mode, dtype), plain.own_bytes))
+    except Exception as error:  # the times are known and stay
+        return replace(row, status=f"peak memory: {_words(error)}")
 
 
 def _row(case: Case, dtype: str, mode: str, name: str, status: str | None = None) -> Row:

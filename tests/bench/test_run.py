@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bench import compare, machine, program
+from bench import run as loop
 from bench.cases import COMPILED, EAGER, Baseline, Case, Draw, Problem, op_case
 from bench.machine import read_machine
 from bench.results import OK, OURS, Ceilings, Row, read
@@ -294,3 +295,23 @@ def test_another_revision_is_measured_in_its_own_tree(
         subprocess.run([*git, *command], check=True)
     with pytest.raises(compare.CompareError, match="has no benchmark yet"):
         compare.earlier_results("HEAD", [])
+
+
+def test_memory_of_a_run_with_graphs_is_that_of_its_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are made once for all modes; where the twin fails, the times stay."""
+    made: list[str] = []
+
+    def loading(name: str) -> Callable[[torch.device], Callable[..., Tensor]]:
+        return lambda device: made.append(name) or find("batch_norm").reference
+
+    twin = Baseline("compiled", loading("graphs"), load_without_graphs=loading("plain"))
+    problem = op_case("test", find("batch_norm"), "tiny", sample, (twin,)).prepare(CPU, torch.float32)
+    run_of = problem.runs["compiled"]()
+    row = Row("batch_norm", "tiny", "fp32", "fwd", "compiled", ms=1.0)
+    monkeypatch.setattr(loop, "peak_bytes", lambda call, own_bytes: own_bytes)
+    for mode in ("fwd", "fwdbwd"):
+        assert loop._with_peak(row, run_of, mode, torch.float32).peak_bytes == run_of.own_bytes
+    assert made == ["graphs", "plain"]
+    failing = loop._with_peak(row, replace(run_of, without_graphs=lambda: 1 / 0), "fwd", torch.float32)
+    assert failing.ms == 1.0
+    assert failing.status == "peak memory: failed: ZeroDivisionError: division by zero"
