@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,12 +35,16 @@ class Run:
         leaves: name → tensor that a backward pass differentiates by.
         own_bytes: of inputs and parameters.
         capturable: whether replays of a CUDA graph are a fair measurement; compiled functions make their own.
+        without_graphs: of a run that makes CUDA graphs of its own, makes one that makes none. Memory is
+            measured with that: replays allocate nothing, and what they use is in the graphs' own pool. Made
+            once, however often it is called.
     """
 
     forward: Callable[[], tuple[Tensor, ...]]
     leaves: Mapping[str, Tensor]
     own_bytes: int
     capturable: bool = True
+    without_graphs: Callable[[], Run] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,13 +121,13 @@ class Baseline:
             ImportError, if there is none here.
         dtype: what all floating-point arguments are cast to, if not left in the row's dtype.
         applies: whether the baseline is one of this dtype; others do not list it.
-        capturable: as of :class:`Run`.
+        load_without_graphs: of a function that makes CUDA graphs of its own, ``load`` of one that does not.
     """
 
     name: str
     load: Callable[[torch.device], Callable[..., Tensor]]
     dtype: torch.dtype | None = None
-    capturable: bool = True
+    load_without_graphs: Callable[[torch.device], Callable[..., Tensor]] | None = None
 
 
 def eager(op: Op) -> Baseline:
@@ -132,7 +137,11 @@ def eager(op: Op) -> Baseline:
 
 def compiled(op: Op) -> Baseline:
     """The definition, as PyTorch's own compiler would run it."""
-    return Baseline(COMPILED, lambda device: compile_here(op.reference, device), capturable=False)
+    return Baseline(
+        COMPILED,
+        lambda device: compile_here(op.reference, device),
+        load_without_graphs=lambda device: compile_without_graphs(op.reference),
+    )
 
 
 def compile_here(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -144,7 +153,20 @@ def compile_here(function: Callable[..., Any], device: torch.device) -> Callable
     if device.type != "cuda":
         raise Unavailable("needs a GPU")
     torch.compiler.reset()  # no case inherits the sizes that another one was compiled for
-    return torch.compile(function, mode="max-autotune")
+    compiled = torch.compile(function, mode="max-autotune")
+
+    def stepped(*positional: Any, **named: Any) -> Any:
+        # Results of the call before may be overwritten; without this, a forward pass whose backward pass
+        # never came would keep all later ones from being replayed.
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(*positional, **named)
+
+    return stepped
+
+
+def compile_without_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same without CUDA graphs, beside what :func:`compile_here` has made and its tuning."""
+    return torch.compile(function, mode="max-autotune-no-cudagraphs")
 
 
 def op_case(
@@ -172,9 +194,7 @@ def op_case(
         arguments = drawn.arguments
         runs = {OURS: lambda: _op_run(op, op.function, arguments)}
         for other in others:
-            runs[other.name] = lambda other=other: _op_run(
-                op, other.load(device), arguments, other.dtype, capturable=other.capturable
-            )
+            runs[other.name] = lambda other=other: _baseline_run(op, other, device, arguments)
         forward, backward = op.forward_work(arguments), op.backward_work(arguments)
         return Problem(
             exact=lambda: _op_run(op, op.reference, _part(arguments, part), torch.float64),
@@ -193,12 +213,22 @@ def _part(arguments: Mapping[str, Any], part: tuple[slice, ...]) -> dict[str, An
     return {name: value[part] if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 
+def _baseline_run(op: Op, other: Baseline, device: torch.device, arguments: Mapping[str, Any]) -> Run:
+    run, plain = _op_run(op, other.load(device), arguments, other.dtype), other.load_without_graphs
+    if plain is None:
+        return run
+    return replace(
+        run,
+        capturable=False,
+        without_graphs=cache(lambda: _op_run(op, plain(device), arguments, other.dtype)),
+    )
+
+
 def _op_run(
     op: Op,
     function: Callable[..., Tensor],
     arguments: Mapping[str, Any],
     dtype: torch.dtype | None = None,
-    capturable: bool = True,
 ) -> Run:
     own, leaves = dict(arguments), {}
     for name, value in arguments.items():
@@ -207,4 +237,4 @@ def _op_run(
             if name in op.differentiable:
                 leaves[name] = own[name].requires_grad_()
     own_bytes = sum(value.nbytes for value in own.values() if isinstance(value, Tensor))
-    return Run(lambda: (function(**own),), leaves, own_bytes, capturable)
+    return Run(lambda: (function(**own),), leaves, own_bytes)

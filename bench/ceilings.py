@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from bench.cases import DTYPES, SEED
@@ -12,6 +15,7 @@ from degmix_kernels.contract import Work
 # Large enough to leave the caches and to fill a GPU; on a CPU small enough not to be waited for.
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 512}
+PRODUCTS_AT_WORK = 900  # fewer than a queue of launches holds, so that the host does not wait
 
 
 def measure_ceilings(device: torch.device, dtypes: tuple[str, ...]) -> Ceilings:
@@ -35,6 +39,19 @@ def measure_ceilings(device: torch.device, dtypes: tuple[str, ...]) -> Ceilings:
         call = Call(lambda: None, lambda _, a=left, b=right, c=product: torch.mm(a, b, out=c))
         matrix[name] = 2 * size**3 / _seconds(measure(call, timer).ms)
     return Ceilings(2 * source.nbytes / _seconds(copying.ms), matrix)
+
+
+@contextmanager
+def at_work(device: torch.device) -> Iterator[None]:
+    """Keep a GPU multiplying meanwhile, for some seconds at most: its clocks are then those of work."""
+    if device.type == "cuda":
+        size = PRODUCT_SIZE[device.type]
+        left, right, product = torch.randn((3, size, size), device=device).bfloat16()
+        for _ in range(PRODUCTS_AT_WORK):
+            torch.mm(left, right, out=product)
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def speed_of_light(work: Work, ms: float, ceilings: Ceilings, dtype: str) -> float | None:

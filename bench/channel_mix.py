@@ -27,8 +27,8 @@ def _sample(shape: Map) -> Callable[[Draw], Sample]:
             "norm_bias": draw(channels, dtype=torch.float32),
             "training": True,
         }
-        # Sums of sums: over pixels of the statistics, over channels of the product, over outputs backward.
-        return Sample(arguments, shape.batch * shape.pixels * channels * channels)
+        # In succession: over channels in and, backward, channels out; over pixels of the statistics.
+        return Sample(arguments, 2 * channels + shape.batch * shape.pixels)
 
     return sample
 

@@ -28,8 +28,8 @@ def _unit(shape: Map, mode: str) -> Callable[[Draw], Sample]:
             "bias": draw(side),
             "mode": mode,
         }
-        # Sums of sums: of the gate's product, of the LayerNorm, of the parameters' gradients.
-        return Sample(arguments, side * channels * math.prod(tokens))
+        # In succession: of the LayerNorm, of the gate's product, over tokens of the parameters' gradients.
+        return Sample(arguments, channels + side + math.prod(tokens))
 
     return sample
 
@@ -51,8 +51,8 @@ def _mlp(shape: Map) -> Callable[[Draw], Sample]:
             "fc2_weight": draw(channels, hidden) / math.sqrt(hidden),
             "fc2_bias": draw(channels),
         }
-        # Sums of sums: fc1, gate and fc2, and of the parameters' gradients.
-        return Sample(arguments, channels * hidden * hidden * math.prod(tokens))
+        # In succession: of a LayerNorm and fc1, of another and the gate, of fc2; over tokens of gradients.
+        return Sample(arguments, 2 * channels + 3 * hidden + math.prod(tokens))
 
     return sample
 

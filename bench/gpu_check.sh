@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can answer, in one command: tests, sanitizer, benchmark; results in one folder.
+# Everything that only a GPU can answer, in one command: tests, benchmark, sanitizer; results in one folder.
 #
 #     bash bench/gpu_check.sh [--quick] [FOLDER]      FOLDER: $OUT, or gpu_check/, if not given
 #     PYTHON=.venv/bin/python bash bench/gpu_check.sh
+#     RESUME=results.json bash bench/gpu_check.sh     continues the benchmark of a call before, of the same commit
+#     BENCH_COMMIT=$(git rev-parse HEAD) …            says the commit to a copy without .git
 #
 # Needs torch, triton, torchvision, pytest and rich, no network. Each stage has a budget of its own, so all of
 # it ends within 9 minutes (--quick: 4); what a stage did until then is in the folder. A failing stage does not
@@ -14,13 +16,19 @@ folder=${OUT:-gpu_check}
 for argument in "$@"; do
     case $argument in
         --quick) quick=yes ;;
-        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
         -*) echo "gpu_check: unknown option $argument; see --help" >&2; exit 2 ;;
         *) folder=$argument ;;
     esac
 done
 mkdir -p "$folder" || exit 2
 folder=$(cd "$folder" && pwd)
+results=$folder/results.json
+if [ -z "${RESUME:-}" ]; then
+    rm -f "$results"
+elif ! [ "$RESUME" -ef "$results" ]; then
+    cp "$RESUME" "$results" || exit 2
+fi
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -41,19 +49,23 @@ note() {  # NAME OUTCOME
     echo "== $1: $2"
 }
 
+measured() {  # what the benchmark has left, in words
+    if [ -f "$results" ]; then echo "results.json has what was measured until then"; else echo "nothing was measured"; fi
+}
+
 stage() {  # NAME BUDGET COMMAND…: runs the command, its output in NAME.log as well
     local name=$1 budget=$2 began=$SECONDS code
     shift 2
     echo "== $name: at most $budget s: $*"
-    # Interrupted rather than killed, so that it can show what it has.
-    timeout --preserve-status -s INT -k 5 "$budget" "$@" >"$folder/$name.log" 2>&1
+    # Interrupted rather than killed, so that it can show what it has; a compiler may keep it from hearing.
+    timeout --preserve-status -s INT -k 10 "$budget" "$@" >"$folder/$name.log" 2>&1
     code=$?
     tail -n 25 "$folder/$name.log"
     local took=$((SECONDS - began))
     if [ $code -eq 0 ]; then
         note "$name" "ok ($took s)"
-    elif [ $took -ge "$budget" ] && [ "$name" = bench ] && [ $code -eq 130 ]; then
-        note "$name" "stopped when its $budget s were over; results.json has what was measured until then"
+    elif [ $took -ge "$budget" ] && [ "$name" = bench ] && [[ $code =~ ^13[07]$ ]]; then
+        note "$name" "stopped when its $budget s were over; $(measured)"
     elif [ $took -ge "$budget" ]; then
         failed=yes
         note "$name" "FAILED: not done within $budget s"
@@ -104,16 +116,16 @@ if [ -n "$gpu" ]; then
 else
     note tests "not run: no GPU"
 fi
-sanitize memcheck $memcheck_budget
-sanitize racecheck $racecheck_budget
 if [ -z "$gpu" ]; then
     echo "No GPU: the benchmark runs at small sizes on the CPU; its times say nothing about the kernels."
-    stage bench $bench_budget "$python" -m bench --quick --json "$folder/results.json"
+    stage bench $bench_budget "$python" -m bench --quick --json "$results"
 elif [ $quick = yes ]; then
-    stage bench $bench_budget "$python" -m bench --shapes nyud --dtype bf16 --json "$folder/results.json"
+    stage bench $bench_budget "$python" -m bench --quick --shapes nyud --dtype bf16 --json "$results"
 else
-    stage bench $bench_budget "$python" -m bench --json "$folder/results.json"
+    stage bench $bench_budget "$python" -m bench --resume "$results"
 fi
+sanitize memcheck $memcheck_budget
+sanitize racecheck $racecheck_budget
 
 {
     echo "gpu_check$([ $quick = yes ] && echo ' --quick'), GPU: ${gpu:-none}, $SECONDS s"

@@ -26,8 +26,8 @@ def _sample(shape: Map) -> Callable[[Draw], Sample]:
             "norm_bias": draw(shape.tasks, channels, dtype=torch.float32),
             "residual": draw(*size),
         }
-        # Sums of sums: of the product, of the LayerNorm, over tokens of the parameters' gradients.
-        return Sample(arguments, math.prod(size) * channels)
+        # In succession: of the product, of the LayerNorm, over tokens of the parameters' gradients.
+        return Sample(arguments, 2 * channels + shape.batch * shape.pixels)
 
     return sample
 

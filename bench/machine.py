@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -9,27 +10,43 @@ from pathlib import Path
 
 import torch
 
-from bench.results import Machine
+from bench.results import UNKNOWN, Machine
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+COMMIT_VARIABLE = "BENCH_COMMIT"  # says the commit where files were copied without .git
 
 
 def read_machine(device: torch.device) -> Machine:
-    """The machine as it is now; what cannot be read is None."""
+    """The machine as it is now; what cannot be read is None, a commit that nobody knows "unknown".
+
+    A GPU's clocks are those of a device at work only if it works meanwhile.
+    """
     on_gpu = device.type == "cuda"
-    status = _output("git", "-C", str(REPOSITORY), "status", "--porcelain", "--untracked-files=no")
+    driver, clocks = _driver_and_clocks() if on_gpu else (None, None)
+    commit, dirty = _revision()
     return Machine(
         gpu=torch.cuda.get_device_name(device) if on_gpu else None,
         cpu=_processor(),
-        driver=_gpu_query("driver_version") if on_gpu else None,
+        driver=driver,
         cuda=torch.version.cuda or torch.version.hip,
         torch=torch.__version__,
         triton=_triton_version(),
         python=platform.python_version(),
-        clocks=_gpu_query("clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem") if on_gpu else None,
-        commit=_output("git", "-C", str(REPOSITORY), "rev-parse", "HEAD"),
-        dirty=None if status is None else bool(status),
+        clocks=clocks,
+        commit=commit,
+        dirty=dirty,
     )
+
+
+def _revision() -> tuple[str, bool | None]:
+    """Commit, and whether the code is another: changed files, or Python files that git does not know."""
+    git = ("git", "-C", str(REPOSITORY))
+    top, commit = _output(*git, "rev-parse", "--show-toplevel"), _output(*git, "rev-parse", "HEAD")
+    # A copy without .git may lie in somebody else's repository.
+    if top is None or commit is None or Path(top).resolve() != REPOSITORY:
+        return os.environ.get(COMMIT_VARIABLE, UNKNOWN), None
+    lines = (_output(*git, "status", "--porcelain", "--untracked-files=all") or "").splitlines()
+    return commit, any(not line.startswith("??") or line.endswith((".py", '.py"')) for line in lines)
 
 
 def folder_name(machine: Machine) -> str:
@@ -45,10 +62,14 @@ def _output(*command: str) -> str | None:
         return None
 
 
-def _gpu_query(fields: str) -> str | None:
-    # The first line is the first GPU's; sm, memory, and the highest of both, each with its unit.
-    answer = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
-    return answer.splitlines()[0] if answer else None
+def _driver_and_clocks() -> tuple[str | None, str | None]:
+    # The first line is the first GPU's; clocks of sm, memory, and the highest of both, each with its unit.
+    wanted = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"
+    answer = _output("nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader")
+    if not answer:
+        return None, None
+    driver, _, clocks = answer.splitlines()[0].partition(", ")
+    return driver, clocks
 
 
 def _triton_version() -> str | None:

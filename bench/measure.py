@@ -24,6 +24,9 @@ SECONDS = 0.3  # spent on one measurement, after warm-up
 FEWEST, MOST = 3, 100  # samples of one measurement
 WARM_UP = 3  # calls at least
 CALLS_IN_A_ROW = 20  # of small shapes, where a single call is shorter than what events resolve well
+AHEAD = 1.5  # times as long as the host took to launch them, the device waits before calls that are timed
+LEAST_AHEAD = 2e-4  # seconds that it waits at least
+CALIBRATION = 10_000_000  # clock cycles, some milliseconds
 QUANTILES = (0.5, 0.2, 0.8)
 
 
@@ -45,13 +48,15 @@ class Timing:
     ms_p80: float
 
 
-def call_of(run: Run, mode: str, dtype: torch.dtype) -> Call:
+def call_of(run: Run, mode: str, dtype: torch.dtype, keep: bool = False) -> Call:
     """A run's forward pass without gradients, its backward pass alone, or both.
 
     Args:
         run: the implementation.
         mode: "fwd", "bwd" or "fwdbwd".
         dtype: of our inputs, to which the gradients that arrive are rounded.
+        keep: whether a backward pass leaves what the forward pass saved: a graph of the backward pass alone
+            reads it again at every replay.
     """
     if mode == "fwd":
 
@@ -65,7 +70,7 @@ def call_of(run: Run, mode: str, dtype: torch.dtype) -> Call:
     leaves = list(run.leaves.values())
 
     def backward(outputs: Any) -> Any:
-        return torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+        return torch.autograd.grad(outputs, leaves, grads, allow_unused=True, retain_graph=keep)
 
     if mode == "bwd":
         return Call(run.forward, backward)
@@ -92,24 +97,22 @@ def measure(call: Call, timer: str, seconds: float = SECONDS) -> Timing:
     if timer == CLOCK:
         samples = _clock_samples(call, seconds)
     elif timer == EVENTS:
-        samples = _event_samples(call, seconds, calls=1, flush=_cache_flusher())
+        samples = _event_samples(call, seconds, calls=1, flush=_cache_flusher(), ahead=True)
     elif timer == LOOP:
         samples = _event_samples(call, seconds, calls=CALLS_IN_A_ROW)
     else:
-        samples = _event_samples(_captured(call), seconds, calls=CALLS_IN_A_ROW)
+        samples = _event_samples(_captured(call), seconds, calls=CALLS_IN_A_ROW, ahead=True)
     return Timing(timer, *_quantiles(samples))
 
 
-def peak_bytes(call: Call, own_bytes: int, device: torch.device) -> int | None:
-    """Most device memory that a call and its inputs take at once; None on a CPU, where nobody counts.
+def peak_bytes(call: Call, own_bytes: int) -> int:
+    """Most memory of the GPU that a call and its inputs take at once.
 
     Args:
         call: what is measured, its preparation included.
         own_bytes: of its inputs and parameters, which exist already.
-        device: where it runs.
     """
-    if device.type != "cuda":
-        return None
+    call.step(call.prepare())  # what a first call compiles, tunes or keeps for good is no part of it
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -139,20 +142,36 @@ def _clock_samples(call: Call, seconds: float) -> list[float]:
 
 
 def _event_samples(
-    call: Call, seconds: float, calls: int, flush: Callable[[], object] = lambda: None
+    call: Call, seconds: float, calls: int, flush: Callable[[], object] = lambda: None, ahead: bool = False
 ) -> list[float]:
+    """Milliseconds of one call, of every repetition of ``calls`` calls in a row.
+
+    Args:
+        call: what is timed.
+        seconds: to spend, about.
+        calls: in a row between two events.
+        flush: called before each repetition.
+        ahead: whether the device is kept waiting until the host has launched a repetition, so that its
+            launches are no part of the times.
+    """
     for _ in range(WARM_UP):
         call.step(call.prepare())
+    hosts = [_host_seconds(call) for _ in range(WARM_UP)]
     torch.cuda.synchronize()
     began = time.perf_counter()
     call.step(call.prepare())
     torch.cuda.synchronize()
-    repetitions = _repetitions(seconds, calls * (time.perf_counter() - began))
-    # Nothing waits in between, so that the host runs ahead and its launches are no part of the times.
+    head_start = AHEAD * calls * max(hosts) + LEAST_AHEAD if ahead else 0.0
+    cycles = round(head_start * _cycles_per_second()) if ahead else 0
+    repetitions = _repetitions(seconds, calls * (time.perf_counter() - began) + head_start)
     pairs = []
     for _ in range(repetitions):
         prepared = [call.prepare() for _ in range(calls)]
         flush()
+        if ahead:
+            torch.cuda._sleep(cycles)  # of PyTorch's own tests; there is no public one
+        else:
+            torch.cuda.synchronize()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         while prepared:
@@ -163,17 +182,37 @@ def _event_samples(
     return [start.elapsed_time(end) / calls for start, end in pairs]
 
 
-def _cache_flusher() -> Callable[[], object]:
-    """Overwrites a buffer of twice the L2 cache, so that every call finds its inputs in memory.
+def _host_seconds(call: Call) -> float:
+    """How long the host takes to launch a call on a device that has nothing else to do."""
+    prepared = call.prepare()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    call.step(prepared)
+    return time.perf_counter() - began
 
-    It also keeps the device busy while the host launches the call behind it.
-    """
+
+def _cycles_per_second() -> float:
+    """Of the clock that ``torch.cuda._sleep`` counts."""
+    torch.cuda._sleep(CALIBRATION)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    torch.cuda._sleep(CALIBRATION)
+    end.record()
+    torch.cuda.synchronize()
+    return CALIBRATION / (start.elapsed_time(end) / 1e3)
+
+
+def _cache_flusher() -> Callable[[], object]:
+    """Overwrites a buffer of twice the L2 cache, so that every call finds its inputs in memory."""
     size = max(2 * torch.cuda.get_device_properties().L2_cache_size, 2**28)
     return torch.empty(size, dtype=torch.uint8, device="cuda").zero_
 
 
 def _captured(call: Call) -> Call:
-    """The call as a CUDA graph; the preparation is made once, before the capture."""
+    """The call as a CUDA graph; the preparation is made once, before the capture, and kept for the replays.
+
+    All of it on one stream, since a backward pass runs on the stream of its forward pass.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -183,5 +222,5 @@ def _captured(call: Call) -> Call:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        kept = call.step(prepared)
-    return Call(lambda: None, lambda _, kept=kept: graph.replay())
+        results = call.step(prepared)
+    return Call(lambda: None, lambda _, kept=(prepared, results): graph.replay())

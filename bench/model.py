@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from bench.cases import COMPILED, SEED, Case, Draw, Problem, Run, compile_here
+from bench.cases import COMPILED, SEED, Case, Draw, Problem, Run, compile_here, compile_without_graphs
 from bench.deform_conv import load_torchvision
 from bench.results import OURS
 from bench.shapes import DATA_SETS, MODEL_BATCHES, QUICK, QUICK_BACKBONE, QUICK_MAP, SWIN_TINY, Map
@@ -82,7 +83,8 @@ def _prepare(
 
     def compiled_formula() -> Run:
         load_torchvision(device)
-        return of(compile_here(formula, device))
+        run = of(compile_here(formula, device))
+        return replace(run, without_graphs=cache(lambda: of(compile_without_graphs(formula))))
 
     def limit(checker, gradients: bool) -> float:
         yardstick = max(checker.errors(of(formula), gradients).values())

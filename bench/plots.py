@@ -43,7 +43,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 def _title(figure: Figure, results: Results) -> str:
     machine = results.machine
-    commit = (machine.commit or "no commit")[:10] + (" with changes" if machine.dirty else "")
+    commit = machine.commit[:10] + (" with changes" if machine.dirty else "")
     return f"{figure.get_label()}\n{machine.gpu or 'CPU'}, torch {machine.torch}, {commit}"
 
 

@@ -66,7 +66,7 @@ def section(results: Results, source: str, pictures: Sequence[str]) -> str:
 
 def _provenance(results: Results, source: str) -> str:
     machine, ceilings = results.machine, results.ceilings
-    commit = "no commit" if machine.commit is None else f"commit {machine.commit[:10]}"
+    commit = f"commit {machine.commit[:10]}"
     measured = [f"torch {machine.torch}", commit + (" with changes" if machine.dirty else "")]
     for name, value in (("Triton", machine.triton), ("CUDA", machine.cuda), ("driver", machine.driver)):
         if value is not None:
@@ -118,14 +118,14 @@ def _each(ratios: Mapping[str, float | None], form: str, unit: str = "") -> str:
 
 
 def newest_of_a_gpu(folder: Path) -> tuple[Path, Results] | None:
-    """The newest result file of a GPU below a folder, by the date in its name; None if there is none.
+    """The newest complete result file of a GPU below a folder, by the date in its name; None without one.
 
     Raises:
         ValueError: if a file that is looked at is no result file.
     """
     for path in sorted(folder.rglob("*.json"), key=lambda path: path.name, reverse=True):
         results = read(path)
-        if results.machine.gpu is not None:
+        if results.machine.gpu is not None and results.complete:
             return path, results
     return None
 
@@ -175,7 +175,8 @@ def report(check: bool) -> int:
         return int(new != old)
     if found is None:
         print(
-            "no result file of a GPU under bench/results: python -m bench on a machine with a GPU makes one"
+            "no complete result file of a GPU under bench/results: python -m bench on a machine with a GPU "
+            "makes one"
         )
     else:
         drawn = plots.draw(results, README.parent / PICTURES)
@@ -189,8 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 1 if ``--check`` finds README stale, 2 for a file that is no result file."""
     parser = argparse.ArgumentParser(
         prog=COMMAND,
-        description="Write README's benchmark tables, and draw its pictures, from the newest result file "
-        "of a GPU under bench/results.",
+        description="Write README's benchmark tables, and draw its pictures, from the newest complete "
+        "result file of a GPU under bench/results.",
     )
     parser.add_argument(
         "file", nargs="?", type=Path, help="report this file instead, beside it; README stays as it is"

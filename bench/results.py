@@ -6,6 +6,7 @@ whatever is printed, drawn or quoted is read back with :func:`read`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,9 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 OURS = "ours"  # the implementation that all others are compared with
 OK = "ok"
+UNKNOWN = "unknown"  # commit, where there is neither git nor a word about it
 
+Key = tuple[str, str, str, str, str]
 _Record = TypeVar("_Record")
 
 
@@ -32,9 +35,10 @@ class Machine:
         torch: version of PyTorch.
         triton: version of Triton.
         python: version of Python.
-        clocks: clock frequencies as read, unchanged, in the driver's own words.
-        commit: git revision of the code that was measured, 40 digits.
-        dirty: whether that code had uncommitted changes; None without git.
+        clocks: clock frequencies as read while the GPU worked, unchanged, in the driver's own words.
+        commit: git revision of the code that was measured, 40 digits, or :data:`UNKNOWN`.
+        dirty: whether that code had uncommitted changes, or Python files that git does not know; None
+            without git.
     """
 
     gpu: str | None
@@ -45,7 +49,7 @@ class Machine:
     triton: str | None
     python: str
     clocks: str | None
-    commit: str | None
+    commit: str
     dirty: bool | None
 
 
@@ -83,7 +87,7 @@ class Row:
         flops: floating-point operations of its products, as the op declares.
         speed_of_light: time that ``bytes`` and ``flops`` need at the ceilings, over ``ms``; 1 is perfect.
         rel_error: largest relative L2 error of output and gradients against the fp64 reference, in this run.
-        status: ``OK``, or in words why there are no times.
+        status: ``OK``, or in words why there are no times or no peak memory.
     """
 
     op: str
@@ -108,14 +112,53 @@ class Row:
         """What rows have in common that are compared with each other."""
         return self.op, self.shape, self.dtype, self.mode
 
+    @property
+    def key(self) -> Key:
+        """What the rows of one measurement, one for each timer, have in common."""
+        return (*self.case, self.impl)
+
 
 @dataclass(frozen=True)
 class Results:
-    """One run of the benchmark."""
+    """One run of the benchmark, or several that were continued.
+
+    Attributes:
+        machine: where, the same for all of them.
+        ceilings: what the device reached.
+        rows: what was measured.
+        complete: whether all that a run without options measures is in it; a report takes no other file.
+    """
 
     machine: Machine
     ceilings: Ceilings
     rows: tuple[Row, ...]
+    complete: bool = False
+
+    @property
+    def keys(self) -> frozenset[Key]:
+        """Of the measurements that are in it, failed ones too."""
+        return frozenset(row.key for row in self.rows)
+
+
+def merge(before: Results, now: Results) -> Results:
+    """A run and the one that continues it: the rows of both, and of what both measured the earlier.
+
+    Raises:
+        ValueError: if they are not of the same machine, versions and commit, or nobody knows the commit.
+    """
+    for part in fields(Machine):
+        then, here = getattr(before.machine, part.name), getattr(now.machine, part.name)
+        if part.name != "clocks" and then != here:
+            raise ValueError(f"{part.name} was {then} and is {here} now, so it cannot be continued")
+    if now.machine.commit == UNKNOWN or now.machine.dirty:
+        raise ValueError(
+            "only what a known commit without changes measured can be continued; "
+            "without git, BENCH_COMMIT says the commit"
+        )
+    rows = before.rows + tuple(row for row in now.rows if row.key not in before.keys)
+    matrix = {**now.ceilings.matrix, **before.ceilings.matrix}
+    copy = now.ceilings.copy if before.ceilings.copy is None else before.ceilings.copy
+    return Results(before.machine, Ceilings(copy, matrix), rows, before.complete)
 
 
 def write(results: Results, path: Path) -> None:
@@ -148,14 +191,25 @@ def read(path: Path) -> Results:
         data = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
+    if isinstance(data, dict):
+        data.setdefault("complete", False)  # earlier revisions, which can be compared with, did not say
     _check_keys(data, {field.name for field in fields(Results)}, str(path))
+    if not isinstance(data["complete"], bool):
+        raise ValueError(f"{path}: complete: expected bool, got {data['complete']!r}")
     if not isinstance(data["rows"], list):
         raise ValueError(f"{path}: rows: expected a list, got {type(data['rows']).__name__}")
     return Results(
         machine=_record(Machine, data["machine"], f"{path}: machine"),
         ceilings=_record(Ceilings, data["ceilings"], f"{path}: ceilings"),
         rows=tuple(_record(Row, row, f"{path}: rows[{index}]") for index, row in enumerate(data["rows"])),
+        complete=data["complete"],
     )
+
+
+def unused(path: Path) -> Path:
+    """The path, or the first of path-2, path-3 and so on where nothing is yet."""
+    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(each for each in names if not each.exists())
 
 
 def newest(folder: Path) -> Path | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -22,9 +24,9 @@ from bench import (
 from bench.cases import COMPILED, DTYPES, Case, Problem, Run, Unavailable
 from bench.ceilings import speed_of_light
 from bench.check import ANOTHER_FUNCTION, Checker, CheckFailed
-from bench.measure import call_of, measure, peak_bytes, timers
-from bench.results import OURS, Ceilings, Row
-from bench.shapes import LAUNCH, QUICK
+from bench.measure import GRAPH, LOOP, call_of, measure, peak_bytes, timers
+from bench.results import OURS, Ceilings, Key, Row
+from bench.shapes import LAUNCH, NYUD, QUICK
 
 # What matters most comes first: a run may be stopped when its time is up.
 FAMILIES = (
@@ -40,7 +42,16 @@ FAMILIES = (
 )
 CASES: tuple[Case, ...] = tuple(case for family in FAMILIES for case in family.CASES)
 
+ALONE = "bwd"  # the backward pass alone is what fewest ask for
+FIRST_DTYPE = "bf16"
+
 Advance = Callable[[str], None]
+Wanted = dict[str, list[str]]
+"""Implementation → modes."""
+
+
+class DeviceLost(Exception):
+    """The GPU answers no more: nothing can be measured until another process starts; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,8 @@ class Selection:
         dtypes: names; likewise.
         baselines: names of the baselines beside ours; None for all.
         seconds: for one measurement.
+        quick: whether what takes minutes to compile is left out.
+        done: of rows that exist already.
     """
 
     cases: tuple[Case, ...]
@@ -60,117 +73,163 @@ class Selection:
     dtypes: tuple[str, ...]
     baselines: tuple[str, ...] | None
     seconds: float
+    quick: bool = False
+    done: frozenset[Key] = frozenset()
 
-    def rounds(self) -> Iterator[tuple[Case, str, list[str]]]:
-        """Every case in each of its dtypes, with its implementations.
+    def rounds(self) -> Iterator[tuple[Case, str, Wanted]]:
+        """Every case in its dtypes, with what is left to measure of it, the most valuable first.
 
-        Compiled ones, whose compilation takes longer than all the rest, have rounds of their own, the last.
+        First bf16 at NYUD-v2's maps, then its other shapes, then other dtypes, then backward passes alone.
+        Compiled baselines, which take longest, are the last of each of these.
         """
-        for compiled in (False, True):
-            for case in self.cases:
-                names = [name for name in self.implementations_of(case) if (name == COMPILED) == compiled]
-                for dtype in self.dtypes:
-                    if names and dtype in case.dtypes and self.modes_of(case):
-                        yield case, dtype, names
+        leading = _leading(self.cases)
+        together = [mode for mode in self.modes if mode != ALONE]
+        alone = [mode for mode in self.modes if mode == ALONE]
+        every = itertools.product((together, alone), self.dtypes, self.cases, (False, True))
 
-    def modes_of(self, case: Case) -> list[str]:
-        """Its modes among those that are wanted."""
-        return [mode for mode in self.modes if mode in case.modes]
+        def rank(each: tuple[list[str], str, Case, bool]) -> tuple[bool, ...]:
+            modes, dtype, case, compiled = each
+            return modes is alone, dtype != FIRST_DTYPE, case not in leading, compiled
 
-    def implementations_of(self, case: Case) -> list[str]:
-        """Ours, and its baselines among those that are wanted."""
+        for modes, dtype, case, compiled in sorted(every, key=rank):
+            names = [name for name in self._implementations_of(case) if (name == COMPILED) == compiled]
+            wanted = {name: self._left(case, dtype, modes, name) for name in names}
+            wanted = {name: left for name, left in wanted.items() if left}
+            if wanted:
+                yield case, dtype, wanted
+
+    def keys(self) -> frozenset[Key]:
+        """Of the rows that are left to measure."""
+        return frozenset(
+            _row(case, dtype, mode, name).key
+            for case, dtype, wanted in self.rounds()
+            for name, modes in wanted.items()
+            for mode in modes
+        )
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def _implementations_of(self, case: Case) -> list[str]:
         return [
             name
             for name in case.implementations
             if name == OURS or self.baselines is None or name in self.baselines
         ]
 
-    def __len__(self) -> int:
-        return sum(len(self.modes_of(case)) * len(names) for case, _, names in self.rounds())
+    def _left(self, case: Case, dtype: str, modes: Sequence[str], name: str) -> list[str]:
+        return [
+            mode
+            for mode in modes
+            if mode in case.modes
+            and dtype in case.dtypes
+            and _row(case, dtype, mode, name).key not in self.done
+        ]
+
+
+def _leading(cases: Sequence[Case]) -> list[Case]:
+    """The cases at NYUD-v2's maps; of an op that has none, those at its first shape."""
+    leading = [case for case in cases if case.shape.startswith(NYUD.name)]
+    firsts = {case.op: case.shape for case in reversed(cases)}
+    known = {case.op for case in leading}
+    return leading + [case for case in cases if case.op not in known and case.shape == firsts[case.op]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where measurements run, what it reaches, and how long each may take."""
+
+    device: torch.device
+    ceilings: Ceilings
+    seconds: float
 
 
 def run(
     selection: Selection, device: torch.device, ceilings: Ceilings, advance: Advance
 ) -> Iterator[tuple[Row, ...]]:
-    """Measure everything that is selected; rows come as they are known, those of one run together.
+    """Measure everything that is selected; rows come as they are known, those of one measurement together.
 
     Args:
         selection: what.
         device: where.
         ceilings: what the device reaches.
         advance: called with a line about what comes next, once for each implementation and mode.
+
+    Raises:
+        DeviceLost: after the rows of the measurement that lost it.
     """
-    for case, dtype, names in selection.rounds():
-        modes = selection.modes_of(case)
+    place = Place(device, ceilings, selection.seconds)
+    for case, dtype, wanted in selection.rounds():
+        status, checker, make = None, None, None  # which lets go of what the round before held
         try:
             checker = Checker(case.prepare(device, DTYPES[dtype]))
         except Exception as error:  # whatever it is, the other cases are measured
-            for name in names:
-                for mode in modes:
-                    advance(f"{case.op} {case.shape} {dtype}")
-                    yield (_row(case, dtype, mode, name, status=_words(error)),)
-            continue
-        for name in names:
+            status = _words(error)
+        for name, modes in wanted.items():
+            # Once for all modes: it may have to be compiled.
+            make = None if checker is None else cache(checker.problem.runs[name])
+            reason = status
+            if name == COMPILED and selection.quick and device.type == "cuda":
+                reason = _words(Unavailable("left out by --quick"))
             for mode in modes:
                 advance(f"{case.op}, {case.shape}, {dtype}, {case.modes[mode]}: {name}")
-                yield _rows(checker, case, dtype, mode, name, selection.seconds, device, ceilings)
+                if reason is not None or make is None:
+                    yield (_row(case, dtype, mode, name, status=reason),)
+                else:
+                    small = case.shape == LAUNCH
+                    yield _rows(checker, make, _row(case, dtype, mode, name), mode, place, small)
                 _forget(device)
+            if name == COMPILED and device.type == "cuda":
+                torch.compiler.reset()  # its graphs keep their memory otherwise
 
 
 def _rows(
-    checker: Checker,
-    case: Case,
-    dtype: str,
-    mode: str,
-    name: str,
-    seconds: float,
-    device: torch.device,
-    ceilings: Ceilings,
+    checker: Checker, make: Callable[[], Run], row: Row, mode: str, place: Place, small: bool
 ) -> tuple[Row, ...]:
     """The rows of one implementation in one mode, one for each timer: checked, then timed."""
-    row = _row(case, dtype, mode, name)
     problem = checker.problem
     try:
-        made = problem.runs[name]()
+        made = make()
         gradients = mode != "fwd"
-        limit = problem.limit(checker, gradients) if name == OURS else ANOTHER_FUNCTION
+        limit = problem.limit(checker, gradients) if row.impl == OURS else ANOTHER_FUNCTION
         row = replace(row, rel_error=checker.check(made, gradients, limit))
     except CheckFailed as failure:
         return (replace(row, rel_error=failure.error, status=f"check failed: {failure}"),)
     except Exception as error:  # whatever an implementation raises is its row's status
         return (replace(row, status=_words(error)),)
-    return tuple(_timed(row, problem, made, mode, seconds, device, ceilings, case.shape == LAUNCH))
+    return tuple(_timed(row, problem, made, mode, place, small))
 
 
-def _timed(
-    row: Row,
-    problem: Problem,
-    made: Run,
-    mode: str,
-    seconds: float,
-    device: torch.device,
-    ceilings: Ceilings,
-    small: bool,
-) -> Iterator[Row]:
+def _timed(row: Row, problem: Problem, made: Run, mode: str, place: Place, small: bool) -> Iterator[Row]:
     work = problem.work.get(mode)
     if work is not None:
         row = replace(row, bytes=work.bytes, flops=work.flops)
-    for timer in timers(device, small, made.capturable):
+    for timer in timers(place.device, small, made.capturable):
         try:
-            call = call_of(made, mode, problem.dtype)
-            timing = measure(call, timer, seconds)
-            light = speed_of_light(work, timing.ms, ceilings, row.dtype) if work is not None else None
-            yield replace(
-                row,
-                timer=timer,
-                ms=timing.ms,
-                ms_p20=timing.ms_p20,
-                ms_p80=timing.ms_p80,
-                peak_bytes=peak_bytes(call, made.own_bytes, device),
-                speed_of_light=light,
-            )
+            if timer == LOOP and mode == ALONE and made.without_graphs is not None:
+                raise Unavailable("its CUDA graphs hold one forward pass at a time")
+            timing = measure(call_of(made, mode, problem.dtype, keep=timer == GRAPH), timer, place.seconds)
         except Exception as error:  # as above
             yield replace(row, timer=timer, status=_words(error))
+            continue
+        light = speed_of_light(work, timing.ms, place.ceilings, row.dtype) if work is not None else None
+        timed = replace(
+            row,
+            timer=timer,
+            ms=timing.ms,
+            ms_p20=timing.ms_p20,
+            ms_p80=timing.ms_p80,
+            speed_of_light=light,
+        )
+        yield _with_peak(timed, made, mode, problem.dtype) if place.device.type == "cuda" else timed
+
+
+def _with_peak(row: Row, made: Run, mode: str, dtype: torch.dtype) -> Row:
+    try:
+        plain = made if made.without_graphs is None else made.without_graphs()
+        return replace(row, peak_bytes=peak_bytes(call_of(plain, mode, dtype), plain.own_bytes))
+    except Exception as error:  # the times are known and stay
+        return replace(row, status=f"peak memory: {_words(error)}")
 
 
 def _row(case: Case, dtype: str, mode: str, name: str, status: str | None = None) -> Row:
@@ -187,10 +246,18 @@ def _words(error: Exception) -> str:
 
 
 def _forget(device: torch.device) -> None:
-    """Give memory back, so that the next one starts with what this one did."""
+    """Give memory back, so that the next one starts with what this one did.
+
+    Raises:
+        DeviceLost: if an error, such as an illegal address, has ended all work of this process on the GPU.
+    """
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            raise DeviceLost(_words(error)) from error
 
 
 def known_shapes() -> Sequence[str]:

@@ -24,7 +24,7 @@ class Map:
         width: likewise.
         picture: (height, width) of the pictures.
         classes: of semantic segmentation.
-        task_names: the data set's tasks, one map each.
+        task_names: the data set's tasks, names of :data:`degmix.tasks.TASKS`, one map each.
     """
 
     name: str
@@ -49,9 +49,7 @@ class Map:
 
 _INDOOR = ("semseg", "depth", "normals", "edge")
 NYUD = Map("nyud", 8, 256, 107, 140, (425, 560), 40, _INDOOR)
-PASCAL = Map(
-    "pascal", 8, 256, 128, 128, (512, 512), 21, ("semseg", "human_parts", "saliency", "normals", "edge")
-)
+PASCAL = Map("pascal", 8, 256, 128, 128, (512, 512), 21, ("semseg", "human_parts", "sal", "normals", "edge"))
 CITYSCAPES = Map("cityscapes", 8, 256, 128, 256, (512, 1024), 19, ("semseg", "depth"))
 DATA_SETS = (NYUD, PASCAL, CITYSCAPES)
 QUICK_MAP = Map(QUICK, 2, 16, 12, 10, (48, 40), 5, _INDOOR)

@@ -140,6 +140,5 @@ def _machine(machine: Machine) -> str:
         "clocks": machine.clocks,
     }
     parts += [f"{name} {value}" for name, value in named.items() if value is not None]
-    if machine.commit is not None:
-        parts.append(f"commit {machine.commit[:10]}{', with changes' if machine.dirty else ''}")
+    parts.append(f"commit {machine.commit[:10]}{', with changes' if machine.dirty else ''}")
     return ", ".join(parts)

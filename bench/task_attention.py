@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,6 +15,9 @@ from degmix_kernels.contract import Sample
 from degmix_kernels.registry import find
 
 FAMILY = "task_attention"
+
+# Backends of SDPA put batch, heads or both on an axis of the grid that ends at 65 535.
+CHUNK = 2**14
 
 
 def _sample(shape: Map) -> Callable[[Draw], Sample]:
@@ -27,12 +31,13 @@ def _sample(shape: Map) -> Callable[[Draw], Sample]:
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """With the pixels on the batch axis: what PyTorch offers for many small problems."""
+    """With the pixels on the batch axis, in chunks: what PyTorch offers for many small problems."""
 
     def split(tokens: Tensor) -> Tensor:  # (B, T, N, heads·D) → (B·N, heads, T, D)
         return tokens.unflatten(3, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
 
-    attended = functional.scaled_dot_product_attention(split(query), split(key), split(value))
+    chunks = zip(*(split(tokens).split(CHUNK) for tokens in (query, key, value)), strict=True)
+    attended = torch.cat([functional.scaled_dot_product_attention(*chunk) for chunk in chunks])
     return attended.unflatten(0, (query.shape[0], -1)).permute(0, 3, 1, 2, 4).flatten(3)
 
 

@@ -19,8 +19,10 @@ class Sample:
 
     Attributes:
         arguments: argument name → value; the op is called as ``function(**arguments)``.
-        reduction: length of the longest sum behind one element of the output or of any gradient;
-            the tolerance of :func:`degmix_kernels.testing.tolerance` follows from it.
+        reduction: length of the longest sum behind one element of the output or of any gradient; the
+            tolerance of :func:`degmix_kernels.testing.tolerance` follows from it. Where sums follow upon
+            sums, their lengths are added, as the variances of independent rounding errors are: a product of
+            lengths would let wrong results pass.
     """
 
     arguments: dict[str, Any]

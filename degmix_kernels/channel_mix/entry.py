@@ -50,8 +50,8 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
             "residual": draw(shape[0], out, *shape[2:]) if residual else None,
         }
         elements = shape[0] * (shape[2] * shape[3] if len(shape) == 4 else 1)
-        # Sums of sums: over pixels of the statistics, over channels of the product, over outputs backward.
-        samples.append(Sample(arguments, max(elements, 1) * shape[1] * out))
+        # In succession: over channels in and, backward, channels out; over pixels of the statistics.
+        samples.append(Sample(arguments, shape[1] + out + elements))
     return samples
 
 

@@ -44,8 +44,8 @@ def _unit_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gen
             "bias": draw(size),
             "mode": mode,
         }
-        # Sums of sums: of the gate's product, of the LayerNorm, of the parameter gradients.
-        samples.append(Sample(arguments, size * channels * max(batch * tokens, 1)))
+        # In succession: of the LayerNorm, of the gate's product, over tokens of the parameters' gradients.
+        samples.append(Sample(arguments, channels + size + batch * tokens))
     return samples
 
 
@@ -69,8 +69,8 @@ def _mlp_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gene
             "mode": mode,
             "recompute": tokens == 7,
         }
-        # Sums of sums: fc1, gate and fc2, and of the parameter gradients.
-        samples.append(Sample(arguments, channels * size * hidden * max(batch * tokens, 1)))
+        # In succession: of a LayerNorm and fc1, of another and the gate, of fc2; over tokens of gradients.
+        samples.append(Sample(arguments, 2 * channels + size + 2 * hidden + batch * tokens))
     return samples
 
 

@@ -46,8 +46,8 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
             "residual": draw(*result) if residual else None,
         }
         pixels = arguments["x"].numel() // channels
-        # Sums of sums: of the product, of the LayerNorm, over pixels of the parameters' gradients.
-        samples.append(Sample(arguments, max(pixels, 1) * channels * out))
+        # In succession: of the product, of the LayerNorm, over pixels of the parameters' gradients.
+        samples.append(Sample(arguments, channels + out + pixels))
     return samples
 
 

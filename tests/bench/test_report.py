@@ -67,7 +67,7 @@ def put(checkout: Path, results: Results, name: str = "2030-01-02-0123456789.jso
 def test_without_results_one_sentence_says_so(checkout, capsys):
     assert report.main(["--check"]) == 1
     assert report.main([]) == 0
-    assert "no result file of a GPU under bench/results" in capsys.readouterr().out
+    assert "no complete result file of a GPU under bench/results" in capsys.readouterr().out
     text = (checkout / "README.md").read_text("utf-8")
     assert text == f"above\n{report.BEGIN}\n{report.NO_RESULT}\n{report.END}\nbelow\n"
     assert report.main(["--check"]) == 0
@@ -75,14 +75,20 @@ def test_without_results_one_sentence_says_so(checkout, capsys):
 
 
 def test_times_of_a_cpu_are_no_result(checkout):
-    put(checkout, Results(replace(MACHINE, gpu=None), CEILINGS, ROWS))
+    put(checkout, Results(replace(MACHINE, gpu=None), CEILINGS, ROWS, complete=True))
+    assert report.main([]) == 0
+    assert report.NO_RESULT in (checkout / "README.md").read_text("utf-8")
+
+
+def test_an_incomplete_file_is_no_result(checkout):
+    put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=False), "2031-01-01-0123456789.json")
     assert report.main([]) == 0
     assert report.NO_RESULT in (checkout / "README.md").read_text("utf-8")
 
 
 def test_the_newest_result_becomes_tables_and_pictures(checkout):
-    put(checkout, Results(MACHINE, CEILINGS, ()), "2029-12-31-fedcba9876.json")
-    put(checkout, Results(MACHINE, CEILINGS, ROWS))
+    put(checkout, Results(MACHINE, CEILINGS, (), complete=True), "2029-12-31-fedcba9876.json")
+    put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=True))
     assert report.main([]) == 0
     text = (checkout / "README.md").read_text("utf-8")
     assert text.startswith("above\n")
@@ -104,7 +110,7 @@ def test_the_newest_result_becomes_tables_and_pictures(checkout):
 
 
 def test_check_sees_a_typed_number(checkout, capsys):
-    put(checkout, Results(MACHINE, CEILINGS, ROWS))
+    put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=True))
     report.main([])
     assert report.main(["--check"]) == 0
     readme = checkout / "README.md"
@@ -115,9 +121,9 @@ def test_check_sees_a_typed_number(checkout, capsys):
 
 
 def test_pictures_without_rows_are_removed(checkout):
-    put(checkout, Results(MACHINE, CEILINGS, ROWS))
+    put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=True))
     report.main([])
-    put(checkout, Results(MACHINE, Ceilings(None, {}), ROWS[:2]), "2031-01-01-0123456789.json")
+    put(checkout, Results(MACHINE, Ceilings(None, {}), ROWS[:2], complete=True), "2031-01-01-0123456789.json")
     report.main([])
     assert [path.name for path in (checkout / "docs" / "benchmark").iterdir()] == ["speed-up.png"]
     assert "roofline" not in (checkout / "README.md").read_text("utf-8")
@@ -125,7 +131,7 @@ def test_pictures_without_rows_are_removed(checkout):
 
 def test_a_file_of_a_users_own_is_reported_beside_it(checkout, tmp_path):
     path = tmp_path / "own" / "mine.json"
-    write(Results(replace(MACHINE, gpu=None, dirty=True), CEILINGS, ROWS), path)
+    write(Results(replace(MACHINE, gpu=None, dirty=True), CEILINGS, ROWS, complete=True), path)
     before = report.README.read_text("utf-8")
     assert report.main([str(path)]) == 0
     text = path.with_suffix(".md").read_text("utf-8")

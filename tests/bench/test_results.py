@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench import results
-from bench.results import OURS, Ceilings, Machine, Results, Row, newest, read, write
+from bench.results import OURS, UNKNOWN, Ceilings, Machine, Results, Row, merge, newest, read, unused, write
 from bench.tables import comparison_table, failures, op_tables
 
 MACHINE = Machine(None, "a CPU", None, None, "2.11", "3.6", "3.12", None, "c" * 40, False)
@@ -92,3 +93,47 @@ def test_tables_show_ratios_and_reasons() -> None:
     assert failures([ROW, slow, absent]) == ["op: other: not available: needs a GPU (1×)"]
     earlier = Results(MACHINE, MEASURED.ceilings, (Row(*ROW.case, OURS, "cpu clock", ms=3.0),))
     assert list(comparison_table(MEASURED, earlier, "then").columns[-1].cells) == ["1.50×"]
+
+
+def test_runs_of_one_commit_are_merged() -> None:
+    again, other = replace(ROW, ms=9.0), replace(ROW, impl="eager")
+    clocks = replace(MACHINE, clocks="1980 MHz")
+    now = Results(clocks, Ceilings(2e9, {"bf16": 2e12, "fp32": 3e12}), (again, other), complete=True)
+    merged = merge(MEASURED, now)
+    assert merged.rows == (ROW, other)
+    assert merged.ceilings == Ceilings(1e9, {"bf16": 1e12, "fp32": 3e12})
+    assert merged.keys == {("op", "nyud", "bf16", "fwd", OURS), ("op", "nyud", "bf16", "fwd", "eager")}
+    assert not merged.complete
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "message"),
+    [
+        ({}, {"commit": "d" * 40}, "commit was c"),
+        ({}, {"torch": "2.15"}, "torch was 2.11 and is 2.15 now"),
+        ({}, {"gpu": "a GPU"}, "gpu was None"),
+        ({"dirty": True}, {"dirty": True}, "a known commit without changes"),
+        ({"commit": UNKNOWN}, {"commit": UNKNOWN}, "a known commit without changes"),
+    ],
+)
+def test_other_runs_are_not_merged(then: dict, now: dict, message: str) -> None:
+    before = replace(MEASURED, machine=replace(MACHINE, **then))
+    with pytest.raises(ValueError, match=message):
+        merge(before, replace(MEASURED, machine=replace(MACHINE, **now)))
+
+
+def test_no_file_takes_the_place_of_another(tmp_path: Path) -> None:
+    path = tmp_path / "2026-01-02T030405-abc.json"
+    for name in (path.name, "2026-01-02T030405-abc-2.json", "2026-01-02T030405-abc-3.json"):
+        assert unused(path).name == name
+        write(MEASURED, unused(path))
+
+
+def test_files_of_earlier_revisions_are_incomplete(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    write(replace(MEASURED, complete=True), path)
+    assert read(path).complete
+    data = json.loads(path.read_text())
+    del data["complete"]
+    path.write_text(json.dumps(data))
+    assert not read(path).complete

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import __main__ as program
-from bench import compare
-from bench.cases import EAGER, Baseline, Case, Draw, Problem, op_case
+from bench import compare, machine, program
+from bench import run as loop
+from bench.cases import COMPILED, EAGER, Baseline, Case, Draw, Problem, op_case
+from bench.machine import read_machine
 from bench.results import OK, OURS, Ceilings, Row, read
-from bench.run import CASES, FAMILIES, Selection, run
+from bench.run import CASES, FAMILIES, DeviceLost, Selection, run
+from bench.run import _forget as forget
 from degmix_kernels import registry
 from degmix_kernels.contract import Op, Sample
 from degmix_kernels.registry import find
@@ -166,6 +170,103 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert "then / now" in again.stdout
 
 
+def test_a_file_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A known commit without changes, whatever the state of this checkout."""
+    file = tmp_path / "results.json"
+    here = replace(read_machine(CPU), commit="c" * 40, dirty=False)
+    monkeypatch.setattr(program, "read_machine", lambda device: here)
+    options = ["--quick", "--op", "batch_norm", "--baseline", "none", "--resume", str(file)]
+    assert program.main([*options, "--mode", "fwd"]) == 0
+    (first,) = read(file).rows
+    assert not read(file).complete
+    assert program.main([*options, "--mode", "fwd", "bwd"]) == 0
+    assert [row.mode for row in read(file).rows] == ["fwd", "bwd"]
+    assert read(file).rows[0] == first
+    monkeypatch.setattr(program, "read_machine", lambda device: replace(here, commit="d" * 40))
+    assert program.main(options) == program.USER_ERROR
+    assert f"--resume {file}: commit was {'c' * 40}" in capsys.readouterr().err
+    assert program.main([*options, "--json", str(file)]) == program.USER_ERROR
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), program.INTERRUPTED, "Interrupted: 3 measurements are left"),
+        (DeviceLost("illegal address"), program.FAILURE, "The GPU answers no more (illegal address): 3 mea"),
+    ],
+)
+def test_a_run_that_ends_early_keeps_what_it_has(
+    error: BaseException,
+    code: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One row of ours, which failed, and then the end."""
+
+    def ending(selection: Selection, *others: object) -> Iterator[tuple[Row, ...]]:
+        *rest, impl = min(selection.keys())
+        yield (Row(*rest, impl, status="failed: made up"),)
+        raise error
+
+    monkeypatch.setattr(program, "run", ending)
+    file = tmp_path / "results.json"
+    options = ["--quick", "--op", "batch_norm", "--baseline", EAGER, "--json", str(file)]
+    assert program.main(options) == code
+    assert words in capsys.readouterr().out
+    assert len(read(file).rows) == 1
+    assert not read(file).complete
+
+
+def test_a_gpu_that_answers_no_more_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        forget(torch.device("cuda"))
+
+
+def test_quick_on_a_gpu_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    case = op_case("test", find("batch_norm"), "tiny", sample)
+    selection = Selection((case,), ("fwd",), ("fp32",), (COMPILED,), 0, quick=True)
+    rows = [row for more in run(selection, torch.device("cuda"), Ceilings(None, {}), str) for row in more]
+    assert [row.status for row in of(rows, COMPILED)] == ["not available: left out by --quick"]
+
+
+def test_an_interrupt_before_measuring_is_one_sentence() -> None:
+    command = [sys.executable, "-m", "bench", "--quick", "--op", "model"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as run:
+        time.sleep(1)
+        run.send_signal(signal.SIGINT)
+        _, err = run.communicate()
+    assert run.returncode == program.INTERRUPTED
+    assert "Traceback" not in err
+
+
+def test_the_commit_can_be_said_where_git_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "REPOSITORY", tmp_path)
+    monkeypatch.delenv(machine.COMMIT_VARIABLE, raising=False)
+    assert (read_machine(CPU).commit, read_machine(CPU).dirty) == ("unknown", None)
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "c" * 40)
+    assert read_machine(CPU).commit == "c" * 40
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.example"]
+    (tmp_path / "code.py").write_text("")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / "notes.txt").write_text("")
+    assert len(read_machine(CPU).commit) == 40
+    assert read_machine(CPU).dirty is False
+    (tmp_path / "new.py").write_text("")
+    assert read_machine(CPU).dirty is True
+
+
 def test_another_revision_is_measured_in_its_own_tree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,7 +277,7 @@ def test_another_revision_is_measured_in_its_own_tree(
         "shutil.copy(pathlib.Path.cwd() / 'kept.json', sys.argv[sys.argv.index('--json') + 1])\n"
     )
     machine = {"gpu": None, "cpu": None, "driver": None, "cuda": None, "torch": "1", "triton": None}
-    machine |= {"python": "3", "clocks": None, "commit": None, "dirty": None}
+    machine |= {"python": "3", "clocks": None, "commit": "unknown", "dirty": None}
     (tmp_path / "kept.json").write_text(
         str({"machine": machine, "ceilings": {"copy": None, "matrix": {}}, "rows": []})
         .replace("'", '"')
@@ -194,3 +295,23 @@ def test_another_revision_is_measured_in_its_own_tree(
         subprocess.run([*git, *command], check=True)
     with pytest.raises(compare.CompareError, match="has no benchmark yet"):
         compare.earlier_results("HEAD", [])
+
+
+def test_memory_of_a_run_with_graphs_is_that_of_its_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are made once for all modes; where the twin fails, the times stay."""
+    made: list[str] = []
+
+    def loading(name: str) -> Callable[[torch.device], Callable[..., Tensor]]:
+        return lambda device: made.append(name) or find("batch_norm").reference
+
+    twin = Baseline("compiled", loading("graphs"), load_without_graphs=loading("plain"))
+    problem = op_case("test", find("batch_norm"), "tiny", sample, (twin,)).prepare(CPU, torch.float32)
+    run_of = problem.runs["compiled"]()
+    row = Row("batch_norm", "tiny", "fp32", "fwd", "compiled", ms=1.0)
+    monkeypatch.setattr(loop, "peak_bytes", lambda call, own_bytes: own_bytes)
+    for mode in ("fwd", "fwdbwd"):
+        assert loop._with_peak(row, run_of, mode, torch.float32).peak_bytes == run_of.own_bytes
+    assert made == ["graphs", "plain"]
+    failing = loop._with_peak(row, replace(run_of, without_graphs=lambda: 1 / 0), "fwd", torch.float32)
+    assert failing.ms == 1.0
+    assert failing.status == "peak memory: failed: ZeroDivisionError: division by zero"

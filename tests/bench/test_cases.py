@@ -1,0 +1,92 @@
+"""Every case at its real shape, on tensors without data: what a GPU would meet in its first second."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import cases, model, task_attention
+from bench.cases import COMPILED, DTYPES, MODES, Case
+from bench.run import CASES, Selection, is_quick
+from bench.shapes import MAPS
+from degmix.tasks import TASKS
+from degmix_kernels.registry import find
+
+META = torch.device("meta")
+NOTICED = 1e-3  # relative error that a check in fp32 has to see; 1 % and everything above with it
+
+
+class DrawMeta:
+    """:class:`bench.cases.Draw` of shapes and dtypes alone."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=META)
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "Draw", DrawMeta)
+    monkeypatch.setattr(model, "Draw", DrawMeta)
+
+
+every_case = pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case.op} {case.shape} {[*case.modes]}"
+)
+
+
+@every_case
+def test_every_case_can_be_prepared(case: Case) -> None:
+    for dtype in case.dtypes:
+        problem = case.prepare(META, DTYPES[dtype])
+        assert tuple(problem.runs) == case.implementations
+        for mode, work in problem.work.items():
+            assert mode in case.modes
+            assert work.bytes > 0
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.images is None], ids=lambda case: case.shape)
+def test_the_check_of_every_op_sees_a_small_error(case: Case) -> None:
+    assert case.prepare(META, torch.float32).limit(None, True) < NOTICED
+
+
+@pytest.mark.parametrize("shape", MAPS, ids=lambda shape: shape.name)
+def test_tasks_are_those_of_the_model(shape) -> None:
+    assert set(shape.task_names) <= TASKS.keys()
+
+
+def test_sdpa_in_chunks_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_attention, "CHUNK", 7)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, 3, 11, 8, generator=generator, dtype=torch.float64)
+    expected = find("task_attention").reference(query, key, value, 2)
+    torch.testing.assert_close(task_attention._sdpa(query, key, value, 2), expected)
+
+
+def test_what_matters_most_is_measured_first() -> None:
+    real = tuple(case for case in CASES if not is_quick(case))
+    order = [
+        (case, dtype, names, {mode for modes in names.values() for mode in modes})
+        for case, dtype, names in Selection(real, MODES, ("fp32", "bf16"), None, 0).rounds()
+    ]
+    assert [(case.shape, dtype) for case, dtype, *_ in order[:4]] == [
+        *[("nyud b1", "bf16")] * 2,
+        *[("nyud b8", "bf16")] * 2,
+    ]
+    leading = next(place for place, (case, *_) in enumerate(order) if case.shape == "pascal b1")
+    assert {case.op for case, *_ in order[:leading]} == {case.op for case in CASES}
+    with_compiled = {case.op for case, _, names, _ in order[:leading] if COMPILED in names}
+    assert with_compiled == {case.op for case in CASES}
+    fp32 = next(place for place, (_, dtype, *_) in enumerate(order) if dtype == "fp32")
+    assert {dtype for _, dtype, *_ in order[:fp32]} == {"bf16"}
+    alone = next(place for place, (*_, modes) in enumerate(order) if "bwd" in modes)
+    assert all(modes == {"bwd"} for *_, modes in order[alone:])
+    everything = Selection(real, MODES, ("fp32", "bf16"), None, 0)
+    rest = replace(everything, done=frozenset(list(everything.keys())[:100]))
+    assert len(rest) == len(everything) - 100
+    assert not rest.keys() & rest.done
