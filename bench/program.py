@@ -191,7 +191,7 @@ def benchmark(options: argparse.Namespace, console: Console) -> int:
     console.print(f"Results: {kept}", soft_wrap=True, highlight=False)
     if ending is not None:
         left = len(replace(selection, done=measured.keys))
-        again = "" if file is None else f"; --resume {file} measures the rest"
+        again = "" if file is None or options.quick else f"; --resume {file} measures the rest"
         console.print(f"{ending}: {left} measurements are left{again}.", soft_wrap=True, highlight=False)
     if ending == STOPPED:
         return INTERRUPTED
