@@ -172,11 +172,15 @@ def benchmark(options: argparse.Namespace, console: Console) -> int:
         earlier = earlier_results(options.compare, _again(options))
     ceilings = measure_ceilings(device, selection.dtypes)
     with at_work(device):
-        measured = Results(read_machine(device), ceilings, ())
+        measured = Results(read_machine(device), ceilings, (), quick=options.quick)
     if before is not None:
         measured = _continued(before, measured, options.resume)
         selection = replace(selection, done=measured.keys)
-    file = options.json or options.resume or _progress_file(measured, whole <= selection.keys())
+    file = (
+        options.json
+        or options.resume
+        or _progress_file(measured, whole <= selection.keys() and not options.quick)
+    )
     for line in tables.machine_lines(measured):
         console.print(line, soft_wrap=True, highlight=False)
     measured, ending = _measure(measured, selection, whole, device, file, console)
@@ -187,7 +191,7 @@ def benchmark(options: argparse.Namespace, console: Console) -> int:
     console.print(f"Results: {kept}", soft_wrap=True, highlight=False)
     if ending is not None:
         left = len(replace(selection, done=measured.keys))
-        again = "" if file is None else f"; --resume {file} measures the rest"
+        again = "" if file is None or options.quick else f"; --resume {file} measures the rest"
         console.print(f"{ending}: {left} measurements are left{again}.", soft_wrap=True, highlight=False)
     if ending == STOPPED:
         return INTERRUPTED
@@ -216,7 +220,7 @@ def _measure(
         try:
             for more in run(selection, device, measured.ceilings, begin):
                 measured = replace(measured, rows=measured.rows + more)
-                measured = replace(measured, complete=whole <= measured.keys)
+                measured = replace(measured, complete=whole <= measured.keys and not measured.quick)
                 if file is not None:
                     results.write(measured, file)
             advance(done, "")
@@ -233,6 +237,8 @@ def _resumed(options: argparse.Namespace) -> Results | None:
         return None
     if options.json is not None:
         raise UsageError("--json, --resume: expected one of them: a file that is continued is written itself")
+    if options.quick:
+        raise UsageError("--resume: expected no --quick: what it measures is no part of another run")
     return results.read(options.resume) if options.resume.exists() else None
 
 

@@ -127,12 +127,14 @@ class Results:
         ceilings: what the device reached.
         rows: what was measured.
         complete: whether all that a run without options measures is in it; a report takes no other file.
+        quick: whether it was made by ``--quick``, with few repetitions: no part of a complete one.
     """
 
     machine: Machine
     ceilings: Ceilings
     rows: tuple[Row, ...]
     complete: bool = False
+    quick: bool = False
 
     @property
     def keys(self) -> frozenset[Key]:
@@ -150,6 +152,8 @@ def merge(before: Results, now: Results) -> Results:
         then, here = getattr(before.machine, part.name), getattr(now.machine, part.name)
         if part.name != "clocks" and then != here:
             raise ValueError(f"{part.name} was {then} and is {here} now, so it cannot be continued")
+    if before.quick or now.quick:
+        raise ValueError("what --quick measured is no part of another run")
     if now.machine.commit == UNKNOWN or now.machine.dirty:
         raise ValueError(
             "only what a known commit without changes measured can be continued; "
@@ -192,10 +196,12 @@ def read(path: Path) -> Results:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if isinstance(data, dict):
-        data.setdefault("complete", False)  # earlier revisions, which can be compared with, did not say
+        for name in ("complete", "quick"):  # earlier revisions, which can be compared with, did not say
+            data.setdefault(name, False)
     _check_keys(data, {field.name for field in fields(Results)}, str(path))
-    if not isinstance(data["complete"], bool):
-        raise ValueError(f"{path}: complete: expected bool, got {data['complete']!r}")
+    for name in ("complete", "quick"):
+        if not isinstance(data[name], bool):
+            raise ValueError(f"{path}: {name}: expected bool, got {data[name]!r}")
     if not isinstance(data["rows"], list):
         raise ValueError(f"{path}: rows: expected a list, got {type(data['rows']).__name__}")
     return Results(
@@ -203,6 +209,7 @@ def read(path: Path) -> Results:
         ceilings=_record(Ceilings, data["ceilings"], f"{path}: ceilings"),
         rows=tuple(_record(Row, row, f"{path}: rows[{index}]") for index, row in enumerate(data["rows"])),
         complete=data["complete"],
+        quick=data["quick"],
     )
 
 

@@ -118,6 +118,8 @@ def test_runs_of_one_commit_are_merged() -> None:
 )
 def test_other_runs_are_not_merged(then: dict, now: dict, message: str) -> None:
     before = replace(MEASURED, machine=replace(MACHINE, **then))
+    with pytest.raises(ValueError, match="what --quick measured"):
+        merge(MEASURED, replace(MEASURED, quick=True))
     with pytest.raises(ValueError, match=message):
         merge(before, replace(MEASURED, machine=replace(MACHINE, **now)))
 

@@ -21,6 +21,7 @@ from bench.machine import read_machine
 from bench.results import OK, OURS, Ceilings, Row, read
 from bench.run import CASES, FAMILIES, DeviceLost, Selection, run
 from bench.run import _forget as forget
+from bench.shapes import QUICK
 from degmix_kernels import registry
 from degmix_kernels.contract import Op, Sample
 from degmix_kernels.registry import find
@@ -177,17 +178,20 @@ def test_a_file_is_continued(
     file = tmp_path / "results.json"
     here = replace(read_machine(CPU), commit="c" * 40, dirty=False)
     monkeypatch.setattr(program, "read_machine", lambda device: here)
-    options = ["--quick", "--op", "batch_norm", "--baseline", "none", "--resume", str(file)]
+    options = ["--op", "batch_norm", "--shapes", QUICK, "--baseline", "none", "--resume", str(file)]
     assert program.main([*options, "--mode", "fwd"]) == 0
     (first,) = read(file).rows
     assert not read(file).complete
     assert program.main([*options, "--mode", "fwd", "bwd"]) == 0
     assert [row.mode for row in read(file).rows] == ["fwd", "bwd"]
     assert read(file).rows[0] == first
+    assert program.main([*options, "--mode", "fwd"]) == 0  # with nothing left to do
+    assert len(read(file).rows) == 2
     monkeypatch.setattr(program, "read_machine", lambda device: replace(here, commit="d" * 40))
     assert program.main(options) == program.USER_ERROR
     assert f"--resume {file}: commit was {'c' * 40}" in capsys.readouterr().err
-    assert program.main([*options, "--json", str(file)]) == program.USER_ERROR
+    for other in (["--json", str(file)], ["--quick"]):
+        assert program.main([*options, *other]) == program.USER_ERROR
 
 
 @pytest.mark.parametrize(
