@@ -25,7 +25,8 @@ mkdir -p "$folder" || exit 2
 folder=$(cd "$folder" && pwd)
 results=$folder/results.json
 if [ -z "${RESUME:-}" ]; then
-    rm -f "$results"
+    # What an earlier check left is kept under another name.
+    [ ! -f "$results" ] || mv --backup=numbered "$results" "$folder/earlier.json" || exit 2
 elif ! [ "$RESUME" -ef "$results" ]; then
     cp "$RESUME" "$results" || exit 2
 fi
@@ -34,11 +35,12 @@ python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 unset TRITON_INTERPRET  # the real compiler
 
-if [ $quick = yes ]; then  # seconds: 20 + 80 + 30 + 100 = 230
-    test_budget=80 memcheck_budget=30 racecheck_budget=0 bench_budget=100
+# A stage may take 10 s more than its budget to end.
+if [ $quick = yes ]; then  # seconds: 20 + 80 + 35 + 95 = 230
+    test_budget=70 memcheck_budget=25 racecheck_budget=0 bench_budget=85
     tests=(tests/test_contract.py -k "values_and_gradients or deterministic")
 else                       # seconds: 20 + 180 + 45 + 45 + 240 = 530
-    test_budget=180 memcheck_budget=45 racecheck_budget=45 bench_budget=240
+    test_budget=170 memcheck_budget=35 racecheck_budget=35 bench_budget=230
     tests=(tests/test_contract.py tests/kernels)
 fi
 
@@ -49,8 +51,17 @@ note() {  # NAME OUTCOME
     echo "== $1: $2"
 }
 
-measured() {  # what the benchmark has left, in words
-    if [ -f "$results" ]; then echo "results.json has what was measured until then"; else echo "nothing was measured"; fi
+measured() {  # what the benchmark has left, in words; fails if that is nothing, or if one of our ops failed
+    if [ ! -f "$results" ]; then echo "nothing was measured"; return 1; fi
+    "$python" - "$results" <<'END'
+import sys
+from pathlib import Path
+from bench.results import OURS, read
+rows = read(Path(sys.argv[1])).rows
+failed = sum(row.impl == OURS and row.ms is None for row in rows)
+print(f"results.json has {len(rows)} rows; {failed} of ours failed")
+sys.exit(failed > 0 or not rows)
+END
 }
 
 stage() {  # NAME BUDGET COMMAND…: runs the command, its output in NAME.log as well
@@ -65,7 +76,9 @@ stage() {  # NAME BUDGET COMMAND…: runs the command, its output in NAME.log as
     if [ $code -eq 0 ]; then
         note "$name" "ok ($took s)"
     elif [ $took -ge "$budget" ] && [ "$name" = bench ] && [[ $code =~ ^13[07]$ ]]; then
-        note "$name" "stopped when its $budget s were over; $(measured)"
+        local left
+        left=$(measured) || failed=yes
+        note "$name" "stopped when its $budget s were over; $left"
     elif [ $took -ge "$budget" ]; then
         failed=yes
         note "$name" "FAILED: not done within $budget s"
@@ -82,6 +95,9 @@ echo "GPU: ${gpu:-none}"
 command -v nvidia-smi >/dev/null && nvidia-smi >"$folder/nvidia-smi.txt" 2>&1
 
 has() { "$python" -c "import $1" 2>/dev/null; }
+if [ -z "${BENCH_COMMIT:-}" ] && ! git rev-parse HEAD >/dev/null 2>&1; then
+    note commit "unknown: without .git, BENCH_COMMIT has to say it; the benchmark cannot be continued"
+fi
 for package in fvcore deformops hypothesis xdist pytest_timeout pytest_benchmark; do
     has $package || note "$package" "not installed; what needs it is left out"
 done
@@ -104,6 +120,9 @@ sanitize() {  # TOOL BUDGET
         note "$1" "not run: no GPU"
     elif [ -z "$sanitizer" ]; then
         note "$1" "not run: compute-sanitizer is not installed"
+    elif ! timeout -k 5 20 "$sanitizer" --error-exitcode 9 "$python" -c 'import torch; torch.ones(1, device="cuda")' \
+        >"$folder/$1.log" 2>&1; then
+        note "$1" "not run: compute-sanitizer does not work on this machine, see $1.log"
     else
         # Without PyTorch's cache every tensor is an allocation of its own, so its ends are known.
         stage "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \

@@ -45,7 +45,10 @@ def _revision() -> tuple[str, bool | None]:
     # A copy without .git may lie in somebody else's repository.
     if top is None or commit is None or Path(top).resolve() != REPOSITORY:
         return os.environ.get(COMMIT_VARIABLE, UNKNOWN), None
-    lines = (_output(*git, "status", "--porcelain", "--untracked-files=all") or "").splitlines()
+    status = _output(*git, "status", "--porcelain", "--untracked-files=all")
+    if status is None:
+        return UNKNOWN, None
+    lines = status.splitlines()
     return commit, any(not line.startswith("??") or line.endswith((".py", '.py"')) for line in lines)
 
 

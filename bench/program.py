@@ -164,7 +164,8 @@ def benchmark(options: argparse.Namespace, console: Console) -> int:
     """Measure, show and write what the options ask for; the exit code as of :func:`main`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     selection = select(options, device)
-    whole = select(parser().parse_args([]), device).keys()
+    everything = select(parser().parse_args([]), device)
+    headline = everything.headline().keys()
     before = _resumed(options)
     earlier = None
     if options.compare is not None:
@@ -179,11 +180,11 @@ def benchmark(options: argparse.Namespace, console: Console) -> int:
     file = (
         options.json
         or options.resume
-        or _progress_file(measured, whole <= selection.keys() and not options.quick)
+        or _progress_file(measured, everything.keys() <= selection.keys() and not options.quick)
     )
     for line in tables.machine_lines(measured):
         console.print(line, soft_wrap=True, highlight=False)
-    measured, ending = _measure(measured, selection, whole, device, file, console)
+    measured, ending = _measure(measured, selection, headline, device, file, console)
     _show(console, measured, earlier, options.compare)
     if file is not None and options.json is None and options.resume is None and measured.complete:
         file = _publish(file)
@@ -191,7 +192,7 @@ def benchmark(options: argparse.Namespace, console: Console) -> int:
     console.print(f"Results: {kept}", soft_wrap=True, highlight=False)
     if ending is not None:
         left = len(replace(selection, done=measured.keys))
-        again = "" if file is None or options.quick else f"; --resume {file} measures the rest"
+        again = "" if file is None or options.quick else f"; {_hint(measured, file)}"
         console.print(f"{ending}: {left} measurements are left{again}.", soft_wrap=True, highlight=False)
     if ending == STOPPED:
         return INTERRUPTED
@@ -202,7 +203,7 @@ def benchmark(options: argparse.Namespace, console: Console) -> int:
 def _measure(
     measured: Results,
     selection: Selection,
-    whole: frozenset[Key],
+    headline: frozenset[Key],
     device: torch.device,
     file: Path | None,
     console: Console,
@@ -220,7 +221,7 @@ def _measure(
         try:
             for more in run(selection, device, measured.ceilings, begin):
                 measured = replace(measured, rows=measured.rows + more)
-                measured = replace(measured, complete=whole <= measured.keys and not measured.quick)
+                measured = replace(measured, complete=headline <= measured.keys and not measured.quick)
                 if file is not None:
                     results.write(measured, file)
             advance(done, "")
@@ -229,6 +230,15 @@ def _measure(
         except DeviceLost as error:
             ending = f"The GPU answers no more ({error})"
     return measured, ending
+
+
+def _hint(measured: Results, file: Path) -> str:
+    """How to measure the rest, or why that cannot be."""
+    try:
+        results.expect_continuable(measured.machine)
+    except ValueError as error:
+        return str(error)
+    return f"--resume {file} measures the rest"
 
 
 def _resumed(options: argparse.Namespace) -> Results | None:

@@ -11,13 +11,14 @@ import json
 import math
 import os
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 OURS = "ours"  # the implementation that all others are compared with
 OK = "ok"
 UNKNOWN = "unknown"  # commit, where there is neither git nor a word about it
+_AND = " and "
 
 Key = tuple[str, str, str, str, str]
 _Record = TypeVar("_Record")
@@ -123,10 +124,10 @@ class Results:
     """One run of the benchmark, or several that were continued.
 
     Attributes:
-        machine: where, the same for all of them.
+        machine: where; of several runs drivers and processors may differ, and are all named.
         ceilings: what the device reached.
         rows: what was measured.
-        complete: whether all that a run without options measures is in it; a report takes no other file.
+        complete: whether all that a report shows is in it (``Selection.headline``); it takes no other file.
         quick: whether it was made by ``--quick``, with few repetitions: no part of a complete one.
     """
 
@@ -146,23 +147,40 @@ def merge(before: Results, now: Results) -> Results:
     """A run and the one that continues it: the rows of both, and of what both measured the earlier.
 
     Raises:
-        ValueError: if they are not of the same machine, versions and commit, or nobody knows the commit.
+        ValueError: if they are not of the same GPU, versions and commit, or nobody knows the commit.
     """
-    for part in fields(Machine):
-        then, here = getattr(before.machine, part.name), getattr(now.machine, part.name)
-        if part.name != "clocks" and then != here:
-            raise ValueError(f"{part.name} was {then} and is {here} now, so it cannot be continued")
+    for name in ("gpu", "cuda", "torch", "triton", "commit", "dirty"):
+        then, here = getattr(before.machine, name), getattr(now.machine, name)
+        if then != here:
+            raise ValueError(f"{name} was {then} and is {here} now, so it cannot be continued")
     if before.quick or now.quick:
         raise ValueError("what --quick measured is no part of another run")
-    if now.machine.commit == UNKNOWN or now.machine.dirty:
+    expect_continuable(now.machine)
+    # Another machine of the same kind may have another driver or processor.
+    machine = replace(
+        before.machine,
+        driver=_both(before.machine.driver, now.machine.driver),
+        cpu=_both(before.machine.cpu, now.machine.cpu),
+    )
+    rows = before.rows + tuple(row for row in now.rows if row.key not in before.keys)
+    matrix = {**now.ceilings.matrix, **before.ceilings.matrix}
+    copy = now.ceilings.copy if before.ceilings.copy is None else before.ceilings.copy
+    return Results(machine, Ceilings(copy, matrix), rows, before.complete)
+
+
+def _both(then: str | None, now: str | None) -> str | None:
+    """All that there are, each named once."""
+    every = [*(then or "").split(_AND), now or ""]
+    return _AND.join(dict.fromkeys(filter(None, every))) or None
+
+
+def expect_continuable(machine: Machine) -> None:
+    """Raise ``ValueError`` if a run on this machine cannot be continued, as nobody knows what it measured."""
+    if machine.commit == UNKNOWN or machine.dirty:
         raise ValueError(
             "only what a known commit without changes measured can be continued; "
             "without git, BENCH_COMMIT says the commit"
         )
-    rows = before.rows + tuple(row for row in now.rows if row.key not in before.keys)
-    matrix = {**now.ceilings.matrix, **before.ceilings.matrix}
-    copy = now.ceilings.copy if before.ceilings.copy is None else before.ceilings.copy
-    return Results(before.machine, Ceilings(copy, matrix), rows, before.complete)
 
 
 def write(results: Results, path: Path) -> None:

@@ -26,7 +26,7 @@ from bench.ceilings import speed_of_light
 from bench.check import ANOTHER_FUNCTION, Checker, CheckFailed
 from bench.measure import GRAPH, LOOP, call_of, measure, peak_bytes, timers
 from bench.results import OURS, Ceilings, Key, Row
-from bench.shapes import LAUNCH, NYUD, QUICK
+from bench.shapes import LAUNCH, QUICK, is_leading
 
 # What matters most comes first: a run may be stopped when its time is up.
 FAMILIES = (
@@ -79,8 +79,8 @@ class Selection:
     def rounds(self) -> Iterator[tuple[Case, str, Wanted]]:
         """Every case in its dtypes, with what is left to measure of it, the most valuable first.
 
-        First bf16 at NYUD-v2's maps, then its other shapes, then other dtypes, then backward passes alone.
-        Compiled baselines, which take longest, are the last of each of these.
+        First bf16 at NYUD-v2's maps, then its other shapes, then other dtypes. Compiled baselines, which take
+        minutes, follow in the same order; backward passes alone come last.
         """
         leading = _leading(self.cases)
         together = [mode for mode in self.modes if mode != ALONE]
@@ -89,7 +89,7 @@ class Selection:
 
         def rank(each: tuple[list[str], str, Case, bool]) -> tuple[bool, ...]:
             modes, dtype, case, compiled = each
-            return modes is alone, dtype != FIRST_DTYPE, case not in leading, compiled
+            return modes is alone, compiled, dtype != FIRST_DTYPE, case not in leading
 
         for modes, dtype, case, compiled in sorted(every, key=rank):
             names = [name for name in self._implementations_of(case) if (name == COMPILED) == compiled]
@@ -97,6 +97,11 @@ class Selection:
             wanted = {name: left for name, left in wanted.items() if left}
             if wanted:
                 yield case, dtype, wanted
+
+    def headline(self) -> Selection:
+        """What a report shows: NYUD-v2's maps in the first dtype, without what has to be compiled."""
+        names = tuple(name for case in self.cases for name in case.implementations if name != COMPILED)
+        return replace(self, cases=tuple(_leading(self.cases)), dtypes=(FIRST_DTYPE,), baselines=names)
 
     def keys(self) -> frozenset[Key]:
         """Of the rows that are left to measure."""
@@ -129,7 +134,7 @@ class Selection:
 
 def _leading(cases: Sequence[Case]) -> list[Case]:
     """The cases at NYUD-v2's maps; of an op that has none, those at its first shape."""
-    leading = [case for case in cases if case.shape.startswith(NYUD.name)]
+    leading = [case for case in cases if is_leading(case.shape)]
     firsts = {case.op: case.shape for case in reversed(cases)}
     known = {case.op for case in leading}
     return leading + [case for case in cases if case.op not in known and case.shape == firsts[case.op]]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.results import OURS, Results, Row
+from bench.shapes import is_leading
 
 SHOWN_DTYPE = "bf16"  # of an op that was measured in several
 SHOWN_MODES = ("fwd", "fwdbwd")
@@ -28,7 +29,7 @@ class Comparison:
 
 
 def shown(results: Results) -> list[Comparison]:
-    """Of each op the calls at the shape that moves most bytes; all others are in the file alone."""
+    """Of each op the calls at NYUD-v2's maps, or at its first shape; all others are in the file alone."""
     calls = [
         call
         for call in _comparisons(results.rows)
@@ -38,10 +39,10 @@ def shown(results: Results) -> list[Comparison]:
     for op in dict.fromkeys(call.ours.op for call in calls):
         of_op = [call for call in calls if call.ours.op == op]
         candidates = [call for call in of_op if call.ours.dtype == SHOWN_DTYPE] or of_op
-        largest = max(candidates, key=_bytes).ours
-        place = (largest.shape, largest.dtype)
+        first = next((call for call in candidates if is_leading(call.ours.shape)), candidates[0]).ours
+        place = (first.shape, first.dtype)
         # Launches of small calls are timed twice, in two ways; a call that failed has no timer.
-        timers = (largest.timer, None)
+        timers = (first.timer, None)
         chosen += [
             call
             for call in candidates
@@ -66,8 +67,3 @@ def _comparisons(rows: Sequence[Row]) -> list[Comparison]:
 def _comparable(row: Row, ours: Row) -> bool:
     # A row without times stands among whatever was timed.
     return row.case == ours.case and (row.timer == ours.timer or None in (row.timer, ours.timer))
-
-
-def _bytes(call: Comparison) -> int:
-    # Ours may have failed, and then only the others say how large the call is.
-    return max(row.bytes or 0 for row in (call.ours, *call.others))

@@ -74,19 +74,22 @@ def test_what_matters_most_is_measured_first() -> None:
         (case, dtype, names, {mode for modes in names.values() for mode in modes})
         for case, dtype, names in Selection(real, MODES, ("fp32", "bf16"), None, 0).rounds()
     ]
-    assert [(case.shape, dtype) for case, dtype, *_ in order[:4]] == [
-        *[("nyud b1", "bf16")] * 2,
-        *[("nyud b8", "bf16")] * 2,
-    ]
-    leading = next(place for place, (case, *_) in enumerate(order) if case.shape == "pascal b1")
+    shapes = [(case.shape, dtype) for case, dtype, *_ in order]
+    assert shapes[:4] == [*[("nyud b1", "bf16")] * 2, *[("nyud b8", "bf16")] * 2]
+    leading = next(place for place, (shape, _) in enumerate(shapes) if shape == "pascal b1")
     assert {case.op for case, *_ in order[:leading]} == {case.op for case in CASES}
-    with_compiled = {case.op for case, _, names, _ in order[:leading] if COMPILED in names}
-    assert with_compiled == {case.op for case in CASES}
-    fp32 = next(place for place, (_, dtype, *_) in enumerate(order) if dtype == "fp32")
-    assert {dtype for _, dtype, *_ in order[:fp32]} == {"bf16"}
+    compiled = next(place for place, (_, _, names, _) in enumerate(order) if COMPILED in names)
+    assert compiled > leading
+    assert {dtype for _, dtype in shapes[:compiled]} == {"bf16", "fp32"}
+    assert [shape for shape, _ in shapes[compiled : compiled + 2]] == ["nyud b1"] * 2
     alone = next(place for place, (*_, modes) in enumerate(order) if "bwd" in modes)
     assert all(modes == {"bwd"} for *_, modes in order[alone:])
     everything = Selection(real, MODES, ("fp32", "bf16"), None, 0)
+    headline = everything.headline().keys()
+    assert headline < everything.keys()
+    assert {op for op, *_ in headline} == {case.op for case in CASES}
+    assert {dtype for _, _, dtype, *_ in headline} == {"bf16"}
+    assert COMPILED not in {name for *_, name in headline}
     rest = replace(everything, done=frozenset(list(everything.keys())[:100]))
     assert len(rest) == len(everything) - 100
     assert not rest.keys() & rest.done

@@ -104,6 +104,14 @@ def test_runs_of_one_commit_are_merged() -> None:
     assert merged.ceilings == Ceilings(1e9, {"bf16": 1e12, "fp32": 3e12})
     assert merged.keys == {("op", "nyud", "bf16", "fwd", OURS), ("op", "nyud", "bf16", "fwd", "eager")}
     assert not merged.complete
+    for then, now, both in (
+        ("1", "1", "1"),
+        ("1", "2", "1 and 2"),
+        ("1 and 2", "2", "1 and 2"),
+        (None, None, None),
+    ):
+        before = replace(MEASURED, machine=replace(MACHINE, driver=then))
+        assert merge(before, replace(MEASURED, machine=replace(MACHINE, driver=now))).machine.driver == both
 
 
 @pytest.mark.parametrize(
