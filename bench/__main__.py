@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 if __name__ == "__main__":
+    # A shell's background jobs ignore interrupts, which `timeout -s INT` has to reach nevertheless.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         from bench.program import main
 
