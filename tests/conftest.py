@@ -11,6 +11,7 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
+torch.backends.cudnn.allow_tf32 = False  # as matrix products have it: references in fp32 are to be exact
 if not HAS_GPU:  # before anything imports triton: the choice is made when a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -365,10 +365,11 @@ def test_saved_bytes(device):
     assert got == 2 * (queries + 2 * keys) + context
 
 
-def test_no_matrix_of_all_pairs():
+def test_no_matrix_of_all_pairs(device):
     """Memory at 65 536 tokens: forward and backward take a few times the inputs, not 65 536² scores."""
     query, key, value, gate = (
-        torch.empty(1, 65536, 2, 64, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for _ in range(4)
+        torch.empty(1, 65536, 2, 64, dtype=torch.bfloat16, device=device).transpose(1, 2).requires_grad_()
+        for _ in range(4)
     )
     with recorded_launches(execute=False), Allocations(query, key, value, gate) as memory:
         output = gated_attention(query, key, value, gate)

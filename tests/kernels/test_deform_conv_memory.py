@@ -34,9 +34,12 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("path", PATHS)
-def test_only_the_inputs_are_saved(path: str, layout: str, masked: bool, deterministic: bool) -> None:
+def test_only_the_inputs_are_saved(
+    path: str, layout: str, masked: bool, deterministic: bool, device: torch.device
+) -> None:
     call = replace(PATHS[path], masked=masked)
-    leaves = {name: laid_out(value, layout).requires_grad_() for name, value in call.tensors().items()}
+    tensors = {name: value.to(device) for name, value in call.tensors().items()}
+    leaves = {name: laid_out(value, layout).requires_grad_() for name, value in tensors.items()}
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -101,14 +104,16 @@ def allowance(call: Call, dtype: torch.dtype, deterministic: bool, layout: str) 
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", REALISTIC)
-def test_temporaries_are_small(name: str, dtype: str, layout: str, deterministic: bool) -> None:
+def test_temporaries_are_small(
+    name: str, dtype: str, layout: str, deterministic: bool, device: torch.device
+) -> None:
     """At most 5 % of the column buffer, or what one image needs; a failure names what was alive."""
     call, kind = REALISTIC[name], DTYPES[dtype]
     limit, whole = allowance(call, kind, deterministic, layout), call.columns * kind.itemsize
     peaks = {}
     torch.use_deterministic_algorithms(deterministic)
     try:
-        with FakeTensorMode(), forced_triton(), recorded_launches(execute=False) as launches:
+        with FakeTensorMode(), device, forced_triton(), recorded_launches(execute=False) as launches:
             shapes = call.shapes() | {"grad": (call.batch, call.out_channels, *call.out_size)}
             tensors = {key: laid_out(torch.empty(shape, dtype=kind), layout) for key, shape in shapes.items()}
             grad = tensors.pop("grad")
@@ -130,10 +135,10 @@ def test_temporaries_are_small(name: str, dtype: str, layout: str, deterministic
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_every_share_of_the_weight_gradient_has_pixels(path: str) -> None:
+def test_every_share_of_the_weight_gradient_has_pixels(path: str, device: torch.device) -> None:
     """A call of few pixels is no occasion for hundreds of programs, each with partial sums of its own."""
     call = replace(PATHS[path], kernel=(1, 1), groups=1, size=(9, 8), padding=(0, 0), stride=(1, 1))
-    leaves = {name: value.requires_grad_() for name, value in call.tensors().items()}
+    leaves = {name: value.to(device).requires_grad_() for name, value in call.tensors().items()}
     with forced_triton(), recorded_launches(execute=False) as launches:
         output = deform_conv2d(**leaves, **call.geometry)
         torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output))
