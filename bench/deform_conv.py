@@ -1,4 +1,4 @@
-"""Deformable convolution: 3×3 as detectors use it, and DeGMix's 1×1 with an offset per channel."""
+"""Deformable convolution on each of its paths: 3×3, few channels per offset group, an offset per channel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Baseline, Case, Draw, Unavailable, op_case
-from bench.shapes import CONVOLUTIONS, MAPS, SMALL_OFFSETS, Convolution, Map
+from bench.shapes import CONVOLUTIONS, MAPS, PER_CHANNEL, SMALL_GROUPS, SMALL_OFFSETS, Convolution, Map
 from degmix_kernels.activation import activate
 from degmix_kernels.contract import Sample
 from degmix_kernels.registry import find
@@ -21,16 +21,17 @@ FAMILY = "deform_conv"
 def _convolution(shape: Convolution) -> Callable[[Draw], Sample]:
     def sample(draw: Draw) -> Sample:
         batch, channels, height, width = shape.batch, shape.channels, shape.height, shape.width
+        taps, points = shape.kernel**2, shape.offset_groups * shape.kernel**2
         arguments = {
             "input": draw(batch, channels, height, width),
             # Offsets are fp32 in every dtype: bf16 has no room for a pixel coordinate.
-            "offset": draw(batch, 18, height, width, dtype=torch.float32) * shape.spread,
-            "weight": draw(channels, channels, 3, 3) / math.sqrt(9 * channels),
+            "offset": draw(batch, 2 * points, height, width, dtype=torch.float32) * shape.spread,
+            "weight": draw(channels, channels, shape.kernel, shape.kernel) / math.sqrt(taps * channels),
             "bias": draw(channels),
-            "padding": 1,
-            "mask": draw(batch, 9, height, width).sigmoid(),
+            "padding": shape.kernel // 2,
+            "mask": draw(batch, points, height, width).sigmoid(),
         }
-        return Sample(arguments, max(batch * height * width, 9 * channels))
+        return Sample(arguments, max(batch * height * width, taps * channels))
 
     return sample
 
@@ -96,12 +97,12 @@ def _baselines(mixed: bool) -> tuple[Baseline, ...]:
     )
 
 
+PATHS = {"general": CONVOLUTIONS, "per channel": PER_CHANNEL, "small groups": SMALL_GROUPS}
 CASES: tuple[Case, ...] = (
     *(
-        op_case(
-            FAMILY, find("deform_conv2d", "general"), shape.name, _convolution(shape), _baselines(mixed=False)
-        )
-        for shape in CONVOLUTIONS
+        op_case(FAMILY, find("deform_conv2d", path), shape.name, _convolution(shape), _baselines(mixed=False))
+        for path, shapes in PATHS.items()
+        for shape in shapes
     ),
     *(op_case(FAMILY, find("deform_mix"), shape.name, _mix(shape), _baselines(mixed=True)) for shape in MAPS),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from bench.results import UNKNOWN, Machine
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COMMIT_VARIABLE = "BENCH_COMMIT"  # says the commit where files were copied without .git
+COMMIT_VARIABLE = "BENCH_COMMIT"  # says the commit, in 40 digits, where files were copied without .git
 
 
 def read_machine(device: torch.device) -> Machine:
@@ -44,7 +45,8 @@ def _revision() -> tuple[str, bool | None]:
     top, commit = _output(*git, "rev-parse", "--show-toplevel"), _output(*git, "rev-parse", "HEAD")
     # A copy without .git may lie in somebody else's repository.
     if top is None or commit is None or Path(top).resolve() != REPOSITORY:
-        return os.environ.get(COMMIT_VARIABLE, UNKNOWN), None
+        said = os.environ.get(COMMIT_VARIABLE, "")
+        return said if re.fullmatch("[0-9a-f]{40}", said) else UNKNOWN, None
     status = _output(*git, "status", "--porcelain", "--untracked-files=all")
     if status is None:
         return UNKNOWN, None

@@ -21,7 +21,7 @@ from bench.check import upstream
 EVENTS, GRAPH, LOOP, CLOCK = "cuda events", "cuda graph", "cuda loop", "cpu clock"
 
 SECONDS = 0.3  # spent on one measurement, after warm-up
-FEWEST, MOST = 3, 100  # samples of one measurement
+FEWEST, MOST = 10, 100  # samples of one measurement: fewer have no quantiles
 WARM_UP = 3  # calls at least
 CALLS_IN_A_ROW = 20  # of small shapes, where a single call is shorter than what events resolve well
 AHEAD = 1.5  # times as long as the host took to launch them, the device waits before calls that are timed

@@ -69,7 +69,7 @@ TOKEN_MAPS = (GMLP, QUICK_MAP)
 
 @dataclass(frozen=True)
 class Convolution:
-    """A 3×3 deformable convolution, as many output channels as input channels, one offset group.
+    """A deformable convolution that keeps size and channels.
 
     Attributes:
         batch: pictures.
@@ -78,6 +78,8 @@ class Convolution:
         width: likewise.
         spread: standard deviation of the offsets, in pixels.
         called: a name, if it is not made of the sizes.
+        kernel: side of the kernel, odd.
+        offset_groups: divides the channels.
     """
 
     batch: int
@@ -86,13 +88,16 @@ class Convolution:
     width: int
     spread: float
     called: str = ""
+    kernel: int = 3
+    offset_groups: int = 1
 
     @property
     def name(self) -> str:
-        """Such as "3x3 c64 56x56 b32 wild"."""
+        """Such as "3x3 c64 56x56 b32 wild", or "3x3 c64 og16 180x320 b8 small"."""
         wild = "wild" if self.spread > WILD_FROM else "small"
-        sizes = f"c{self.channels} {self.height}x{self.width} b{self.batch}"
-        return self.called or f"3x3 {sizes} {wild}"
+        groups = f" og{self.offset_groups}" if self.offset_groups > 1 else ""
+        sizes = f"c{self.channels}{groups} {self.height}x{self.width} b{self.batch}"
+        return self.called or f"{self.kernel}x{self.kernel} {sizes} {wild}"
 
 
 WILD_FROM = 10.0  # pixels
@@ -105,6 +110,17 @@ CONVOLUTIONS = (
     ),
     Convolution(1, 64, 28, 28, SMALL_OFFSETS, LAUNCH),
     Convolution(2, 16, 10, 12, SMALL_OFFSETS, QUICK),
+)
+
+# An offset per channel, as DeGMix's operator has it, and few channels per offset group, as video
+# super-resolution has them: 64 channels in 16 groups.
+PER_CHANNEL = (
+    Convolution(8, 256, 107, 140, SMALL_OFFSETS, kernel=1, offset_groups=256),
+    Convolution(2, 16, 10, 12, SMALL_OFFSETS, QUICK, kernel=1, offset_groups=16),
+)
+SMALL_GROUPS = (
+    Convolution(8, 64, 180, 320, SMALL_OFFSETS, offset_groups=16),
+    Convolution(2, 16, 10, 12, SMALL_OFFSETS, QUICK, offset_groups=4),
 )
 
 HEADS = 2  # of every attention, as of the model's head

@@ -23,6 +23,7 @@ def main() -> int:
     device, calls = torch.device("cuda"), 0
     with use_backend("triton"):
         for op in OPS:
+            print(op.label, flush=True)  # a sanitizer that is cut off says how far it came
             for sample in op.samples(device, torch.bfloat16, torch.Generator().manual_seed(SEED)):
                 arguments = dict(sample.arguments)
                 leaves = [name for name in op.differentiable if isinstance(arguments.get(name), Tensor)]
