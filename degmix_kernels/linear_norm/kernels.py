@@ -108,7 +108,9 @@ def backward(
     program = tl.program_id(0)
     if INDEX_64:
         program = program.to(tl.int64)
-    block, part = program // parts, program % parts
+    block, part = 0, program
+    if BLOCKS > 1:
+        block, part = program // parts, program % parts
     if LAST:
         channels *= UNIT
     else:
