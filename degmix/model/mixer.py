@@ -228,7 +228,7 @@ def mix_tasks(mixers: Sequence[Sequence[MixerLayer]], x: Tensor, tables: Tables)
     """
     depths = list(zip(*mixers, strict=True))
     layers = [layer for tasks in depths for layer in tasks]
-    norm, channels, images = layers[0].norm, x.shape[1], x.shape[0] * x.shape[2] * x.shape[3]
+    norm, channels, pixels = layers[0].norm, x.shape[1], x.shape[0] * x.shape[2] * x.shape[3]
     kinds = list(zip(*map(Parameters.of, layers), strict=True))
     every = [gathered(kinds)]
     if not norm.training:
@@ -243,7 +243,7 @@ def mix_tasks(mixers: Sequence[Sequence[MixerLayer]], x: Tensor, tables: Tables)
         x, statistics = mix_depth(Parameters(*parameters[depth]), known, x, own, norm)
         found.append(statistics)
     if norm.training:
-        update_statistics(layers, found, images)
+        update_statistics(layers, found, pixels)
     return list(x.split(channels, dim=1))
 
 
