@@ -10,12 +10,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bench.cases import LOOP
 from bench.machine import REPOSITORY
-from bench.results import OURS, Machine, Results, Row, read
+from bench.results import OURS, PUBLISHED, Machine, Results, Row, publish, read
 from bench.speedups import Comparison, model_calls, shown
 
 README = REPOSITORY / "README.md"
-RESULTS = REPOSITORY / "bench" / "results"
 PICTURES = Path("docs") / "benchmark"  # below README's folder
 BEGIN = "<!-- benchmark: written by python -m bench.report, not by hand -->"
 END = "<!-- end of benchmark -->"
@@ -65,18 +65,26 @@ def section(results: Results, source: str, pictures: Sequence[str]) -> str:
 
 
 def _provenance(results: Results, source: str) -> str:
-    machine, ceilings = results.machine, results.ceilings
+    machine, parts = results.machine, results.parts
     commit = f"commit {machine.commit[:10]}"
     measured = [f"torch {machine.torch}", commit + (" with changes" if machine.dirty else "")]
-    for name, value in (("Triton", machine.triton), ("CUDA", machine.cuda), ("driver", machine.driver)):
-        if value is not None:
+    drivers = " and ".join(dict.fromkeys(part.machine.driver for part in parts if part.machine.driver))
+    for name, value in (("Triton", machine.triton), ("CUDA", machine.cuda), ("driver", drivers)):
+        if value:
             measured.insert(-1, f"{name} {value}")
     text = f"Measured on {_device(machine)}, {', '.join(measured)}: [{Path(source).name}]({source})."
     if machine.gpu is None:
         text += " On a CPU the ops run their references: these times say nothing about the kernels."
-    if ceilings.copy is not None:
-        rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings.matrix.items())
-        text += f" Ceilings in the same run: copy {ceilings.copy / 1e12:.3g} TB/s; matrix products {rates}."
+    if results.ceilings.copy is not None:
+        rates = results.ceilings.matrix.items()
+        products = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in rates)
+        text += (
+            f" Ceilings, measured with it: copy {results.ceilings.copy / 1e12:.3g} TB/s; products {products}."
+        )
+    if len(parts) > 1:
+        text += (
+            f" In {len(parts)} calls, each with ceilings of its own; ratios are of times of the same call."
+        )
     return text
 
 
@@ -97,6 +105,7 @@ def _model_line(call: Comparison) -> str:
     peak = "–" if row.peak_bytes is None else f"{row.peak_bytes / MIB:.0f}"
     shares = {other.impl: call.share_of_peak(other) for other in call.others}
     name = f"{row.op} | {row.shape}, {row.dtype}, {row.mode}"
+    name += ", launches included" if row.timer == LOOP else ""
     return f"| {name} | {speed} | {peak} | {_ratios(call)} | {_each(shares, '.0%')} |"
 
 
@@ -118,16 +127,14 @@ def _each(ratios: Mapping[str, float | None], form: str, unit: str = "") -> str:
 
 
 def newest_of_a_gpu(folder: Path) -> tuple[Path, Results] | None:
-    """The newest complete result file of a GPU below a folder, by the date in its name; None without one.
+    """The complete result file of a GPU below a folder that was measured last; None without one.
 
     Raises:
-        ValueError: if a file that is looked at is no result file.
+        ValueError: if a file below the folder is no result file.
     """
-    for path in sorted(folder.rglob("*.json"), key=lambda path: path.name, reverse=True):
-        results = read(path)
-        if results.machine.gpu is not None and results.complete:
-            return path, results
-    return None
+    files = [(path, read(path)) for path in folder.rglob("*.json")]
+    complete = [each for each in files if each[1].machine.gpu is not None and each[1].complete]
+    return max(complete, key=lambda each: each[1].measured, default=None)
 
 
 def replaced(text: str, generated: str) -> str:
@@ -156,7 +163,7 @@ def report_file(path: Path) -> None:
 
 def report(check: bool) -> int:
     """Bring README and its pictures up to date, or only say whether README is."""
-    found = newest_of_a_gpu(RESULTS)
+    found = newest_of_a_gpu(PUBLISHED)
     old = README.read_text(encoding="utf-8")
     if found is None:
         generated = NO_RESULT
@@ -197,10 +204,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "file", nargs="?", type=Path, help="report this file instead, beside it; README stays as it is"
     )
     parser.add_argument("--check", action="store_true", help="only say whether README is up to date")
+    parser.add_argument(
+        "--publish",
+        type=Path,
+        metavar="FILE",
+        help="move this complete file of a GPU to bench/results, named by its date and commit, first",
+    )
     chosen = parser.parse_args(arguments)
-    if chosen.check and chosen.file:
-        parser.error("--check: expected no file: README follows the newest one")
+    if sum((chosen.check, chosen.file is not None, chosen.publish is not None)) > 1:
+        parser.error("expected one of FILE, --check and --publish FILE")
     try:
+        if chosen.publish is not None:
+            print(publish(chosen.publish, read(chosen.publish), PUBLISHED))
         if chosen.file is None:
             return report(chosen.check)
         report_file(chosen.file)
