@@ -52,10 +52,13 @@ ROWS = (
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a README and no results."""
+    """A folder with both READMEs and no results."""
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
     monkeypatch.setattr(report, "PUBLISHED", tmp_path / "bench" / "results")
-    (tmp_path / "README.md").write_text(f"above\n{report.BEGIN}\n{report.END}\nbelow\n", "utf-8")
+    monkeypatch.setattr(report, "BENCH_README", tmp_path / "bench" / "README.md")
+    (tmp_path / "bench").mkdir()
+    for path in (report.README, report.BENCH_README):
+        path.write_text(f"above\n{report.BEGIN}\n{report.END}\nbelow\n", "utf-8")
     return tmp_path
 
 
@@ -112,15 +115,42 @@ def test_the_newest_result_becomes_tables_and_pictures(checkout):
         assert (checkout / "docs" / "benchmark" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_goals_stand_beside_what_was_measured(checkout):
+    """Ours is 3 times as fast as one baseline, half as fast as another, and at half of the speed of light."""
+    report.main([])
+    text = (checkout / "bench" / "README.md").read_text("utf-8")
+    assert "| `channel_mix` | at least 1.3× as fast as torch.compile | not measured |  |" in text
+    shown = replace(ROWS[2], op="deform_mix", impl="torchvision fp16")
+    small = replace(ROWS[0], op="deform_mix", shape="launch", timer=LOOP, ms=9.0)
+    put(
+        checkout,
+        Results(MACHINE, CEILINGS, (*ROWS, replace(ROWS[0], op="deform_mix"), shown, small), complete=True),
+    )
+    report.main([])
+    text = (checkout / "bench" / "README.md").read_text("utf-8")
+    compiled = "torch.compile | 0 of 1 | 0.50×: nyud, fwd, torch.compile |"
+    light = "at least 70% of the speed of light | 0 of 2 | 50%: nyud, fwd |"
+    memory = "1 of 1 | 33%: nyud b8, training step, eager formula |"
+    for line in (
+        f"| `channel_mix` | at least 1.3× as fast as {compiled}",
+        f"| `channel_mix` | {light}",
+        f"| `DeGMix head` | at most 35% of the peak memory of eager formula | {memory}",
+        "| `deform_mix` | at least 8× as fast as torchvision | 0 of 1 | 0.50×: nyud, fwd, torchvision fp16 |",
+    ):
+        assert line in text.splitlines()
+
+
 def test_check_sees_a_typed_number(checkout, capsys):
     put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=True))
     report.main([])
     assert report.main(["--check"]) == 0
-    readme = checkout / "README.md"
-    readme.write_text(readme.read_text("utf-8").replace("3.00×", "9.00×"), "utf-8")
-    assert report.main(["--check"]) == 1
-    assert "python -m bench.report rewrites it" in capsys.readouterr().err
-    assert "9.00×" in readme.read_text("utf-8")  # checking changes nothing
+    for name, typed in (("README.md", "3.00×"), ("bench/README.md", "50%")):
+        readme, text = checkout / name, (checkout / name).read_text("utf-8")
+        readme.write_text(text.replace(typed, "99"), "utf-8")
+        assert report.main(["--check"]) == 1
+        assert capsys.readouterr().err.startswith(f"{name} is not what the newest result gives: ")
+        assert "99" in readme.read_text("utf-8")  # checking changes nothing
+        readme.write_text(text, "utf-8")
 
 
 def test_pictures_without_rows_are_removed(checkout):
@@ -177,7 +207,7 @@ def test_a_wrong_file_or_readme_is_said(checkout, capsys):
     assert report.main([]) == report.USER_ERROR
     assert "broken.json: missing keys" in capsys.readouterr().err
     path.unlink()
-    (checkout / "README.md").write_text("no markers")
+    (checkout / "README.md").write_text("no markers", "utf-8")
     assert report.main([]) == report.USER_ERROR
     assert "README.md: expected one <!-- benchmark" in capsys.readouterr().err
 
