@@ -22,7 +22,9 @@ def cells(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [OURS, FORMULA])
-def test_a_step_on_a_cpu(name: str, torchvision: ModuleType) -> None:
+def test_a_step_on_a_cpu(name: str, torchvision: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile_step, "WARM_UP", 1)
+    monkeypatch.setattr(profile_step, "STEPS", 2)
     wall, found = profile_step.profile_step(step_case(QUICK), name, CPU, "fp32")
     assert all(kernel.ms > 0 and kernel.calls > 0 for kernel in found)
     assert [kernel.ms for kernel in found] == sorted((kernel.ms for kernel in found), reverse=True)
