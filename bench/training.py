@@ -38,11 +38,11 @@ from bench.model import FORMULA
 from bench.program import FAILURE, INTERRUPTED, LOG_WIDTH, USER_ERROR
 from bench.results import OK, OURS, Machine
 from degmix import DeGMixHead, build, train
-from degmix.checkpoint import atomic_file
 from degmix.config import Config, load_config
 from degmix.data import synthetic
 from degmix.data.nyud import one_line
 from degmix.data.synthetic.writer import usable_cores
+from degmix.files import atomic_file
 from degmix.model.formula import formula
 from degmix.progress import stage
 

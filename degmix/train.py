@@ -28,6 +28,7 @@ from degmix.config import Config, config_to_yaml
 from degmix.data import DataError, Sample
 from degmix.data.stream import TrainingStream
 from degmix.data.transforms import training_transform
+from degmix.files import atomic_file
 from degmix.progress import stage
 
 CONFIG_NAME = "config.yaml"
@@ -180,7 +181,7 @@ def _train(
 
 def write_config(out: Path, config: Config) -> None:
     """Write the configuration of a run into its folder."""
-    with checkpoint.atomic_file(out / CONFIG_NAME) as file:
+    with atomic_file(out / CONFIG_NAME) as file:
         file.write(config_to_yaml(config).encode())
 
 
@@ -281,7 +282,7 @@ def _open_log(path: Path, first_step: int):
                 continue
             if record["step"] <= first_step:
                 kept.append(line)
-    with checkpoint.atomic_file(path) as file:
+    with atomic_file(path) as file:
         file.write("".join(kept).encode())
     return path.open("a")
 
