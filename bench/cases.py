@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from bench.results import OURS
+from bench.shapes import LAUNCH, QUICK
 from degmix_kernels.contract import Op, Sample, Work
 from degmix_kernels.testing import tolerance
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = ("fwd", "bwd", "fwdbwd")
+
+EVENTS, GRAPH, LOOP, CLOCK = "cuda events", "cuda graph", "cuda loop", "cpu clock"  # what reads the time
+SMALL = (GRAPH, LOOP)  # of small shapes, whose times are mostly launches
 
 EAGER = "eager reference"
 COMPILED = "torch.compile"
@@ -86,6 +90,7 @@ class Case:
         dtypes: names of those it can be prepared in.
         modes: mode → what the rows call it.
         images: pictures per call, of models.
+        timers: how it is timed on a GPU.
     """
 
     family: str
@@ -96,6 +101,7 @@ class Case:
     dtypes: tuple[str, ...] = tuple(DTYPES)
     modes: Mapping[str, str] = field(default_factory=lambda: {mode: mode for mode in MODES})
     images: int | None = None
+    timers: tuple[str, ...] = (EVENTS,)
 
 
 class Draw:
@@ -206,7 +212,8 @@ def op_case(
         )
 
     names = (OURS, *(other.name for other in others))
-    return Case(family, op.label, shape, prepare, names)
+    timers = SMALL if shape in (LAUNCH, QUICK) else (EVENTS,)
+    return Case(family, op.label, shape, prepare, names, timers=timers)
 
 
 def _part(arguments: Mapping[str, Any], part: tuple[slice, ...]) -> dict[str, Any]:

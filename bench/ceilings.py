@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from bench.cases import DTYPES, SEED
-from bench.measure import CLOCK, LOOP, Call, measure
+from bench.cases import CLOCK, DTYPES, LOOP, SEED
+from bench.measure import Call, measure
 from bench.results import Ceilings
 from degmix_kernels.contract import Work
 

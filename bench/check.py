@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -27,18 +28,43 @@ class CheckFailed(Exception):
         self.error = error
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """PyTorch's own products and convolutions of fp32 in fp32, not TF32."""
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [setting.allow_tf32 for setting in settings]
+    for setting in settings:
+        setting.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for setting, allowed in zip(settings, before, strict=True):
+            setting.allow_tf32 = allowed
+
+
 class Checker:
     """Compares runs of one problem with its fp64 reference, which is computed once.
 
     Args:
         problem: what is checked.
+        gradients: whether gradients will be asked for.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, gradients: bool) -> None:
         self.problem = problem
-        self._expected: dict[bool, dict[str, Tensor]] = {}
+        self._gradients = gradients
+        self._expected: dict[str, Tensor] | None = None
 
-    def check(self, run: Run, gradients: bool, limit: float) -> float:
+    def check_ours(self, run: Run, gradients: bool) -> None:
+        """See that ours is within the problem's limit, where nothing around it is rounded to TF32.
+
+        Raises:
+            CheckFailed: likewise.
+        """
+        with exact_products():
+            self.check(run, gradients, self.problem.limit(self, gradients))
+
+    def check(self, run: Run, gradients: bool, limit: float = ANOTHER_FUNCTION) -> float:
         """The largest relative L2 error of output and, if asked for, gradients.
 
         Args:
@@ -58,29 +84,33 @@ class Checker:
 
     def errors(self, run: Run, gradients: bool) -> dict[str, float]:
         """Relative L2 error by name of output or gradient."""
+        if self._expected is None:  # first, as it may not fit beside what a backward pass of the run needs
+            self._expected = self._expect(run)
         with torch.set_grad_enabled(gradients):
             outputs = run.forward()
-            expected = self._expect(outputs, gradients)
             grads = upstream(outputs, self.problem.dtype) if gradients else None
             actual = self._results(run, outputs, grads)
         errors = {}
-        for name, wanted in expected.items():
-            part = actual[name][self.problem.part]
+        for name, result in actual.items():
+            part, wanted = result[self.problem.part], self._expected[name]
             if part.shape != wanted.shape:
                 message = f"{name}: expected shape {tuple(wanted.shape)}, got {tuple(part.shape)}"
                 raise CheckFailed(message, math.inf)
             errors[name] = relative_l2(part, wanted)
         return errors
 
-    def _expect(self, like: Sequence[Tensor], gradients: bool) -> dict[str, Tensor]:
-        if gradients not in self._expected:
-            exact = self.problem.exact()
-            grads = upstream(like, self.problem.dtype, torch.float64) if gradients else None
-            if grads is not None:
-                grads = [grad[self.problem.part] for grad in grads]
-            results = self._results(exact, exact.forward(), grads)
-            self._expected[gradients] = {name: result.detach() for name, result in results.items()}
-        return self._expected[gradients]
+    def _expect(self, run: Run) -> dict[str, Tensor]:
+        """What the reference computes of what the run gets."""
+        exact, part, grads = self.problem.exact(), self.problem.part, None
+        with torch.set_grad_enabled(self._gradients):
+            outputs = like = exact.forward()
+            if self._gradients:
+                if part:  # of outputs that only a run has as a whole
+                    with torch.no_grad():
+                        like = run.forward()
+                grads = [grad[part] for grad in upstream(like, self.problem.dtype, torch.float64)]
+            results = self._results(exact, outputs, grads)
+        return {name: result.detach() for name, result in results.items()}
 
     def _results(
         self, run: Run, outputs: Sequence[Tensor], grads: Sequence[Tensor] | None

@@ -36,6 +36,10 @@ def read_machine(device: torch.device) -> Machine:
         clocks=clocks,
         commit=commit,
         dirty=dirty,
+        tf32={
+            "matmul": torch.backends.cuda.matmul.allow_tf32,
+            "cudnn": torch.backends.cudnn.allow_tf32,
+        },
     )
 
 
@@ -52,12 +56,6 @@ def _revision() -> tuple[str, bool | None]:
         return UNKNOWN, None
     lines = status.splitlines()
     return commit, any(not line.startswith("??") or line.endswith((".py", '.py"')) for line in lines)
-
-
-def folder_name(machine: Machine) -> str:
-    """The machine's folder among the results, such as "nvidia-h200"."""
-    words = (machine.gpu or "cpu").lower().split()
-    return "-".join("".join(c for c in word if c.isalnum()) for word in words)
 
 
 def _output(*command: str) -> str | None:

@@ -15,10 +15,8 @@ from typing import Any
 
 import torch
 
-from bench.cases import Run
+from bench.cases import CLOCK, EVENTS, GRAPH, LOOP, Case, Run
 from bench.check import upstream
-
-EVENTS, GRAPH, LOOP, CLOCK = "cuda events", "cuda graph", "cuda loop", "cpu clock"
 
 SECONDS = 0.3  # spent on one measurement, after warm-up
 FEWEST, MOST = 10, 100  # samples of one measurement: fewer have no quantiles
@@ -77,13 +75,11 @@ def call_of(run: Run, mode: str, dtype: torch.dtype, keep: bool = False) -> Call
     return Call(lambda: None, lambda _: backward(run.forward()))
 
 
-def timers(device: torch.device, small: bool, capturable: bool) -> tuple[str, ...]:
-    """Which measurements a shape gets."""
+def timers(device: torch.device, case: Case, run: Run) -> tuple[str, ...]:
+    """Which measurements a run of a case gets."""
     if device.type != "cuda":
         return (CLOCK,)
-    if not small:
-        return (EVENTS,)
-    return (GRAPH, LOOP) if capturable else (LOOP,)
+    return tuple(timer for timer in case.timers if timer != GRAPH or run.capturable)
 
 
 def measure(call: Call, timer: str, seconds: float = SECONDS) -> Timing:

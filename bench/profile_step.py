@@ -1,49 +1,133 @@
 """Where the time of a step of training goes, kernel by kernel: ``python -m bench.profile_step``, on a GPU.
 
-Prints PyTorch's profile of the head's training step at NYUD-v2's size, batch 8, in bf16, with our ops and
-with the plain formula: what each kernel takes of the device's time, and how busy the device is.
+Prints, in Markdown, what the largest kernels take of the device's time in the training step of DeGMix's head
+at NYUD-v2's size, batch 8, in bf16: with our ops, then with the plain formula.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from bench.cases import DTYPES, Case, Unavailable
+from bench.machine import read_machine
 from bench.measure import call_of
-from bench.model import CASES, FORMULA
+from bench.model import CASES, FORMULA, OP
+from bench.program import USER_ERROR
 from bench.results import OURS
 
-SHAPE, MODE = "nyud b8", "fwdbwd"
+SHAPE, DTYPE, MODE = "nyud b8", "bf16", "fwdbwd"
 WARM_UP, STEPS = 5, 5
-ROWS = 30  # kernels that are shown
+LARGEST = 15  # kernels that are shown
+LONGEST_NAME = 60  # characters
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel's part of a step; on a CPU, one operation's.
+
+    Attributes:
+        name: as the profiler has it.
+        calls: in a step.
+        ms: in a step, all calls together.
+    """
+
+    name: str
+    calls: float
+    ms: float
+
+
+def step_case(shape: str) -> Case:
+    """The head's step of training at a shape."""
+    (case,) = (case for case in CASES if (case.op, case.shape) == (OP, shape) and MODE in case.modes)
+    return case
+
+
+def profile_step(case: Case, name: str, device: torch.device, dtype: str) -> tuple[float, list[Kernel]]:
+    """Wall-clock milliseconds of a step under the profiler, and its kernels.
+
+    Raises:
+        Unavailable: if the implementation does not run here.
+    """
+    problem = case.prepare(device, DTYPES[dtype])
+    call = call_of(problem.runs[name](), MODE, problem.dtype)
+    on_gpu = device.type == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    for _ in range(WARM_UP):
+        call.step(call.prepare())
+    wait()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            call.step(call.prepare())
+        wait()
+        seconds = time.perf_counter() - began
+    return 1e3 * seconds / STEPS, kernels(profiler.key_averages(), device)
+
+
+def kernels(averages: Iterable[Any], device: torch.device) -> list[Kernel]:
+    """The kernels of :data:`STEPS` steps from the profiler's averages, the largest first."""
+    if device.type == "cuda":
+        # The operations on the host are listed, too, with the time of the kernels that they launched.
+        found = [
+            Kernel(each.key, each.count / STEPS, each.self_device_time_total / 1e3 / STEPS)
+            for each in averages
+            if each.device_type == DeviceType.CUDA and not each.is_user_annotation
+        ]
+    else:
+        found = [
+            Kernel(each.key, each.count / STEPS, each.self_cpu_time_total / 1e3 / STEPS) for each in averages
+        ]
+    return sorted((kernel for kernel in found if kernel.ms), key=lambda kernel: -kernel.ms)
+
+
+def table(name: str, wall: float, found: list[Kernel]) -> str:
+    """The largest kernels and the rest, in Markdown."""
+    busy = sum(kernel.ms for kernel in found)
+    rest = found[LARGEST:]
+    rows = [(f"`{_short(kernel.name)}`", kernel) for kernel in found[:LARGEST]]
+    if rest:
+        others = Kernel("", sum(kernel.calls for kernel in rest), sum(kernel.ms for kernel in rest))
+        rows.append((f"{len(rest)} others", others))
+    lines = [
+        f"**{name}**: {wall:.2f} ms a step under the profiler, of which the device works {busy / wall:.0%};"
+        f" {sum(kernel.calls for kernel in found):g} calls",
+        "",
+        "| kernel | share | calls | ms |",
+        "|---|---:|---:|---:|",
+        *(f"| {word} | {each.ms / busy:.1%} | {each.calls:g} | {each.ms:.3f} |" for word, each in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _short(name: str) -> str:
+    """Fit for a cell of a table."""
+    name = " ".join(name.split()).replace("|", "/").replace("`", "'")
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
 def main() -> int:
     """Profile both; 2 without a GPU."""
     if not torch.cuda.is_available():
         print("profile_step: needs a GPU", file=sys.stderr)
-        return 2
-    (case,) = (case for case in CASES if case.shape == SHAPE and MODE in case.modes)
-    problem = case.prepare(torch.device("cuda"), torch.bfloat16)
+        return USER_ERROR
+    device = torch.device("cuda")
+    machine, case = read_machine(device), step_case(SHAPE)
+    versions = f"torch {machine.torch}, triton {machine.triton}, commit {machine.commit[:10]}"
+    print(f"{OP}, {SHAPE}, {DTYPE}, a step of training. {machine.gpu}, {versions}.\n", flush=True)
     for name in (OURS, FORMULA):
-        call = call_of(problem.runs[name](), MODE, problem.dtype)
-        for _ in range(WARM_UP):
-            call.step(call.prepare())
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            began = time.perf_counter()
-            for _ in range(STEPS):
-                call.step(call.prepare())
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - began
-        averages = profiler.key_averages()
-        busy = sum(each.self_device_time_total for each in averages) / 1e6
-        share = f"the device works {busy / seconds:.0%} of the time"
-        print(f"{name}: {1e3 * seconds / STEPS:.2f} ms a step under the profiler; {share}")
-        print(averages.table(sort_by="self_cuda_time_total", row_limit=ROWS), flush=True)
+        try:
+            print(table(name, *profile_step(case, name, device, DTYPE)), flush=True)
+        except Unavailable as error:
+            print(f"**{name}**: {error}\n", flush=True)
         torch.cuda.empty_cache()
     return 0
 

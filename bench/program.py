@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,16 +16,17 @@ from bench import results, tables
 from bench.cases import DTYPES, MODES, Case
 from bench.ceilings import at_work, measure_ceilings
 from bench.compare import CompareError, earlier_results
-from bench.machine import REPOSITORY, folder_name, read_machine
+from bench.machine import REPOSITORY, read_machine
 from bench.measure import SECONDS
-from bench.results import OK, OURS, Key, Results
+from bench.results import OK, OURS, Key, Part, Results, Row
 from bench.run import CASES, FAMILIES, DeviceLost, Selection, is_quick, known_shapes, run
 from degmix.progress import stage
 
 FAILURE = 1
 USER_ERROR = 2
+LOST = 3
 INTERRUPTED = 130
-STOPPED = "Interrupted"
+ENDINGS = {LOST: "The GPU answers no more", INTERRUPTED: "Interrupted"}
 LOG_WIDTH = 110  # columns, where there is no terminal that has its own
 DEFAULT_MODES = ("fwd", "fwdbwd")
 DEFAULT_DTYPES = ("bf16", "fp32")
@@ -34,7 +34,6 @@ SMALL_DTYPES = ("fp32",)  # which show as much on a CPU, in half the time
 QUICK_SECONDS = 0.02
 BASELINES = tuple(dict.fromkeys(name for case in CASES for name in case.implementations if name != OURS))
 NONE = "none"
-PUBLISHED = REPOSITORY / "bench" / "results"
 UNFINISHED = REPOSITORY / "runs" / "bench"
 
 DESCRIPTION = """\
@@ -146,7 +145,11 @@ def select(options: argparse.Namespace, device: torch.device) -> Selection:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 130 if it was interrupted, 1 if one of our ops failed, 2 for a user's mistake.
+    """Run the benchmark; its exit code.
+
+    Returns:
+        0; 1 if one of our ops failed; 2 for a user's mistake; 3 if the GPU answers no more; 130 if it was
+        interrupted.
 
     Raises:
         KeyboardInterrupt: if nothing was being measured.
@@ -171,12 +174,9 @@ def benchmark(options: argparse.Namespace, console: Console) -> int:
     if options.compare is not None:
         console.print(f"Reading or measuring {options.compare}.", soft_wrap=True, highlight=False)
         earlier = earlier_results(options.compare, _again(options))
-    ceilings = measure_ceilings(device, selection.dtypes)
-    with at_work(device):
-        measured = Results(read_machine(device), ceilings, (), quick=options.quick)
+    measured = _start(device, selection, options, before)
     if before is not None:
-        measured = _continued(before, measured, options.resume)
-        selection = replace(selection, done=measured.keys)
+        selection = replace(selection, done=measured.keys, repeatable=measured.repeatable)
     file = (
         options.json
         or options.resume
@@ -184,20 +184,36 @@ def benchmark(options: argparse.Namespace, console: Console) -> int:
     )
     for line in tables.machine_lines(measured):
         console.print(line, soft_wrap=True, highlight=False)
-    measured, ending = _measure(measured, selection, headline, device, file, console)
+    measured, code = _measure(measured, selection, headline, device, file, console)
     _show(console, measured, earlier, options.compare)
     if file is not None and options.json is None and options.resume is None and measured.complete:
-        file = _publish(file)
+        file = results.publish(file, measured)
     kept = "in no file: --json FILE keeps them" if file is None else str(file)
     console.print(f"Results: {kept}", soft_wrap=True, highlight=False)
-    if ending is not None:
-        left = len(replace(selection, done=measured.keys))
+    if code != 0:
+        left = len(replace(selection, done=measured.keys, repeatable=frozenset()))
         again = "" if file is None or options.quick else f"; {_hint(measured, file)}"
-        console.print(f"{ending}: {left} measurements are left{again}.", soft_wrap=True, highlight=False)
-    if ending == STOPPED:
-        return INTERRUPTED
+        text = f"{ENDINGS[code]}: {left} measurements are left{again}."
+        console.print(text, soft_wrap=True, highlight=False)
+        return code
     failed = any(row.impl == OURS and row.status != OK for row in measured.rows)
-    return FAILURE if failed or ending is not None else 0
+    return FAILURE if failed else 0
+
+
+def _start(
+    device: torch.device, selection: Selection, options: argparse.Namespace, before: Results | None
+) -> Results:
+    """What was measured before, and where it goes on now."""
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+    ceilings = measure_ceilings(device, selection.dtypes)
+    with at_work(device):
+        machine = read_machine(device)
+    if before is None:
+        return Results(machine, ceilings, (), quick=options.quick, measured=now)
+    try:
+        return results.continue_(before, Part(machine, ceilings, now))
+    except ValueError as error:
+        raise UsageError(f"--resume {options.resume}: {error}") from None
 
 
 def _measure(
@@ -207,29 +223,35 @@ def _measure(
     device: torch.device,
     file: Path | None,
     console: Console,
-) -> tuple[Results, str | None]:
-    """The results with what is selected, written after every measurement; why it ended early, if it did."""
-    done = 0
-    ending = None
+) -> tuple[Results, int]:
+    """The results with what is selected, written after every measurement; a code of ENDINGS, or 0."""
+    done, code = 0, 0
+    if file is not None:
+        results.write(measured, file)  # rather now than after the first measurement, if it cannot be
     with stage(console, "measuring", len(selection)) as advance:
 
-        def begin(what: str) -> None:
+        def begin(row: Row) -> None:
             nonlocal done
-            advance(done, what)
+            advance(done, f"{', '.join(row.case)}: {row.impl}")
             done += 1
+            if file is not None:
+                results.begin(row.key, file)
 
         try:
-            for more in run(selection, device, measured.ceilings, begin):
-                measured = replace(measured, rows=measured.rows + more)
+            for more in run(selection, device, measured.parts[-1].ceilings, begin):
+                measured = measured.with_rows(more)
                 measured = replace(measured, complete=headline <= measured.keys and not measured.quick)
                 if file is not None:
                     results.write(measured, file)
             advance(done, "")
         except KeyboardInterrupt:
-            ending = STOPPED
+            code = INTERRUPTED
         except DeviceLost as error:
-            ending = f"The GPU answers no more ({error})"
-    return measured, ending
+            code = LOST
+            console.print(f"The GPU was lost: {error}", soft_wrap=True, highlight=False, markup=False)
+    if file is not None:
+        results.end(file)
+    return measured, code
 
 
 def _hint(measured: Results, file: Path) -> str:
@@ -249,14 +271,9 @@ def _resumed(options: argparse.Namespace) -> Results | None:
         raise UsageError("--json, --resume: expected one of them: a file that is continued is written itself")
     if options.quick:
         raise UsageError("--resume: expected no --quick: what it measures is no part of another run")
-    return results.read(options.resume) if options.resume.exists() else None
-
-
-def _continued(before: Results, now: Results, file: Path) -> Results:
-    try:
-        return results.merge(before, now)
-    except ValueError as error:
-        raise UsageError(f"--resume {file}: {error}") from None
+    if not options.resume.exists():
+        return None
+    return results.with_unended(results.read(options.resume), options.resume)
 
 
 def _show(console: Console, measured: Results, earlier: Results | None, name: str | None) -> None:
@@ -289,14 +306,4 @@ def _progress_file(measured: Results, everything: bool) -> Path | None:
     machine = measured.machine
     if machine.gpu is None or not everything:
         return None
-    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H%M%S")
-    name = f"{date}-{machine.commit[:10]}.json"
-    return results.unused(UNFINISHED / folder_name(machine) / name)
-
-
-def _publish(file: Path) -> Path:
-    """Move a complete file to the results that the report reads."""
-    target = results.unused(PUBLISHED / file.parent.name / file.name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(file, target)
-    return target
+    return results.unused(UNFINISHED / machine.folder / measured.file_name)

@@ -1,6 +1,7 @@
-"""What a result file says, as README's tables and as pictures: ``python -m bench.report --help``.
+"""What a result file says, as the READMEs' tables and as pictures: ``python -m bench.report --help``.
 
-Everything between README's two markers is written here, and nothing there is typed by hand.
+Everything between the two markers of README.md and of bench/README.md is written here, nothing there is typed
+by hand.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bench import goals
+from bench.cases import LOOP
 from bench.machine import REPOSITORY
-from bench.results import OURS, Machine, Results, Row, read
+from bench.results import OURS, PUBLISHED, Machine, Results, Row, publish, read
 from bench.speedups import Comparison, model_calls, shown
 
 README = REPOSITORY / "README.md"
-RESULTS = REPOSITORY / "bench" / "results"
+BENCH_README = REPOSITORY / "bench" / "README.md"
 PICTURES = Path("docs") / "benchmark"  # below README's folder
 BEGIN = "<!-- benchmark: written by python -m bench.report, not by hand -->"
 END = "<!-- end of benchmark -->"
@@ -65,18 +68,26 @@ def section(results: Results, source: str, pictures: Sequence[str]) -> str:
 
 
 def _provenance(results: Results, source: str) -> str:
-    machine, ceilings = results.machine, results.ceilings
+    machine, parts = results.machine, results.parts
     commit = f"commit {machine.commit[:10]}"
     measured = [f"torch {machine.torch}", commit + (" with changes" if machine.dirty else "")]
-    for name, value in (("Triton", machine.triton), ("CUDA", machine.cuda), ("driver", machine.driver)):
-        if value is not None:
+    drivers = " and ".join(dict.fromkeys(part.machine.driver for part in parts if part.machine.driver))
+    for name, value in (("Triton", machine.triton), ("CUDA", machine.cuda), ("driver", drivers)):
+        if value:
             measured.insert(-1, f"{name} {value}")
     text = f"Measured on {_device(machine)}, {', '.join(measured)}: [{Path(source).name}]({source})."
     if machine.gpu is None:
         text += " On a CPU the ops run their references: these times say nothing about the kernels."
-    if ceilings.copy is not None:
-        rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings.matrix.items())
-        text += f" Ceilings in the same run: copy {ceilings.copy / 1e12:.3g} TB/s; matrix products {rates}."
+    if results.ceilings.copy is not None:
+        rates = results.ceilings.matrix.items()
+        products = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in rates)
+        text += (
+            f" Ceilings, measured with it: copy {results.ceilings.copy / 1e12:.3g} TB/s; products {products}."
+        )
+    if len(parts) > 1:
+        text += (
+            f" In {len(parts)} calls, each with ceilings of its own; ratios are of times of the same call."
+        )
     return text
 
 
@@ -97,6 +108,7 @@ def _model_line(call: Comparison) -> str:
     peak = "–" if row.peak_bytes is None else f"{row.peak_bytes / MIB:.0f}"
     shares = {other.impl: call.share_of_peak(other) for other in call.others}
     name = f"{row.op} | {row.shape}, {row.dtype}, {row.mode}"
+    name += ", launches included" if row.timer == LOOP else ""
     return f"| {name} | {speed} | {peak} | {_ratios(call)} | {_each(shares, '.0%')} |"
 
 
@@ -118,29 +130,29 @@ def _each(ratios: Mapping[str, float | None], form: str, unit: str = "") -> str:
 
 
 def newest_of_a_gpu(folder: Path) -> tuple[Path, Results] | None:
-    """The newest complete result file of a GPU below a folder, by the date in its name; None without one.
+    """The complete result file of a GPU below a folder that was measured last; None without one.
 
     Raises:
-        ValueError: if a file that is looked at is no result file.
+        ValueError: if a file below the folder is no result file.
     """
-    for path in sorted(folder.rglob("*.json"), key=lambda path: path.name, reverse=True):
-        results = read(path)
-        if results.machine.gpu is not None and results.complete:
-            return path, results
-    return None
+    files = [(path, read(path)) for path in folder.rglob("*.json")]
+    complete = [each for each in files if each[1].machine.gpu is not None and each[1].complete]
+    return max(complete, key=lambda each: each[1].measured, default=None)
 
 
-def replaced(text: str, generated: str) -> str:
-    """README with something else between its markers.
+def replaced(path: Path, generated: str) -> tuple[str, str]:
+    """A file's text, and the same with something else between its markers.
 
     Raises:
+        OSError: if there is no such file.
         ValueError: if the markers are not both there, once, in this order.
     """
+    text = path.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in before + after:
-        raise ValueError(f"{README.name}: expected one {BEGIN} and, below it, one {END}")
-    return f"{before}{BEGIN}\n{generated}\n{END}{after}"
+        raise ValueError(f"{path.name}: expected one {BEGIN} and, below it, one {END}")
+    return text, f"{before}{BEGIN}\n{generated}\n{END}{after}"
 
 
 def report_file(path: Path) -> None:
@@ -150,29 +162,30 @@ def report_file(path: Path) -> None:
     results = read(path)
     drawn = plots.draw(results, path.parent)
     target = path.with_suffix(".md")
-    target.write_text(section(results, path.name, [picture.name for picture in drawn]) + "\n", "utf-8")
+    lines = [section(results, path.name, [picture.name for picture in drawn]), "", *goals.table(results), ""]
+    target.write_text("\n".join(lines), "utf-8")
     print(f"{target} and {len(drawn)} pictures beside it")
 
 
 def report(check: bool) -> int:
-    """Bring README and its pictures up to date, or only say whether README is."""
-    found = newest_of_a_gpu(RESULTS)
-    old = README.read_text(encoding="utf-8")
+    """Bring both READMEs and the pictures up to date, or only say whether the READMEs are."""
+    found = newest_of_a_gpu(PUBLISHED)
     if found is None:
-        generated = NO_RESULT
+        generated, goal_table = NO_RESULT, goals.table(None)
     else:
         from bench import plots
 
         path, results = found
         pictures = [(PICTURES / name).as_posix() for name in plots.names(results)]
         generated = section(results, path.relative_to(README.parent).as_posix(), pictures)
-    new = replaced(old, generated)
+        goal_table = goals.table(results)
+    texts = {README: generated, BENCH_README: "\n".join(goal_table)}
+    changed = {path: new for path in texts for old, new in [replaced(path, texts[path])] if new != old}
     if check:
-        if new != old:
-            print(
-                f"{README.name} is not what the newest result gives: {COMMAND} rewrites it", file=sys.stderr
-            )
-        return int(new != old)
+        for path in changed:
+            name = path.relative_to(README.parent)
+            print(f"{name} is not what the newest result gives: {COMMAND} rewrites it", file=sys.stderr)
+        return int(bool(changed))
     if found is None:
         print(
             "no complete result file of a GPU under bench/results: python -m bench on a machine with a GPU "
@@ -181,26 +194,34 @@ def report(check: bool) -> int:
     else:
         drawn = plots.draw(results, README.parent / PICTURES)
         print(f"{path.name}: {README.name} and {len(drawn)} pictures in {PICTURES}")
-    if new != old:
-        README.write_text(new, encoding="utf-8")
+    for path, new in changed.items():
+        path.write_text(new, encoding="utf-8")
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 1 if ``--check`` finds README stale, 2 for a file that is no result file."""
+    """Run the command; 1 if ``--check`` finds a README stale, 2 for a file that is no result file."""
     parser = argparse.ArgumentParser(
         prog=COMMAND,
-        description="Write README's benchmark tables, and draw its pictures, from the newest complete "
-        "result file of a GPU under bench/results.",
+        description="Write the benchmark tables of README.md and bench/README.md, and draw the pictures, "
+        "from the newest complete result file of a GPU under bench/results.",
     )
     parser.add_argument(
-        "file", nargs="?", type=Path, help="report this file instead, beside it; README stays as it is"
+        "file", nargs="?", type=Path, help="report this file instead, beside it; the READMEs stay as they are"
     )
-    parser.add_argument("--check", action="store_true", help="only say whether README is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether they are up to date")
+    parser.add_argument(
+        "--publish",
+        type=Path,
+        metavar="FILE",
+        help="move this complete file of a GPU to bench/results, named by its date and commit, first",
+    )
     chosen = parser.parse_args(arguments)
-    if chosen.check and chosen.file:
-        parser.error("--check: expected no file: README follows the newest one")
+    if sum((chosen.check, chosen.file is not None, chosen.publish is not None)) > 1:
+        parser.error("expected one of FILE, --check and --publish FILE")
     try:
+        if chosen.publish is not None:
+            print(publish(chosen.publish, read(chosen.publish), PUBLISHED))
         if chosen.file is None:
             return report(chosen.check)
         report_file(chosen.file)

@@ -9,16 +9,17 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import tempfile
-from dataclasses import asdict, dataclass, fields, replace
+import shutil
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from degmix.files import atomic_file
 
 OURS = "ours"  # the implementation that all others are compared with
 OK = "ok"
 UNKNOWN = "unknown"  # commit, where there is neither git nor a word about it
-_AND = " and "
+PUBLISHED = Path(__file__).resolve().parent / "results"
 
 Key = tuple[str, str, str, str, str]
 _Record = TypeVar("_Record")
@@ -40,6 +41,8 @@ class Machine:
         commit: git revision of the code that was measured, 40 digits, or :data:`UNKNOWN`.
         dirty: whether that code had uncommitted changes, or Python files that git does not know; None
             without git.
+        tf32: whether PyTorch's own products ("matmul") and convolutions ("cudnn") of fp32 may run in TF32, as
+            timed; None of a file that does not say.
     """
 
     gpu: str | None
@@ -52,6 +55,13 @@ class Machine:
     clocks: str | None
     commit: str
     dirty: bool | None
+    tf32: dict[str, bool] | None = None
+
+    @property
+    def folder(self) -> str:
+        """The machine's folder among the results, such as "nvidia-h200"."""
+        words = (self.gpu or "cpu").lower().split()
+        return "-".join("".join(c for c in word if c.isalnum()) for word in words)
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class Row:
             in ``impl``, and stands beside the rows it is compared with.
         mode: "fwd", "bwd" or "fwdbwd"; of the model "inference" or "training step".
         impl: ``OURS`` or the name of the baseline.
-        timer: "cuda events", "cuda graph" or "cpu clock"; None if nothing was timed.
+        timer: "cuda events", "cuda graph", "cuda loop" or "cpu clock"; None if nothing was timed.
         images: pictures per call, for images per second; None for ops.
         ms: median milliseconds of one call.
         ms_p20: 20 % of the calls took less.
@@ -89,6 +99,7 @@ class Row:
         speed_of_light: time that ``bytes`` and ``flops`` need at the ceilings, over ``ms``; 1 is perfect.
         rel_error: largest relative L2 error of output and gradients against the fp64 reference, in this run.
         status: ``OK``, or in words why there are no times or no peak memory.
+        part: in which of ``Results.parts`` it was measured.
     """
 
     op: str
@@ -107,6 +118,7 @@ class Row:
     speed_of_light: float | None = None
     rel_error: float | None = None
     status: str = OK
+    part: int = 0
 
     @property
     def case(self) -> tuple[str, str, str, str]:
@@ -120,15 +132,32 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Results:
-    """One run of the benchmark, or several that were continued.
+class Part:
+    """What one call of the benchmark has to say of itself.
 
     Attributes:
-        machine: where; of several runs drivers and processors may differ, and are all named.
-        ceilings: what the device reached.
+        machine: where it ran.
+        ceilings: what the device reached in it.
+        measured: when it began, UTC, such as "2026-01-02T03:04:05"; empty of a file that does not say.
+    """
+
+    machine: Machine
+    ceilings: Ceilings
+    measured: str = ""
+
+
+@dataclass(frozen=True)
+class Results:
+    """One run of the benchmark, in one call or in several.
+
+    Attributes:
+        machine: where its first call ran.
+        ceilings: what the device reached in that call.
         rows: what was measured.
         complete: whether all that a report shows is in it (``Selection.headline``); it takes no other file.
         quick: whether it was made by ``--quick``, with few repetitions: no part of a complete one.
+        measured: as of :class:`Part`, when the first call began.
+        continued: the calls that went on where it had ended, in their order.
     """
 
     machine: Machine
@@ -136,42 +165,51 @@ class Results:
     rows: tuple[Row, ...]
     complete: bool = False
     quick: bool = False
+    measured: str = ""
+    continued: tuple[Part, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Every call. Only times of the same one are compared: the next may have found another machine."""
+        return Part(self.machine, self.ceilings, self.measured), *self.continued
 
     @property
     def keys(self) -> frozenset[Key]:
         """Of the measurements that are in it, failed ones too."""
         return frozenset(row.key for row in self.rows)
 
+    @property
+    def repeatable(self) -> frozenset[Key]:
+        """Of ours that had a time when last measured."""
+        last = {row.key: row for row in self.rows if row.impl == OURS}
+        return frozenset(key for key, row in last.items() if row.ms is not None)
 
-def merge(before: Results, now: Results) -> Results:
-    """A run and the one that continues it: the rows of both, and of what both measured the earlier.
+    @property
+    def file_name(self) -> str:
+        """``<date>-<commit>.json``."""
+        return f"{self.measured.replace(':', '')}-{self.machine.commit[:10]}.json"
+
+    def with_rows(self, rows: tuple[Row, ...]) -> Results:
+        """The results with what the last call measured."""
+        part = len(self.continued)
+        return replace(self, rows=self.rows + tuple(replace(row, part=part) for row in rows))
+
+
+def continue_(before: Results, now: Part) -> Results:
+    """What one call measured, for another one to add to.
 
     Raises:
         ValueError: if they are not of the same GPU, versions and commit, or nobody knows the commit.
     """
-    for name in ("gpu", "cuda", "torch", "triton", "commit", "dirty"):
+    # Another machine of the same kind may have another driver or processor.
+    for name in ("gpu", "cuda", "torch", "triton", "commit", "dirty", "tf32"):
         then, here = getattr(before.machine, name), getattr(now.machine, name)
         if then != here:
             raise ValueError(f"{name} was {then} and is {here} now, so it cannot be continued")
-    if before.quick or now.quick:
+    if before.quick:
         raise ValueError("what --quick measured is no part of another run")
     expect_continuable(now.machine)
-    # Another machine of the same kind may have another driver or processor.
-    machine = replace(
-        before.machine,
-        driver=_both(before.machine.driver, now.machine.driver),
-        cpu=_both(before.machine.cpu, now.machine.cpu),
-    )
-    rows = before.rows + tuple(row for row in now.rows if row.key not in before.keys)
-    matrix = {**now.ceilings.matrix, **before.ceilings.matrix}
-    copy = now.ceilings.copy if before.ceilings.copy is None else before.ceilings.copy
-    return Results(machine, Ceilings(copy, matrix), rows, before.complete)
-
-
-def _both(then: str | None, now: str | None) -> str | None:
-    """All that there are, each named once."""
-    every = [*(then or "").split(_AND), now or ""]
-    return _AND.join(dict.fromkeys(filter(None, every))) or None
+    return replace(before, continued=(*before.continued, now))
 
 
 def expect_continuable(machine: Machine) -> None:
@@ -191,15 +229,8 @@ def write(results: Results, path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_finite(asdict(results)), indent=1, allow_nan=False) + "\n"
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(unfinished, 0o644)  # mkstemp lets nobody else read its file
-        os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
 def read(path: Path) -> Results:
@@ -213,22 +244,52 @@ def read(path: Path) -> Results:
         data = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
-    if isinstance(data, dict):
-        for name in ("complete", "quick"):  # earlier revisions, which can be compared with, did not say
-            data.setdefault(name, False)
-    _check_keys(data, {field.name for field in fields(Results)}, str(path))
-    for name in ("complete", "quick"):
-        if not isinstance(data[name], bool):
-            raise ValueError(f"{path}: {name}: expected bool, got {data[name]!r}")
-    if not isinstance(data["rows"], list):
-        raise ValueError(f"{path}: rows: expected a list, got {type(data['rows']).__name__}")
-    return Results(
-        machine=_record(Machine, data["machine"], f"{path}: machine"),
-        ceilings=_record(Ceilings, data["ceilings"], f"{path}: ceilings"),
-        rows=tuple(_record(Row, row, f"{path}: rows[{index}]") for index, row in enumerate(data["rows"])),
-        complete=data["complete"],
-        quick=data["quick"],
-    )
+    results = _record(Results, data, str(path))
+    for index, row in enumerate(results.rows):
+        if not 0 <= row.part < len(results.parts):
+            raise ValueError(f"{path}: rows[{index}].part: there is no part {row.part}")
+    return results
+
+
+def begin(key: Key, file: Path) -> None:
+    """Leave word, beside a result file, of what is being measured.
+
+    Raises:
+        OSError: if the folder cannot be made or the word not be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(_begun(file)) as word:
+        word.write(json.dumps(key).encode())
+
+
+def end(file: Path) -> None:
+    """Take that word back."""
+    _begun(file).unlink(missing_ok=True)
+
+
+def with_unended(results: Results, file: Path) -> Results:
+    """The results and a failed row of what was being measured when the process was killed, if one was.
+
+    Whatever hangs would otherwise hang every call that continues the file.
+
+    Raises:
+        OSError: if the word cannot be read.
+        ValueError: if it is none of :func:`begin`'s.
+    """
+    path = _begun(file)
+    if not path.exists():
+        return results
+    try:
+        key = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        key = None
+    if not isinstance(key, list) or [type(word) for word in key] != list(get_args(Key)):
+        raise ValueError(f"{path}: expected five words that say what was measured; delete it to go on")
+    return results.with_rows((Row(*key, status="failed: the process was killed meanwhile"),))
+
+
+def _begun(file: Path) -> Path:
+    return file.with_name(f"{file.name}.begun")
 
 
 def unused(path: Path) -> Path:
@@ -237,9 +298,19 @@ def unused(path: Path) -> Path:
     return path if not path.exists() else next(each for each in names if not each.exists())
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest result file below a folder, by the date its name begins with; None if there is none."""
-    return max(folder.rglob("*.json"), key=lambda path: path.name, default=None)
+def publish(file: Path, results: Results, folder: Path = PUBLISHED) -> Path:
+    """Move a result file to those that the report reads, under the name that its date and commit give it.
+
+    Raises:
+        OSError: if it cannot be moved.
+        ValueError: if the report would not take it.
+    """
+    if results.machine.gpu is None or not results.complete or not results.measured:
+        raise ValueError(f"{file}: expected a complete run on a GPU that says when it was measured")
+    target = unused(folder / results.machine.folder / results.file_name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(file, target)
+    return target
 
 
 def _finite(value: Any) -> Any:
@@ -252,31 +323,43 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _check_keys(data: Any, expected: set[str], where: str) -> None:
+def _record(kind: type[_Record], data: Any, where: str) -> _Record:
+    """The data as a record, with the records in it.
+
+    What has a default may be missing: earlier revisions, which can be compared with, did not have it.
+    """
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected an object, got {type(data).__name__}")
-    if data.keys() != expected:
-        missing, unknown = sorted(expected - data.keys()), sorted(data.keys() - expected)
-        raise ValueError(f"{where}: missing keys {missing}, unknown keys {unknown}")
-
-
-def _record(kind: type[_Record], data: Any, where: str) -> _Record:
     hints = get_type_hints(kind)
-    _check_keys(data, set(hints), where)
-    for name, hint in hints.items():
-        if not _fits(data[name], hint):
-            raise ValueError(f"{where}.{name}: expected {_words(hint)}, got {data[name]!r}")
-    return kind(**data)
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    if not needed <= data.keys() <= hints.keys():
+        missing, unknown = sorted(needed - data.keys()), sorted(data.keys() - hints.keys())
+        raise ValueError(f"{where}: missing keys {missing}, unknown keys {unknown}")
+    return kind(**{name: _value(value, hints[name], where, name) for name, value in data.items()})
+
+
+def _value(value: Any, hint: Any, where: str, name: str) -> Any:
+    if is_dataclass(hint):
+        return _record(hint, value, f"{where}: {name}")
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where}: {name}: expected a list, got {type(value).__name__}")
+        entry, _ = get_args(hint)
+        return tuple(_record(entry, each, f"{where}: {name}[{index}]") for index, each in enumerate(value))
+    if not _fits(value, hint):
+        raise ValueError(f"{where}.{name}: expected {_words(hint)}, got {value!r}")
+    return value
 
 
 def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is dict:
         _, entry = get_args(hint)
         return isinstance(value, dict) and all(_fits(each, entry) for each in value.values())
-    accepted = get_args(hint) or (hint,)
-    if isinstance(value, bool):  # which Python counts among the integers
-        return bool in accepted
-    return isinstance(value, accepted) or (float in accepted and isinstance(value, int))
+    accepted = [hint] if isinstance(hint, type) else get_args(hint)
+    if len(accepted) > 1:
+        return any(_fits(value, each) for each in accepted)
+    # Python counts bool among the integers; a whole number is a float, too.
+    return type(value) in accepted or (float in accepted and type(value) is int)
 
 
 def _words(hint: Any) -> str:

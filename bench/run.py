@@ -21,12 +21,12 @@ from bench import (
     model,
     task_attention,
 )
-from bench.cases import COMPILED, DTYPES, Case, Problem, Run, Unavailable
+from bench.cases import COMPILED, DTYPES, GRAPH, LOOP, Case, Problem, Run, Unavailable
 from bench.ceilings import speed_of_light
-from bench.check import ANOTHER_FUNCTION, Checker, CheckFailed
-from bench.measure import GRAPH, LOOP, call_of, measure, peak_bytes, timers
+from bench.check import Checker, CheckFailed
+from bench.measure import call_of, measure, peak_bytes, timers
 from bench.results import OURS, Ceilings, Key, Row
-from bench.shapes import LAUNCH, QUICK, is_leading
+from bench.shapes import QUICK, is_leading
 
 # What matters most comes first: a run may be stopped when its time is up.
 FAMILIES = (
@@ -45,7 +45,7 @@ CASES: tuple[Case, ...] = tuple(case for family in FAMILIES for case in family.C
 ALONE = "bwd"  # the backward pass alone is what fewest ask for
 FIRST_DTYPE = "bf16"
 
-Advance = Callable[[str], None]
+Advance = Callable[[Row], None]
 Wanted = dict[str, list[str]]
 """Implementation → modes."""
 
@@ -65,7 +65,9 @@ class Selection:
         baselines: names of the baselines beside ours; None for all.
         seconds: for one measurement.
         quick: whether what takes minutes to compile is left out.
-        done: of rows that exist already.
+        done: of rows that an earlier call left.
+        repeatable: of ours among those. They are measured again beside every baseline that comes later: only
+            times of one call are compared.
     """
 
     cases: tuple[Case, ...]
@@ -75,6 +77,7 @@ class Selection:
     seconds: float
     quick: bool = False
     done: frozenset[Key] = frozenset()
+    repeatable: frozenset[Key] = frozenset()
 
     def rounds(self) -> Iterator[tuple[Case, str, Wanted]]:
         """Every case in its dtypes, with what is left to measure of it, the most valuable first.
@@ -86,6 +89,7 @@ class Selection:
         together = [mode for mode in self.modes if mode != ALONE]
         alone = [mode for mode in self.modes if mode == ALONE]
         every = itertools.product((together, alone), self.dtypes, self.cases, (False, True))
+        repeated: set[Key] = set()
 
         def rank(each: tuple[list[str], str, Case, bool]) -> tuple[bool, ...]:
             modes, dtype, case, compiled = each
@@ -95,8 +99,12 @@ class Selection:
             names = [name for name in self._implementations_of(case) if (name == COMPILED) == compiled]
             wanted = {name: self._left(case, dtype, modes, name) for name in names}
             wanted = {name: left for name, left in wanted.items() if left}
+            left = dict.fromkeys(itertools.chain(*wanted.values()))
+            again = {_row(case, dtype, mode, OURS).key: mode for mode in left}
+            again = {key: mode for key, mode in again.items() if key in self.repeatable - repeated}
+            repeated |= again.keys()
             if wanted:
-                yield case, dtype, wanted
+                yield case, dtype, {OURS: [*again.values(), *wanted.pop(OURS, ())], **wanted}
 
     def headline(self) -> Selection:
         """What a report shows: NYUD-v2's maps in the first dtype, without what has to be compiled."""
@@ -158,7 +166,7 @@ def run(
         selection: what.
         device: where.
         ceilings: what the device reaches.
-        advance: called with a line about what comes next, once for each implementation and mode.
+        advance: called once for each implementation and mode, with a row that says what comes next.
 
     Raises:
         DeviceLost: after the rows of the measurement that lost it.
@@ -167,7 +175,8 @@ def run(
     for case, dtype, wanted in selection.rounds():
         status, checker, make = None, None, None  # which lets go of what the round before held
         try:
-            checker = Checker(case.prepare(device, DTYPES[dtype]))
+            gradients = any(mode != "fwd" for modes in wanted.values() for mode in modes)
+            checker = Checker(case.prepare(device, DTYPES[dtype]), gradients)
         except Exception as error:  # whatever it is, the other cases are measured
             status = _words(error)
         for name, modes in wanted.items():
@@ -177,39 +186,38 @@ def run(
             if name == COMPILED and selection.quick and device.type == "cuda":
                 reason = _words(Unavailable("left out by --quick"))
             for mode in modes:
-                advance(f"{case.op}, {case.shape}, {dtype}, {case.modes[mode]}: {name}")
+                row = _row(case, dtype, mode, name)
+                advance(row)
                 if reason is not None or make is None:
-                    yield (_row(case, dtype, mode, name, status=reason),)
+                    yield (replace(row, status=reason),)
                 else:
-                    small = case.shape == LAUNCH
-                    yield _rows(checker, make, _row(case, dtype, mode, name), mode, place, small)
+                    yield _rows(checker, make, row, mode, case, place)
                 _forget(device)
             if name == COMPILED and device.type == "cuda":
                 torch.compiler.reset()  # its graphs keep their memory otherwise
 
 
 def _rows(
-    checker: Checker, make: Callable[[], Run], row: Row, mode: str, place: Place, small: bool
+    checker: Checker, make: Callable[[], Run], row: Row, mode: str, case: Case, place: Place
 ) -> tuple[Row, ...]:
     """The rows of one implementation in one mode, one for each timer: checked, then timed."""
-    problem = checker.problem
     try:
-        made = make()
-        gradients = mode != "fwd"
-        limit = problem.limit(checker, gradients) if row.impl == OURS else ANOTHER_FUNCTION
-        row = replace(row, rel_error=checker.check(made, gradients, limit))
+        made, gradients = make(), mode != "fwd"
+        if row.impl == OURS:
+            checker.check_ours(made, gradients)
+        row = replace(row, rel_error=checker.check(made, gradients))
     except CheckFailed as failure:
         return (replace(row, rel_error=failure.error, status=f"check failed: {failure}"),)
     except Exception as error:  # whatever an implementation raises is its row's status
         return (replace(row, status=_words(error)),)
-    return tuple(_timed(row, problem, made, mode, place, small))
+    return tuple(_timed(row, checker.problem, made, mode, case, place))
 
 
-def _timed(row: Row, problem: Problem, made: Run, mode: str, place: Place, small: bool) -> Iterator[Row]:
+def _timed(row: Row, problem: Problem, made: Run, mode: str, case: Case, place: Place) -> Iterator[Row]:
     work = problem.work.get(mode)
     if work is not None:
         row = replace(row, bytes=work.bytes, flops=work.flops)
-    for timer in timers(place.device, small, made.capturable):
+    for timer in timers(place.device, case, made):
         try:
             if timer == LOOP and mode == ALONE and made.without_graphs is not None:
                 raise Unavailable("its CUDA graphs hold one forward pass at a time")
@@ -237,9 +245,8 @@ def _with_peak(row: Row, made: Run, mode: str, dtype: torch.dtype) -> Row:
         return replace(row, status=f"peak memory: {_words(error)}")
 
 
-def _row(case: Case, dtype: str, mode: str, name: str, status: str | None = None) -> Row:
-    row = Row(case.op, case.shape, dtype, case.modes[mode], name, images=case.images)
-    return row if status is None else replace(row, status=status)
+def _row(case: Case, dtype: str, mode: str, name: str) -> Row:
+    return Row(case.op, case.shape, dtype, case.modes[mode], name, images=case.images)
 
 
 def _words(error: Exception) -> str:

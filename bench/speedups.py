@@ -14,14 +14,25 @@ SHOWN_MODES = ("fwd", "fwdbwd")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Our row of one call, and the baselines' rows of the same call and timer."""
+    """Our rows of one case, and the baselines' rows of the same case and timer.
 
-    ours: Row
+    Attributes:
+        measured: ours, the first time and whenever a baseline was measured in a later call.
+        others: the baselines'.
+    """
+
+    measured: tuple[Row, ...]
     others: tuple[Row, ...]
 
+    @property
+    def ours(self) -> Row:
+        """Ours as measured first."""
+        return self.measured[0]
+
     def speed_up(self, other: Row) -> float | None:
-        """How many times as fast as another implementation ours is; None without both times."""
-        return other.ms / self.ours.ms if other.ms and self.ours.ms else None
+        """How many times as fast as another implementation ours was in the same call; None without times."""
+        ours = next((row for row in self.measured if row.part == other.part), None)
+        return other.ms / ours.ms if ours is not None and other.ms and ours.ms else None
 
     def share_of_peak(self, other: Row) -> float | None:
         """Our peak memory over another implementation's; None without both."""
@@ -32,7 +43,7 @@ def shown(results: Results) -> list[Comparison]:
     """Of each op the calls at NYUD-v2's maps, or at its first shape; all others are in the file alone."""
     calls = [
         call
-        for call in _comparisons(results.rows)
+        for call in comparisons(results.rows)
         if call.ours.images is None and call.ours.mode in SHOWN_MODES
     ]
     chosen = []
@@ -53,14 +64,19 @@ def shown(results: Results) -> list[Comparison]:
 
 def model_calls(results: Results) -> list[Comparison]:
     """The calls of the model."""
-    return [call for call in _comparisons(results.rows) if call.ours.images is not None]
+    return [call for call in comparisons(results.rows) if call.ours.images is not None]
 
 
-def _comparisons(rows: Sequence[Row]) -> list[Comparison]:
+def comparisons(rows: Sequence[Row]) -> list[Comparison]:
+    """Every case and timer of ours, with the baselines."""
+    ours: dict[tuple[str | None, ...], list[Row]] = {}
+    for row in rows:
+        if row.impl == OURS:
+            ours.setdefault((*row.case, row.timer), []).append(row)
+    others = [row for row in rows if row.impl != OURS]
     return [
-        Comparison(ours, tuple(row for row in rows if row.impl != OURS and _comparable(row, ours)))
-        for ours in rows
-        if ours.impl == OURS
+        Comparison(tuple(measured), tuple(row for row in others if _comparable(row, measured[0])))
+        for measured in ours.values()
     ]
 
 

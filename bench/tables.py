@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from bench.measure import GRAPH, LOOP
+from bench.cases import GRAPH, LOOP
 from bench.results import OK, OURS, Machine, Results, Row
 from degmix_kernels.backend import INTERPRETED
 
@@ -20,11 +20,14 @@ def op_tables(rows: Sequence[Row]) -> Iterator[Table]:
 
 def machine_lines(results: Results) -> list[str]:
     """What was measured on, and what it reaches itself."""
-    machine, ceilings = results.machine, results.ceilings
+    machine = results.machine
     lines = [_machine(machine)]
+    if len(results.parts) > 1:
+        lines.append(f"Call {len(results.parts)} of a run that began {results.measured} UTC.")
+    ceilings = results.parts[-1].ceilings
     if ceilings.copy is not None:
         rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings.matrix.items())
-        lines.append(f"Measured in this run: copy {ceilings.copy / 1e9:.4g} GB/s; matrix products {rates}")
+        lines.append(f"Measured in this call: copy {ceilings.copy / 1e9:.4g} GB/s; matrix products {rates}")
     if machine.gpu is None:
         what = "Triton's interpreter" if INTERPRETED else "their references"
         lines.append(f"On a CPU our ops run {what}: these times say nothing about the kernels.")
@@ -61,7 +64,7 @@ def _op_table(op: str, rows: Sequence[Row]) -> Table:
     with_images = any(row.images is not None for row in rows)
     for title in [*titles, "images/s"] if with_images else titles:
         table.add_column(title, justify="right", no_wrap=True)
-    ours = {_key(row): row for row in rows if row.impl == OURS}
+    ours = {(*_key(row), row.part): row for row in rows if row.impl == OURS}
     for key in dict.fromkeys(_key(row) for row in rows if row.timer is not None or _untimed(row, rows)):
         _, shape, dtype, mode, timer = key
         table.add_section()
@@ -70,7 +73,7 @@ def _op_table(op: str, rows: Sequence[Row]) -> Table:
         for row in rows:
             # What was not timed at all stands among whatever was.
             if _key(row) == key or (row.case == key[:4] and row.timer is None):
-                cells = _cells(row, ours.get(key))
+                cells = _cells(row, ours.get((*key, row.part)))
                 table.add_row(*cells, *([_images_per_second(row)] if with_images else []))
     return table
 
@@ -81,7 +84,7 @@ def _untimed(row: Row, rows: Sequence[Row]) -> bool:
 
 def _cells(row: Row, ours: Row | None) -> list[str]:
     return [
-        f"  {row.impl}",
+        f"  {row.impl}" + (f", call {row.part + 1}" if row.part else ""),
         _time(row),
         "" if row.ms_p20 is None else f"{_digits(row.ms_p20)}–{_digits(row.ms_p80)}",
         "" if row.impl == OURS else _ratio(row, ours),

@@ -1,34 +1,91 @@
 """Training for real: the demo's model on synthetic rooms, with the kernels and with the plain formula.
 
     python -m bench.training --out runs/training       # at NYUD-v2's size in bf16; meant for a GPU
+    python -m bench.training --seconds 300              # the same, as far as it gets in five minutes
     python -m bench.training --quick                    # seconds on a CPU, in fp32, without kernels
 
-Both runs see the same pictures in the same order from the same seed. Leaves training.json (curves, pictures
-per second, machine), training.png and both run folders. Needs what ``pip install '.[test]'`` installs.
+Both runs start from the same weights and see the same pictures in the same order. ``--out`` gets two files,
+training.json and training.png, written anew after each run, one that was cut short included. Rooms and run
+folders are kept with ``--work`` only. Needs what ``pip install '.[test]'`` installs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import signal
 import sys
+import textwrap
+import time
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from torch import Tensor
 
+from bench.cases import Unavailable
+from bench.ceilings import at_work
 from bench.deform_conv import load_torchvision
 from bench.machine import read_machine
-from degmix import DeGMixHead, train
+from bench.model import FORMULA
+from bench.program import FAILURE, INTERRUPTED, LOG_WIDTH, USER_ERROR
+from bench.results import OK, OURS, Machine
+from degmix import DeGMixHead, build, train
 from degmix.config import Config, load_config
 from degmix.data import synthetic
+from degmix.data.nyud import one_line
+from degmix.data.synthetic.writer import usable_cores
+from degmix.files import atomic_file
 from degmix.model.formula import formula
+from degmix.progress import stage
 
-KERNELS, FORMULA = "ours", "eager formula"
+JSON_NAME, PLOT_NAME = "training.json", "training.png"
+STOPPED, LATE = "interrupted", "out of time"
+NOTICEABLE = 0.03  # share of the time spent waiting for data that the plot names
+LONGEST_REASON = 60  # characters
+MOST_WORKERS = 14
+SHARED_MEMORY = Path("/dev/shm")  # where loader processes leave their batches
+BATCHES_OF_A_WORKER = 3  # that are there at once: two ahead, as PyTorch's loader has it, and one in use
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one run reached.
+
+    Attributes:
+        status: "ok" if it did all its steps, otherwise why not.
+        steps_asked: the steps it was to do.
+        steps_done: the steps it did.
+        images_per_second: in the second half of those, when all is compiled; waiting for data included.
+        waiting_for_data: share of that time spent waiting. Both are None after fewer than two steps.
+        losses: of every step, all tasks together.
+    """
+
+    status: str
+    steps_asked: int
+    steps_done: int
+    images_per_second: float | None
+    waiting_for_data: float | None
+    losses: list[float]
+
+    def __str__(self) -> str:
+        """In a line, as the plot's legend has it."""
+        words = []
+        if self.images_per_second is not None:
+            words.append(f"{self.images_per_second:.3g} images/s")
+            if self.waiting_for_data > NOTICEABLE:
+                words.append(f"{self.waiting_for_data:.0%} of the time waiting for data")
+        if self.status != OK:
+            why = textwrap.shorten(self.status, LONGEST_REASON, placeholder="…")
+            words.append(f"{self.steps_done} of {self.steps_asked} steps: {why}")
+        return ", ".join(words)
 
 
 @contextmanager
@@ -43,45 +100,89 @@ def written_out() -> Iterator[None]:
 
 
 def configuration(options: argparse.Namespace, rooms: Path) -> Config:
-    """The demo's, at the size and length asked for."""
+    """The demo's, at the size and length asked for, reading as fast as it can."""
     height, width = options.size
-    return load_config(
+    config = load_config(
         "demo",
         [
-            f"data.root={rooms}",
             f"data.size=[{height}, {width}]",
             f"data.workers={options.workers}",
+            "data.cache=true",
             f"train.steps={options.steps}",
             f"train.batch_size={options.batch}",
             f"train.amp={str(torch.cuda.is_available()).lower()}",
-            f"train.log_every={max(options.steps // 100, 1)}",
+            "train.log_every=1",
         ],
-    )
+    ).with_data_root(rooms)
+    return replace(config, data=replace(config.data, workers=workers_with_room(config)))
 
 
-def curve(run: Path, batch: int) -> dict[str, object]:
-    """A run's losses by step, and its pictures per second in the second half, when all is compiled."""
-    records = [json.loads(line) for line in (run / train.LOG_NAME).read_text().splitlines()]
-    middle, last = records[len(records) // 2 - 1], records[-1]
-    # The log's rate is that since the start.
-    middle_seconds, seconds = (each["step"] * batch / each["images_per_second"] for each in (middle, last))
-    rate = (last["step"] - middle["step"]) * batch / (seconds - middle_seconds)
-    return {
-        "steps": [record["step"] for record in records],
-        "losses": [record["loss"] for record in records],
-        "images_per_second": rate,
-    }
+def workers_with_room(config: Config) -> int:
+    """As many of the loader's processes as there is shared memory for; one that finds none is killed."""
+    if not config.data.workers or not SHARED_MEMORY.is_dir():
+        return config.data.workers
+    sample = build.open_split(config, "train")[0]
+    picture = sum(value.nbytes for value in sample.values() if isinstance(value, Tensor))
+    needed = BATCHES_OF_A_WORKER * config.train.batch_size * picture
+    return min(config.data.workers, shutil.disk_usage(SHARED_MEMORY).free // needed)
 
 
-def draw(curves: dict[str, dict], title: str, path: Path) -> None:
-    """Both loss curves on one plot."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+def run(config: Config, folder: Path, device: torch.device, console: Console, seconds: float | None) -> Curve:
+    """Train into a new folder, and say what was reached, however it ended."""
+    status = OK
+    try:
+        train.start(config, folder, device, console, seconds)
+    except train.OutOfTime:
+        status = LATE
+    except (train.Interrupted, KeyboardInterrupt):
+        status = STOPPED
+    except Exception as error:  # of the one run; the other's curve is worth having nevertheless
+        traceback.print_exc()
+        status = f"failed: {type(error).__name__}: {one_line(error)}"
+    return read_curve(folder / train.LOG_NAME, status, config)
+
+
+def read_curve(log: Path, status: str, config: Config) -> Curve:
+    """A run's curve from its log, which may be short or missing."""
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rate = waiting = None
+    if len(records) >= 2:
+        # The log counts both since the start.
+        (before, waited_before), (seconds, waited) = (
+            _times(record, config.train.batch_size)
+            for record in (records[len(records) // 2 - 1], records[-1])
+        )
+        images = (len(records) - len(records) // 2) * config.train.batch_size
+        rate, waiting = images / (seconds - before), (waited - waited_before) / (seconds - before)
+    losses = [record["loss"] for record in records]
+    return Curve(status, config.train.steps, len(records), rate, waiting, losses)
+
+
+def _times(record: dict, batch: int) -> tuple[float, float]:
+    """Seconds since the start, and those of waiting among them."""
+    seconds = record["step"] * batch / record["images_per_second"]
+    return seconds, record["waiting_for_data"] * seconds
+
+
+def write(out: Path, machine: Machine, what: str, curves: dict[str, Curve]) -> None:
+    """Write the numbers, then the plot, each whole or not at all."""
+    runs = {name: asdict(curve) for name, curve in curves.items()}
+    record = {"machine": asdict(machine), "what": what, "runs": runs}
+    with atomic_file(out / JSON_NAME) as file:
+        file.write((json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+    with atomic_file(out / PLOT_NAME) as file:
+        draw(curves, what).savefig(file, format="png", dpi=150)
+
+
+def draw(curves: dict[str, Curve], title: str) -> Figure:
+    """The loss curves on one plot, each as far as it goes."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(title=title, xlabel="step", ylabel="loss, all tasks together")
-    for name, each in curves.items():
-        label = f"{name}: {each['images_per_second']:.3g} images/s"
-        axes.plot(each["steps"], each["losses"], label=label, alpha=0.8)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    for name, curve in curves.items():
+        steps = range(1, curve.steps_done + 1)
+        axes.plot(steps, curve.losses, label=f"{name}: {curve}", alpha=0.8, linewidth=1)
+    axes.legend(fontsize=8)
+    return figure
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -89,50 +190,88 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m bench.training", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/training"), help="a new folder (default: runs/training)")
+    add("--work", type=Path, help="a new folder for rooms and run folders (default: they are not kept)")
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), default=(425, 560), help="of the pictures")
     add("--rooms", type=int, default=160, help="rooms to render (default: 160)")
     add("--steps", type=int, default=450, help="steps of each run, at least 2 (default: 450)")
+    add("--seconds", type=float, help="time for both runs, half of it for the first (default: until done)")
     add("--batch", type=int, default=8, help="pictures in a step (default: 8)")
-    add("--workers", type=int, default=8, help="processes that read pictures (default: 8)")
+    workers = min(MOST_WORKERS, usable_cores())
+    add("--workers", type=int, default=workers, help=f"processes that read pictures (default: {workers})")
     add("--quick", action="store_true", help="a few steps with small pictures: shows that it runs")
     options = parser.parse_args(arguments)
     if options.quick:
         options.size, options.rooms, options.steps, options.batch, options.workers = (48, 64), 8, 8, 2, 0
     if options.steps < 2:
         parser.error("--steps: expected at least 2")
-    if options.out.exists():
-        parser.error(f"--out {options.out}: exists already")
+    if options.seconds is not None and not options.seconds > 0:
+        parser.error("--seconds: expected more than 0")
+    for name, folder in (("out", options.out), ("work", options.work)):
+        if folder is not None and folder.exists():
+            parser.error(f"--{name} {folder}: exists already")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train twice, and put the curves together."""
-    options, console = parse(arguments), Console()
+    """Train twice, and put the curves together; 130 if interrupted, 1 if a run failed, 2 for a mistake."""
+    options = parse(arguments)
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
     device = train.default_device()
-    load_torchvision(device)  # without it the formula would be something else than people have today
+    try:
+        load_torchvision(device)  # without it the formula would be something else than people have today
+    except Unavailable as error:
+        print(f"bench.training: {error}", file=sys.stderr)
+        return USER_ERROR
     if device.type != "cuda":
         console.print("No GPU: fp32, and our ops run their references; this says nothing about the kernels.")
+    work = nullcontext(options.work) if options.work else TemporaryDirectory(prefix="training-")
+    try:
+        with work as folder:
+            return train_twice(options, Path(folder), device, console)
+    except KeyboardInterrupt:
+        print("bench.training: interrupted while nothing was being trained", file=sys.stderr)
+        return INTERRUPTED
+
+
+def train_twice(options: argparse.Namespace, work: Path, device: torch.device, console: Console) -> int:
+    """Render, and train with our ops, then with the formula; returns the exit code."""
     options.out.mkdir(parents=True)
-    rooms = options.out / "rooms"
-    synthetic.write(rooms, options.rooms, tuple(options.size), seed=0)
-    config = configuration(options, rooms)
-    train.start(config, options.out / "ours", device, console)
-    with written_out():
-        train.start(config, options.out / "formula", device, console)
-    folders = {KERNELS: options.out / "ours", FORMULA: options.out / "formula"}
-    curves = {name: curve(folder, options.batch) for name, folder in folders.items()}
-    machine = read_machine(device)
+    with stage(console, "rendering", options.rooms) as advance:
+        synthetic.write(
+            work / "rooms", options.rooms, tuple(options.size), progress=lambda done, _: advance(done, "")
+        )
+    config = configuration(options, work / "rooms")
+    if config.data.workers < options.workers:
+        console.print(f"{SHARED_MEMORY} has room for the batches of {config.data.workers} workers only.")
+    with at_work(device):
+        machine = read_machine(device)
     height, width = options.size
     dtype = "bf16" if device.type == "cuda" else "fp32"
-    title = f"{height}×{width}, batch {options.batch}, {dtype}, {machine.gpu or 'CPU'}"
-    record = {"machine": asdict(machine), "what": title, "curves": curves}
-    (options.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    draw(curves, title, options.out / "training.png")
-    for name, each in curves.items():
-        console.print(f"{name}: {each['images_per_second']:.3g} images/s, last loss {each['losses'][-1]:.4f}")
-    console.print(f"{options.out / 'training.png'} shows both.", soft_wrap=True)
-    return 0
+    what = f"{height}×{width}, batch {options.batch}, {dtype}, {machine.gpu or 'CPU'}"
+
+    curves: dict[str, Curve] = {}
+    began = time.monotonic()
+    for name, folder, head in ((OURS, "ours", nullcontext()), (FORMULA, "formula", written_out())):
+        console.print(f"{name}: {what}, {config.data.workers} workers", soft_wrap=True)
+        seconds = options.seconds
+        if seconds is not None:
+            seconds = seconds - (time.monotonic() - began) if curves else seconds / 2
+        with head:
+            curves[name] = run(config, work / folder, device, console, seconds)
+        write(options.out, machine, what, curves)
+        console.print(f"{name}: {curves[name]}", soft_wrap=True)
+        if curves[name].status == STOPPED:
+            console.print(f"Interrupted; {options.out} has what was reached.", soft_wrap=True)
+            return INTERRUPTED
+    both = min(curve.steps_done for curve in curves.values())
+    if both:
+        losses = ", ".join(f"{name} {curve.losses[both - 1]:.4f}" for name, curve in curves.items())
+        console.print(f"loss at step {both}: {losses}")
+    console.print(f"{options.out / PLOT_NAME} shows both.", soft_wrap=True)
+    return 0 if all(curve.status in (OK, LATE) for curve in curves.values()) else FAILURE
 
 
 if __name__ == "__main__":
+    # A shell's background jobs ignore interrupts, which `timeout -s INT` has to reach nevertheless.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

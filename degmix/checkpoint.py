@@ -6,12 +6,10 @@ Only tensors and plain values are read back: a file with anything else pickled i
 
 from __future__ import annotations
 
-import os
 import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from degmix import build
 from degmix.config import Config, config_from_json, config_to_json
+from degmix.files import atomic_file
 
 FORMAT = "degmix-1"
 CHECKPOINT_NAME = "checkpoint.pt"
@@ -28,21 +27,6 @@ MODEL_NAME = "model.safetensors"
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one sentence that names the file."""
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file for writing that takes its name only once it is complete and on disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def save_model(path: Path, model: nn.Module, config: Config) -> None:

@@ -40,6 +40,8 @@ class DataConfig:
         size: height and width of a training crop.
         scales: range of the random scale before the crop.
         workers: processes that read samples; 0 reads them in the training process.
+        cache: keep the decoded training set in memory, 56 bytes a pixel with all six tasks: steps then wait
+            for augmentation alone. Workers share it where they are forked, as on Linux.
     """
 
     root: str = "data/NYUDv2"
@@ -47,6 +49,7 @@ class DataConfig:
     size: tuple[int, int] = (425, 560)
     scales: tuple[float, float] = SCALES
     workers: int = 4
+    cache: bool = False
 
 
 @dataclass(frozen=True)

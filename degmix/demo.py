@@ -16,6 +16,7 @@ from degmix.data import synthetic
 from degmix.data.nyud import NYUD
 from degmix.data.transforms import normalize
 from degmix.evaluate import METRICS_NAME, Result, evaluate, results_table, write_metrics
+from degmix.files import atomic_file
 from degmix.losses import IGNORE
 from degmix.predict import predict
 from degmix.progress import stage
@@ -107,7 +108,7 @@ def draw_examples(path: Path, model: torch.nn.Module, dataset: NYUD, labels: Lab
         predictions,
         labels,
     )
-    with checkpoint.atomic_file(path) as file:
+    with atomic_file(path) as file:
         sheet.save(file, "PNG")
 
 

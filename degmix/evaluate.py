@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from degmix.checkpoint import atomic_file
 from degmix.data.nyud import NYUD
 from degmix.data.transforms import evaluation_transform
+from degmix.files import atomic_file
 from degmix.progress import stage
 from degmix.tasks import TASKS
 

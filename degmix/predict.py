@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
-from degmix.checkpoint import atomic_file
 from degmix.data.transforms import normalize
+from degmix.files import atomic_file
 from degmix.tasks import TASKS, Labels
 from degmix.visualize import depth_range, legend, paint, with_legend
 

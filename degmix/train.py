@@ -28,6 +28,7 @@ from degmix.config import Config, config_to_yaml
 from degmix.data import DataError, Sample
 from degmix.data.stream import TrainingStream
 from degmix.data.transforms import training_transform
+from degmix.files import atomic_file
 from degmix.progress import stage
 
 CONFIG_NAME = "config.yaml"
@@ -42,24 +43,44 @@ class Interrupted(Exception):
     """The user or the system asked the run to stop; the message says how to go on."""
 
 
+class OutOfTime(Interrupted):
+    """The time that the run was given is over."""
+
+
 def default_device() -> torch.device:
     """The GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def start(config: Config, out: Path, device: torch.device, console: Console) -> None:
-    """Train from scratch into the new run folder ``out``, which gets what ``train`` leaves.
+def start(
+    config: Config, out: Path, device: torch.device, console: Console, seconds: float | None = None
+) -> None:
+    """Train from scratch into the new run folder ``out``.
+
+    It gets config.yaml, log.jsonl, checkpoint.pt and model.safetensors. A line of the log has the step, the
+    losses, the learning rate, the norm of the gradient and, counted since the start of the call, images per
+    second and the share of the time that went by waiting for them (``waiting_for_data``).
+
+    Args:
+        config: what to train, on what.
+        out: the run folder.
+        device: where to train.
+        console: where to show progress.
+        seconds: time after which the run stops as if interrupted, after one step at least; as long as it
+            takes by default.
 
     Raises:
         ConfigError, DataError: if the configuration describes no model or no data.
         TrainingError: if ``out`` holds a run already, or a loss becomes NaN or infinite.
         Interrupted: after SIGINT or SIGTERM.
+        OutOfTime: after ``seconds``.
     """
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
     if (out / checkpoint.CHECKPOINT_NAME).exists():
         raise TrainingError(f"{out}: holds a run already; choose another --out, or go on with --resume {out}")
     torch.manual_seed(config.train.seed)
     model = build.build_model(config).to(device)
-    _train(config, out, model, _optimizer(config, model), 0, console)
+    _train(config, out, model, _optimizer(config, model), 0, console, deadline)
 
 
 def resume(out: Path, device: torch.device, console: Console) -> None:
@@ -91,8 +112,9 @@ def _train(
     optimizer: torch.optim.Optimizer,
     first_step: int,
     console: Console,
+    deadline: float = math.inf,
 ) -> None:
-    """Train from ``first_step`` on; leaves config.yaml, log.jsonl, checkpoint.pt and model.safetensors."""
+    """Train from ``first_step`` on, until ``deadline`` at most; leaves what ``start`` does."""
     settings = config.train
     device = next(model.parameters()).device
     losses_of = build.build_losses(config)
@@ -104,7 +126,7 @@ def _train(
     log = _open_log(out / LOG_NAME, first_step)
 
     model.train()
-    began = time.monotonic()
+    began, waited = time.monotonic(), 0.0
     with (
         log,
         _stop_requested() as stop,
@@ -116,7 +138,10 @@ def _train(
 
             step_losses = torch.zeros(len(config.tasks), device=device)
             for _ in range(settings.accumulate):
-                batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
+                asked = time.monotonic()
+                batch = next(batches)
+                waited += time.monotonic() - asked
+                batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
                 with torch.autocast(
                     device.type, torch.bfloat16, enabled=settings.amp and device.type == "cuda"
                 ):
@@ -134,18 +159,21 @@ def _train(
 
             done = step + 1
             images = (done - first_step) * settings.batch_size * settings.accumulate
-            speed = images / (time.monotonic() - began)
+            now = time.monotonic()
+            speed = images / (now - began)
             described = "  ".join(f"{task} {value:.3f}" for task, value in losses_by_task.items())
             advance(done, f"{described}  {speed:.1f} images/s")
             if done % settings.log_every == 0 or done == settings.steps:
                 record = {"step": done, "loss": sum(values), "losses": losses_by_task}
-                record |= {"lr": learning_rate(config, step), "grad_norm": norm, "images_per_second": speed}
+                record |= {"lr": learning_rate(config, step), "grad_norm": norm}
+                record |= {"images_per_second": speed, "waiting_for_data": waited / (now - began)}
                 log.write(json.dumps(record) + "\n")
                 log.flush()
-            if done % settings.checkpoint_every == 0 or done == settings.steps or stop:
+            late = now >= deadline
+            if done % settings.checkpoint_every == 0 or done == settings.steps or stop or late:
                 checkpoint.save_state(out / checkpoint.CHECKPOINT_NAME, model, optimizer, done, config)
-            if stop and done < settings.steps:
-                raise Interrupted(
+            if (stop or late) and done < settings.steps:
+                raise (Interrupted if stop else OutOfTime)(
                     f"stopped after step {done} of {settings.steps}; go on with: degmix train --resume {out}"
                 )
     checkpoint.save_model(out / checkpoint.MODEL_NAME, model, config)
@@ -153,7 +181,7 @@ def _train(
 
 def write_config(out: Path, config: Config) -> None:
     """Write the configuration of a run into its folder."""
-    with checkpoint.atomic_file(out / CONFIG_NAME) as file:
+    with atomic_file(out / CONFIG_NAME) as file:
         file.write(config_to_yaml(config).encode())
 
 
@@ -165,8 +193,11 @@ def learning_rate(config: Config, step: int) -> float:
 def _loader(config: Config, first_step: int) -> DataLoader[dict[str, Tensor]]:
     """Training batches from ``first_step`` on."""
     settings = config.train
+    dataset = build.open_split(config, "train")
+    if config.data.cache:  # read before there are workers, so that forked ones share it
+        dataset = list(dataset)
     stream = TrainingStream(
-        build.open_split(config, "train"),
+        dataset,
         training_transform(config.data.size, config.data.scales),
         seed=settings.seed,
         batch_size=settings.batch_size,
@@ -251,7 +282,7 @@ def _open_log(path: Path, first_step: int):
                 continue
             if record["step"] <= first_step:
                 kept.append(line)
-    with checkpoint.atomic_file(path) as file:
+    with atomic_file(path) as file:
         file.write("".join(kept).encode())
     return path.open("a")
 

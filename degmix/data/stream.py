@@ -33,7 +33,7 @@ class TrainingStream(Dataset[Sample]):
 
     def __init__(
         self,
-        dataset: Dataset[Sample],
+        dataset: Dataset[Sample] | list[Sample],
         transform: Transform,
         seed: int,
         batch_size: int,

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from bench import report
-from bench.results import OURS, Ceilings, Machine, Results, Row, write
+from bench.cases import EVENTS, LOOP
+from bench.results import OURS, Ceilings, Machine, Part, Results, Row, write
 
 MACHINE = Machine(
     gpu="Made-up GPU",
@@ -23,7 +24,6 @@ MACHINE = Machine(
     dirty=False,
 )
 CEILINGS = Ceilings(copy=4e12, matrix={"bf16": 8e14, "fp32": 5e13})
-EVENTS = "cuda events"
 
 
 def made_up(op: str, shape: str, mode: str, impl: str, ms: float | None, size: int = 10**8, **more) -> Row:
@@ -46,21 +46,26 @@ ROWS = (
     replace(made_up("task_attention", "nyud", "fwd", OURS, 0.1), flops=0),
     made_up("DeGMix head", "nyud b8", "training step", OURS, 40.0, images=8),
     made_up("DeGMix head", "nyud b8", "training step", "eager formula", 100.0, 3 * 10**8, images=8),
+    replace(made_up("DeGMix head", "nyud b1", "inference", OURS, 5.0, images=1), timer=LOOP),
 )
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a README and no results."""
+    """A folder with both READMEs and no results."""
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "bench" / "results")
-    (tmp_path / "README.md").write_text(f"above\n{report.BEGIN}\n{report.END}\nbelow\n", "utf-8")
+    monkeypatch.setattr(report, "PUBLISHED", tmp_path / "bench" / "results")
+    monkeypatch.setattr(report, "BENCH_README", tmp_path / "bench" / "README.md")
+    (tmp_path / "bench").mkdir()
+    for path in (report.README, report.BENCH_README):
+        path.write_text(f"above\n{report.BEGIN}\n{report.END}\nbelow\n", "utf-8")
     return tmp_path
 
 
-def put(checkout: Path, results: Results, name: str = "2030-01-02-0123456789.json") -> Path:
-    path = checkout / "bench" / "results" / "made-up" / name
-    write(results, path)
+def put(checkout: Path, results: Results, measured: str = "2030-01-02T03:04:05") -> Path:
+    """A file under a name that has no part in which file is the newest."""
+    path = checkout / "bench" / "results" / "made-up" / f"{9999 - int(measured[:4])}.json"
+    write(replace(results, measured=measured), path)
     return path
 
 
@@ -81,49 +86,77 @@ def test_times_of_a_cpu_are_no_result(checkout):
 
 
 def test_an_incomplete_file_is_no_result(checkout):
-    put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=False), "2031-01-01-0123456789.json")
+    put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=False), "2031-01-01T00:00:00")
     assert report.main([]) == 0
     assert report.NO_RESULT in (checkout / "README.md").read_text("utf-8")
 
 
 def test_the_newest_result_becomes_tables_and_pictures(checkout):
-    put(checkout, Results(MACHINE, CEILINGS, (), complete=True), "2029-12-31-fedcba9876.json")
+    put(checkout, Results(MACHINE, CEILINGS, (), complete=True), "2029-12-31T00:00:00")
     put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=True))
     assert report.main([]) == 0
     text = (checkout / "README.md").read_text("utf-8")
     assert text.startswith("above\n")
     assert text.endswith(f"\n{report.END}\nbelow\n")
     assert "on Made-up GPU, torch 2.11.0, Triton 3.6.0, CUDA 13.0, driver 1.2, commit 0123456789: " in text
-    assert "(bench/results/made-up/2030-01-02-0123456789.json). Ceilings in the same run: copy 4 TB/s" in text
+    assert "(bench/results/made-up/7969.json). Ceilings, measured with it: copy 4 TB/s" in text
     lines = [
         "| `channel_mix` | nyud, bf16, fwd | 0.5 | 50% | eager reference 3.00×, torch.compile 0.50× |",
         "| `channel_mix` | nyud, bf16, fwdbwd | 2 | 50% | eager reference 2.00×, torch.compile – |",
         "| `batch_norm` | nyud, bf16, fwd | check failed | – | eager reference – |",
         "| `task_attention` | nyud, bf16, fwd | 0.1 | 50% |  |",
         "| DeGMix head | nyud b8, bf16, training step | 200 | 95 | eager formula 2.50× | eager formula 33% |",
+        "| DeGMix head | nyud b1, bf16, inference, launches included | 200 | 95 |  |  |",
     ]
     assert [line for line in text.splitlines() if line.startswith(("| `", "| DeGMix"))] == lines
-    assert "1 of 6 calls of ours have no time; the file says why." in text
+    assert "1 of 7 calls of ours have no time; the file says why." in text
     for name in ("speed-up", "roofline", "model-memory"):
         assert f"(docs/benchmark/{name}.png)" in text
         assert (checkout / "docs" / "benchmark" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_goals_stand_beside_what_was_measured(checkout):
+    """Ours is 3 times as fast as one baseline, half as fast as another, and at half of the speed of light."""
+    report.main([])
+    text = (checkout / "bench" / "README.md").read_text("utf-8")
+    assert "| `channel_mix` | at least 1.3× as fast as torch.compile | not measured |  |" in text
+    shown = replace(ROWS[2], op="deform_mix", impl="torchvision fp16")
+    small = replace(ROWS[0], op="deform_mix", shape="launch", timer=LOOP, ms=9.0)
+    put(
+        checkout,
+        Results(MACHINE, CEILINGS, (*ROWS, replace(ROWS[0], op="deform_mix"), shown, small), complete=True),
+    )
+    report.main([])
+    text = (checkout / "bench" / "README.md").read_text("utf-8")
+    compiled = "torch.compile | 0 of 1 | 0.50×: nyud, fwd, torch.compile |"
+    light = "at least 70% of the speed of light | 0 of 2 | 50%: nyud, fwd |"
+    memory = "1 of 1 | 33%: nyud b8, training step, eager formula |"
+    for line in (
+        f"| `channel_mix` | at least 1.3× as fast as {compiled}",
+        f"| `channel_mix` | {light}",
+        f"| `DeGMix head` | at most 35% of the peak memory of eager formula | {memory}",
+        "| `deform_mix` | at least 8× as fast as torchvision | 0 of 1 | 0.50×: nyud, fwd, torchvision fp16 |",
+    ):
+        assert line in text.splitlines()
 
 
 def test_check_sees_a_typed_number(checkout, capsys):
     put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=True))
     report.main([])
     assert report.main(["--check"]) == 0
-    readme = checkout / "README.md"
-    readme.write_text(readme.read_text("utf-8").replace("3.00×", "9.00×"), "utf-8")
-    assert report.main(["--check"]) == 1
-    assert "python -m bench.report rewrites it" in capsys.readouterr().err
-    assert "9.00×" in readme.read_text("utf-8")  # checking changes nothing
+    for name, typed in (("README.md", "3.00×"), ("bench/README.md", "50%")):
+        readme, text = checkout / name, (checkout / name).read_text("utf-8")
+        readme.write_text(text.replace(typed, "99"), "utf-8")
+        assert report.main(["--check"]) == 1
+        assert capsys.readouterr().err.startswith(f"{name} is not what the newest result gives: ")
+        assert "99" in readme.read_text("utf-8")  # checking changes nothing
+        readme.write_text(text, "utf-8")
 
 
 def test_pictures_without_rows_are_removed(checkout):
     put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=True))
     report.main([])
-    put(checkout, Results(MACHINE, Ceilings(None, {}), ROWS[:2], complete=True), "2031-01-01-0123456789.json")
+    put(checkout, Results(MACHINE, Ceilings(None, {}), ROWS[:2], complete=True), "2031-01-01T00:00:00")
     report.main([])
     assert [path.name for path in (checkout / "docs" / "benchmark").iterdir()] == ["speed-up.png"]
     assert "roofline" not in (checkout / "README.md").read_text("utf-8")
@@ -140,6 +173,33 @@ def test_a_file_of_a_users_own_is_reported_beside_it(checkout, tmp_path):
     assert report.README.read_text("utf-8") == before
 
 
+def test_publishing_takes_the_name_from_the_file(checkout, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    write(Results(MACHINE, CEILINGS, ROWS, measured="2030-01-02T03:04:05"), path)
+    assert report.main(["--publish", str(path)]) == report.USER_ERROR
+    assert "results.json: expected a complete run on a GPU" in capsys.readouterr().err
+    write(Results(MACHINE, CEILINGS, ROWS, complete=True, measured="2030-01-02T03:04:05"), path)
+    assert report.main(["--publish", str(path)]) == 0
+    name = "bench/results/madeup-gpu/2030-01-02T030405-0123456789.json"
+    assert (checkout / name).is_file()
+    assert f"({name})" in (checkout / "README.md").read_text("utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        report.main(["--publish", str(path), "--check"])
+
+
+def test_ratios_are_those_of_one_call(checkout):
+    """A compiled baseline that was measured a call later, on a machine that had become slower."""
+    whole = Results(MACHINE, CEILINGS, ROWS[:2], complete=True, measured="2030-01-02T03:04:05")
+    later = Part(replace(MACHINE, driver="1.3"), Ceilings(3e12, {}))
+    again = (replace(ROWS[0], ms=1.0), replace(ROWS[2], ms=4.0))
+    put(checkout, replace(whole, continued=(later,)).with_rows(again))
+    assert report.main([]) == 0
+    text = (checkout / "README.md").read_text("utf-8")
+    assert "| 0.5 | 50% | eager reference 3.00×, torch.compile 4.00× |" in text
+    assert "driver 1.2 and 1.3, commit" in text
+    assert "In 2 calls, each with ceilings of its own" in text
+
+
 def test_a_wrong_file_or_readme_is_said(checkout, capsys):
     path = checkout / "bench" / "results" / "broken.json"
     path.parent.mkdir(parents=True)
@@ -147,7 +207,7 @@ def test_a_wrong_file_or_readme_is_said(checkout, capsys):
     assert report.main([]) == report.USER_ERROR
     assert "broken.json: missing keys" in capsys.readouterr().err
     path.unlink()
-    (checkout / "README.md").write_text("no markers")
+    (checkout / "README.md").write_text("no markers", "utf-8")
     assert report.main([]) == report.USER_ERROR
     assert "README.md: expected one <!-- benchmark" in capsys.readouterr().err
 

@@ -8,9 +8,26 @@ from pathlib import Path
 
 import pytest
 
-from bench import results
-from bench.results import OURS, UNKNOWN, Ceilings, Machine, Results, Row, merge, newest, read, unused, write
+from bench.results import (
+    OURS,
+    UNKNOWN,
+    Ceilings,
+    Machine,
+    Part,
+    Results,
+    Row,
+    begin,
+    continue_,
+    end,
+    publish,
+    read,
+    unused,
+    with_unended,
+    write,
+)
+from bench.speedups import comparisons
 from bench.tables import comparison_table, failures, op_tables
+from degmix import files
 
 MACHINE = Machine(None, "a CPU", None, None, "2.11", "3.6", "3.12", None, "c" * 40, False)
 ROW = Row("op", "nyud", "bf16", "fwd", OURS, "cpu clock", ms=2.0, ms_p20=1.0, ms_p80=3.0, bytes=10, flops=0)
@@ -26,16 +43,11 @@ def broken(path: Path, change: dict) -> Path:
 
 def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "gpu" / "2026-01-02T0304-abc.json"
-    write(MEASURED, path)
-    assert read(path) == MEASURED
-    assert newest(tmp_path) == path
-    later = path.with_name("2026-01-03T0000-abc.json")
-    write(MEASURED, later)
-    assert newest(tmp_path) == later
-
-
-def test_no_results(tmp_path: Path) -> None:
-    assert newest(tmp_path) is None
+    machine = replace(MACHINE, tf32={"matmul": False, "cudnn": True})
+    whole = replace(MEASURED, measured="2026-01-02T03:04:05", continued=(Part(machine, MEASURED.ceilings),))
+    for results in (MEASURED, whole.with_rows((ROW,))):
+        write(results, path)
+        assert read(path) == results
 
 
 def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
@@ -52,7 +64,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     def interrupted(*paths: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(results.os, "replace", interrupted)
+    monkeypatch.setattr(files.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(Results(MACHINE, Ceilings(None, {}), ()), path)
     assert read(path) == MEASURED
@@ -65,7 +77,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
         ({"ms": "fast"}, r"rows\[0\].ms: expected float \| None, got 'fast'"),
         ({"op": None}, r"rows\[0\].op: expected str, got None"),
         ({"bytes": True}, r"rows\[0\].bytes: expected int \| None, got True"),
-        ({"colour": 1}, r"unknown keys \['colour'\]"),
+        ({"colour": 1}, r"rows\[0\]: missing keys \[\], unknown keys \['colour'\]"),
+        ({"part": 1}, r"rows\[0\].part: there is no part 1"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path: Path, change: dict, message: str) -> None:
@@ -95,23 +108,59 @@ def test_tables_show_ratios_and_reasons() -> None:
     assert list(comparison_table(MEASURED, earlier, "then").columns[-1].cells) == ["1.50×"]
 
 
-def test_runs_of_one_commit_are_merged() -> None:
-    again, other = replace(ROW, ms=9.0), replace(ROW, impl="eager")
-    clocks = replace(MACHINE, clocks="1980 MHz")
-    now = Results(clocks, Ceilings(2e9, {"bf16": 2e12, "fp32": 3e12}), (again, other), complete=True)
-    merged = merge(MEASURED, now)
-    assert merged.rows == (ROW, other)
-    assert merged.ceilings == Ceilings(1e9, {"bf16": 1e12, "fp32": 3e12})
-    assert merged.keys == {("op", "nyud", "bf16", "fwd", OURS), ("op", "nyud", "bf16", "fwd", "eager")}
-    assert not merged.complete
-    for then, now, both in (
-        ("1", "1", "1"),
-        ("1", "2", "1 and 2"),
-        ("1 and 2", "2", "1 and 2"),
-        (None, None, None),
+def test_a_run_of_one_commit_is_continued() -> None:
+    """On another machine of the same kind; a ratio is one of times of the same call."""
+    there = Part(replace(MACHINE, clocks="1980 MHz", driver="2"), Ceilings(2e9, {"fp32": 3e12}), "later")
+    both = continue_(MEASURED, there)
+    assert both.parts == (Part(MACHINE, MEASURED.ceilings), there)
+    assert both.rows == (ROW,)
+    eager = replace(ROW, impl="eager", ms=9.0)
+    alone, both = both.with_rows((eager,)), both.with_rows((replace(ROW, ms=3.0), eager))
+    assert [row.part for row in both.rows] == [0, 1, 1]
+    (call,) = comparisons(both.rows)
+    assert call.ours == ROW
+    assert [call.speed_up(other) for other in call.others] == [3.0]
+    (call,) = comparisons(alone.rows)
+    assert [call.speed_up(other) for other in call.others] == [None]
+    for rows, shown in ((both.rows, ["", "", "", "3.00×"]), (alone.rows, ["", "", ""])):
+        (table,) = op_tables(rows)
+        assert list(table.columns[3].cells) == shown
+
+
+def test_what_was_killed_is_a_failed_row(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "r.json"
+    begin(ROW.key, path)
+    write(replace(MEASURED, rows=()), path)
+    (row,) = with_unended(read(path), path).rows
+    assert row.key == ROW.key
+    assert row.status == "failed: the process was killed meanwhile"
+    assert MEASURED.repeatable == {ROW.key}
+    assert not with_unended(MEASURED, path).repeatable  # as the last time it was killed
+    end(path)
+    end(path)
+    assert with_unended(MEASURED, path) == MEASURED
+    for wrong in ("{", "[1, 2]", '["op", "nyud", "bf16", "fwd", 1]'):
+        path.with_name("r.json.begun").write_text(wrong)
+        with pytest.raises(ValueError, match="delete it to go on"):
+            with_unended(MEASURED, path)
+
+
+def test_only_whole_runs_on_a_gpu_are_published(tmp_path: Path) -> None:
+    file, when = tmp_path / "results.json", "2026-01-02T03:04:05"
+    whole = replace(MEASURED, machine=replace(MACHINE, gpu="NVIDIA H200"), complete=True, measured=when)
+    for results in (
+        replace(whole, complete=False),
+        replace(whole, measured=""),
+        replace(whole, machine=MACHINE),
     ):
-        before = replace(MEASURED, machine=replace(MACHINE, driver=then))
-        assert merge(before, replace(MEASURED, machine=replace(MACHINE, driver=now))).machine.driver == both
+        write(results, file)
+        with pytest.raises(ValueError, match="expected a complete run on a GPU"):
+            publish(file, results, tmp_path / "results")
+        assert file.exists()
+    for name in ("2026-01-02T030405-cccccccccc.json", "2026-01-02T030405-cccccccccc-2.json"):
+        write(whole, file)
+        assert publish(file, whole, tmp_path / "results") == tmp_path / "results" / "nvidia-h200" / name
+        assert not file.exists()
 
 
 @pytest.mark.parametrize(
@@ -120,16 +169,17 @@ def test_runs_of_one_commit_are_merged() -> None:
         ({}, {"commit": "d" * 40}, "commit was c"),
         ({}, {"torch": "2.15"}, "torch was 2.11 and is 2.15 now"),
         ({}, {"gpu": "a GPU"}, "gpu was None"),
+        ({}, {"tf32": {"matmul": True, "cudnn": True}}, "tf32 was None"),
         ({"dirty": True}, {"dirty": True}, "a known commit without changes"),
         ({"commit": UNKNOWN}, {"commit": UNKNOWN}, "a known commit without changes"),
     ],
 )
-def test_other_runs_are_not_merged(then: dict, now: dict, message: str) -> None:
+def test_other_runs_are_not_continued(then: dict, now: dict, message: str) -> None:
     before = replace(MEASURED, machine=replace(MACHINE, **then))
     with pytest.raises(ValueError, match="what --quick measured"):
-        merge(MEASURED, replace(MEASURED, quick=True))
+        continue_(replace(MEASURED, quick=True), Part(MACHINE, MEASURED.ceilings))
     with pytest.raises(ValueError, match=message):
-        merge(before, replace(MEASURED, machine=replace(MACHINE, **now)))
+        continue_(before, Part(replace(MACHINE, **now), MEASURED.ceilings))
 
 
 def test_no_file_takes_the_place_of_another(tmp_path: Path) -> None:
@@ -139,11 +189,16 @@ def test_no_file_takes_the_place_of_another(tmp_path: Path) -> None:
         write(MEASURED, unused(path))
 
 
-def test_files_of_earlier_revisions_are_incomplete(tmp_path: Path) -> None:
+def test_files_of_earlier_revisions_say_less(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     write(replace(MEASURED, complete=True), path)
-    assert read(path).complete
     data = json.loads(path.read_text())
-    del data["complete"]
+    for name in ("complete", "quick", "measured", "continued"):
+        del data[name]
+    del data["machine"]["tf32"], data["rows"][0]["part"]
     path.write_text(json.dumps(data))
-    assert not read(path).complete
+    assert read(path) == MEASURED
+    del data["machine"]["commit"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"r.json: machine: missing keys \['commit'\]"):
+        read(path)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import compare, machine, program
+from bench import compare, machine, program, results
 from bench import run as loop
 from bench.cases import COMPILED, EAGER, Baseline, Case, Draw, Problem, op_case
 from bench.machine import read_machine
@@ -36,9 +36,10 @@ def sample(draw: Draw) -> Sample:
 
 def measured(*cases: Case, modes: tuple[str, ...] = ("fwd", "fwdbwd")) -> list[Row]:
     selection = Selection(cases, modes, ("fp32",), None, seconds=0)
-    lines: list[str] = []
-    rows = [row for more in run(selection, CPU, Ceilings(1e9, {"fp32": 1e9}), lines.append) for row in more]
-    assert len(lines) == len(selection)
+    begun: list[Row] = []
+    rows = [row for more in run(selection, CPU, Ceilings(1e9, {"fp32": 1e9}), begun.append) for row in more]
+    assert [row.key for row in begun] == list(dict.fromkeys(row.key for row in rows))
+    assert len(begun) == len(selection)
     return rows
 
 
@@ -94,6 +95,26 @@ def test_a_wrong_gradient_is_not_timed() -> None:
     assert forward.status == OK
     assert both.status.startswith("check failed: gradient of")
     assert both.ms is None
+
+
+def test_ours_is_checked_without_tf32_and_timed_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch leaves it, which the tests do not."""
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen: dict[str, set[tuple[bool, ...]]] = {OURS: set(), EAGER: set()}
+
+    def seeing(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(**arguments: Tensor) -> Tensor:
+            if arguments["x"].dtype == torch.float32:
+                seen[name].add(tuple(setting.allow_tf32 for setting in settings))
+            return function(**arguments)
+
+        return call
+
+    op = find("batch_norm")
+    op = replace(op, function=seeing(OURS, op.function), reference=seeing(EAGER, op.reference))
+    measured(op_case("test", op, "tiny", sample))
+    assert seen == {OURS: {(False, False), (False, True)}, EAGER: {(False, True)}}
 
 
 def test_a_failing_baseline_stops_nothing() -> None:
@@ -161,10 +182,11 @@ def test_end_to_end(tmp_path: Path) -> None:
     command += ["--baseline", EAGER]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "batch_norm" in shown
-    results = read(file)
-    assert results.machine.torch == torch.__version__
-    assert {row.impl for row in results.rows} == {OURS, EAGER}
-    assert {row.mode for row in results.rows} == {"fwd", "fwdbwd"}
+    found = read(file)
+    assert found.machine.torch == torch.__version__
+    assert found.machine.tf32 == {"matmul": False, "cudnn": True}
+    assert {row.impl for row in found.rows} == {OURS, EAGER}
+    assert {row.mode for row in found.rows} == {"fwd", "fwdbwd"}
     again = subprocess.run([*command, "--compare", str(file)], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0
     assert "then / now" in again.stdout
@@ -186,6 +208,17 @@ def test_a_file_is_continued(
     assert read(file).rows[0] == first
     assert program.main([*options, "--mode", "fwd"]) == 0  # with nothing left to do
     assert len(read(file).rows) == 2
+    options[options.index("none")] = EAGER
+    assert program.main([*options, "--mode", "fwd"]) == 0  # ours once more, beside what it is compared with
+    assert [(row.impl, row.mode, row.part) for row in read(file).rows[2:]] == [
+        (OURS, "fwd", 3),
+        (EAGER, "fwd", 3),
+    ]
+    results.begin((*first.case, COMPILED), file)  # and the process was killed
+    options[options.index(EAGER)] = COMPILED
+    assert program.main([*options, "--mode", "fwd"]) == 0
+    assert read(file).rows[-1].status == "failed: the process was killed meanwhile"
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
     monkeypatch.setattr(program, "read_machine", lambda device: replace(here, commit="d" * 40))
     assert program.main(options) == program.USER_ERROR
     assert f"--resume {file}: commit was {'c' * 40}" in capsys.readouterr().err
@@ -197,7 +230,7 @@ def test_a_file_is_continued(
     ("error", "code", "words"),
     [
         (KeyboardInterrupt(), program.INTERRUPTED, "Interrupted: 3 measurements are left"),
-        (DeviceLost("illegal address"), program.FAILURE, "The GPU answers no more (illegal address): 3 mea"),
+        (DeviceLost("illegal address"), program.LOST, "The GPU answers no more: 3 measurements are left"),
     ],
 )
 def test_a_run_that_ends_early_keeps_what_it_has(
@@ -273,6 +306,25 @@ def test_the_commit_can_be_said_where_git_is_not(tmp_path: Path, monkeypatch: py
     assert read_machine(CPU).dirty is False
     (tmp_path / "new.py").write_text("")
     assert read_machine(CPU).dirty is True
+
+
+def test_ours_is_measured_again_beside_later_baselines() -> None:
+    """Once in a call, and only where it had a time."""
+    cases = tuple(op_case("test", find("batch_norm"), shape, sample) for shape in ("one", "two"))
+    everything = Selection(cases, ("fwd", "fwdbwd"), ("fp32",), None, 0)
+    keys = sorted(filter(lambda key: key[-1] == OURS, everything.keys()))
+    repeated = replace(everything, done=frozenset(keys), repeatable=frozenset(keys[1:]))
+    rounds = [
+        (case.shape, name, mode)
+        for case, _, wanted in repeated.rounds()
+        for name, modes in wanted.items()
+        for mode in modes
+    ]
+    ours = [(shape, mode) for shape, name, mode in rounds if name == OURS]
+    assert sorted(ours) == sorted((shape, mode) for _, shape, _, mode, _ in keys[1:])
+    assert rounds.index(("two", OURS, "fwd")) < rounds.index(("two", EAGER, "fwd"))
+    assert len(repeated) == len(everything) - 1
+    assert not list(replace(everything, done=everything.keys(), repeatable=frozenset(keys)).rounds())
 
 
 def test_another_revision_is_measured_in_its_own_tree(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -12,17 +11,14 @@ from torch import Tensor
 
 from degmix_kernels.activation import activate
 from degmix_kernels.deform_conv import (
-    general,
     planar,
-    planar_backward_kernels,
     planar_blocks,
-    planar_kernels,
     reference,
 )
 from degmix_kernels.deform_conv.problem import Problem
 from degmix_kernels.epilogue import Epilogue
 from degmix_kernels.launch import run
-from degmix_kernels.statistics import Statistics, combine, finish_statistics
+from degmix_kernels.statistics import Statistics, finish_statistics
 from degmix_kernels.testing import assert_close, poisoned_empty, relative_l2
 
 F64 = torch.float64
@@ -368,39 +364,3 @@ def test_epilogue_needs_what_it_reads() -> None:
     with pytest.raises(ValueError, match="pre: expected a tensor"):
         Epilogue("gelu").arguments()
     assert Epilogue("identity", torch.ones(1)).arguments()["pre_ptr"] is None
-
-
-def test_tiles_waste_less_than_half() -> None:
-    """Rows of all tiles of all programs are at most twice the channels, or 32: a product takes 16."""
-
-    def meta(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device="meta")
-
-    def divisors(number: int) -> list[int]:
-        return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-    for channels in (*range(1, 65), 72, 96, 120, 128, 192, 256):
-        for groups, offset_groups in itertools.product(divisors(channels), repeat=2):
-            problem = Problem(
-                meta(1, channels, 32, 32), meta(1, 2 * offset_groups, 32, 32),
-                meta(channels, channels // groups, 1, 1), None, (1, 1), (0, 0), (1, 1),
-            )  # fmt: skip
-            if general.suits(problem):
-                continue
-            output = meta(1, channels, 32, 32)
-            forward = planar.plan_forward(problem, None, output)
-            weight = planar.plan_backward_weight(problem, output)[0]
-            samples = planar.plan_backward_samples(problem, output, output, problem.offset, None, None)
-            for plan, tiles in (
-                (forward, forward.arguments["spans"] * forward.arguments["steps"]),
-                (weight, weight.arguments["spans"] * weight.arguments["tiles"]),
-                (samples, samples.arguments["blocks"] * samples.arguments["within_steps"]),
-            ):
-                rows = plan.constants["BLOCK_GROUPS"] * plan.constants["BLOCK_WITHIN"]
-                assert rows * tiles <= 2 * max(16, channels), (plan.kernel, channels, groups, offset_groups)
-
-
-def test_every_kernel_is_in_the_examples() -> None:
-    planned = {plan.kernel for plan in planar.plan_examples(torch.float32)}
-    backward = planar_backward_kernels.backward_samples, planar_backward_kernels.backward_weight
-    assert planned == {planar_kernels.forward, *backward, combine}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from degmix import build, checkpoint, train
 from degmix.checkpoint import CheckpointError
+from degmix.files import atomic_file
 
 
 class Payload:
@@ -121,7 +122,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path.write_bytes(b"old")
 
     def write_half() -> None:
-        with checkpoint.atomic_file(path) as file:
+        with atomic_file(path) as file:
             file.write(b"half")
             raise KeyboardInterrupt
 
@@ -137,13 +138,13 @@ def test_a_kill_during_a_write_leaves_the_old_file(tmp_path: Path) -> None:
     path.write_bytes(b"old")
     child = os.fork()
     if child == 0:
-        with checkpoint.atomic_file(path) as file:
+        with atomic_file(path) as file:
             file.write(b"half")
             file.flush()
             os._exit(9)
     os.waitpid(child, 0)
     assert path.read_bytes() == b"old"
-    with checkpoint.atomic_file(path) as file:
+    with atomic_file(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]

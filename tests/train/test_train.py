@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from degmix import build, checkpoint, train
 from degmix.config import config_to_yaml
+from degmix.data import NYUD
 
 CPU = torch.device("cpu")
 QUIET = Console(quiet=True)
@@ -50,7 +51,8 @@ def log_lines(out: Path) -> list[dict]:
 
 
 def without_speed(lines: list[dict]) -> list[dict]:
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+    speed = ("images_per_second", "waiting_for_data")
+    return [{key: value for key, value in line.items() if key not in speed} for line in lines]
 
 
 def test_a_run_leaves_its_files(run_folder: Path) -> None:
@@ -64,6 +66,7 @@ def test_a_run_leaves_its_files(run_folder: Path) -> None:
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert lines[0]["losses"].keys() == {"semseg", "human_parts", "sal", "depth", "normals", "edge"}
     assert lines[0]["loss"] == pytest.approx(sum(lines[0]["losses"].values()))
+    assert all(0 < line["waiting_for_data"] < 1 for line in lines)
 
 
 def test_same_seed_same_weights_and_another_seed_others(
@@ -205,6 +208,49 @@ def test_one_image_per_batch_trains(rooms: Path, tmp_path: Path) -> None:
 
 def test_workers_do_not_change_the_samples(rooms: Path, run_folder: Path, tmp_path: Path) -> None:
     train.start(quick_config(rooms, "data.workers=2"), tmp_path / "run", CPU, QUIET)
+    assert_same_weights(tmp_path / "run", run_folder)
+
+
+def test_a_cache_does_not_change_the_samples(rooms: Path, run_folder: Path, tmp_path: Path) -> None:
+    train.start(quick_config(rooms, "data.cache=true", "data.workers=1"), tmp_path / "run", CPU, QUIET)
+    assert_same_weights(tmp_path / "run", run_folder)
+
+
+def test_a_cached_data_set_is_read_once(rooms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, original = [], NYUD.__getitem__
+    monkeypatch.setattr(NYUD, "__getitem__", lambda self, index: read.append(index) or original(self, index))
+    train.start(quick_config(rooms, "data.cache=true"), tmp_path / "run", CPU, QUIET)
+    assert [index for index in read if index < 6] == list(range(6))
+
+
+def test_the_log_says_how_long_steps_waited_for_data(
+    rooms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = train._batches
+
+    def late(config, first_step):
+        for batch in original(config, first_step):
+            time.sleep(0.3)
+            yield batch
+
+    monkeypatch.setattr(train, "_batches", late)
+    train.start(quick_config(rooms, "train.log_every=1"), tmp_path / "run", CPU, QUIET)
+    lines = log_lines(tmp_path / "run")
+    for line in lines[1:]:  # the first batch is read before the clock starts
+        seconds = line["step"] * 2 / line["images_per_second"]
+        assert 0.3 * (line["step"] - 1) <= line["waiting_for_data"] * seconds < seconds
+
+
+def test_a_run_stops_when_its_time_is_over_and_goes_on(rooms: Path, run_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(train.OutOfTime, match="stopped after step 1 of 6; go on with: degmix train --resume"):
+        train.start(quick_config(rooms), out, CPU, QUIET, seconds=0)
+    train.resume(out, CPU, QUIET)
+    assert_same_weights(out, run_folder)
+
+
+def test_time_enough_changes_nothing(rooms: Path, run_folder: Path, tmp_path: Path) -> None:
+    train.start(quick_config(rooms), tmp_path / "run", CPU, QUIET, seconds=1000)
     assert_same_weights(tmp_path / "run", run_folder)
 
 

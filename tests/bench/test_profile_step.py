@@ -1,0 +1,83 @@
+"""The profile of a step of training: the head's, and a table that can be pasted."""
+
+from __future__ import annotations
+
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+
+from bench import profile_step
+from bench.model import FORMULA, OP
+from bench.profile_step import LARGEST, LONGEST_NAME, SHAPE, Kernel, kernels, step_case, table
+from bench.results import OURS
+from bench.shapes import QUICK
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("name", [OURS, FORMULA])
+def test_a_step_on_a_cpu(name: str, torchvision: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile_step, "WARM_UP", 1)
+    monkeypatch.setattr(profile_step, "STEPS", 2)
+    wall, found = profile_step.profile_step(step_case(QUICK), name, CPU, "fp32")
+    assert all(kernel.ms > 0 and kernel.calls > 0 for kernel in found)
+    assert [kernel.ms for kernel in found] == sorted((kernel.ms for kernel in found), reverse=True)
+    assert sum(kernel.ms for kernel in found) < 1.1 * wall
+    names = [kernel.name for kernel in found]
+    assert any("convolution" in name for name in names)
+    assert any("backward" in name.lower() for name in names)
+    rows = [cells(line) for line in table(name, wall, found).splitlines() if line.startswith("|")][2:]
+    assert len(rows) == LARGEST + 1
+    assert sum(float(share.rstrip("%")) for _, share, _, _ in rows) == pytest.approx(100, abs=1)
+
+
+def average(key: str, device_type: DeviceType, microseconds: float, note: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(
+        key=key,
+        count=10,
+        device_type=device_type,
+        self_device_time_total=microseconds,
+        self_cpu_time_total=1.0,
+        is_user_annotation=note,
+    )
+
+
+def test_kernels_are_not_counted_again_with_what_launched_them() -> None:
+    averages = [
+        average("aten::mm", DeviceType.CPU, 5000),
+        average("small", DeviceType.CUDA, 1000),
+        average("a step", DeviceType.CUDA, 9000, note=True),
+        average("gemm", DeviceType.CUDA, 5000),
+        average("nothing", DeviceType.CUDA, 0),
+    ]
+    assert kernels(averages, CUDA) == [Kernel("gemm", 2, 1.0), Kernel("small", 2, 0.2)]
+
+
+def test_the_table_is_markdown() -> None:
+    found = [Kernel(f"void a<b|c>\n{'x' * 99}", 2, 3.0), *(Kernel(f"k{i}", 1, 0.1) for i in range(20))]
+    lines = table("ours", 10.0, found).splitlines()
+    assert lines[0] == "**ours**: 10.00 ms a step under the profiler, of which the device works 50%; 22 calls"
+    assert lines[2:4] == ["| kernel | share | calls | ms |", "|---|---:|---:|---:|"]
+    rows = [cells(line) for line in lines[4:]]
+    assert {len(row) for row in rows} == {4}
+    assert rows[0] == [f"`void a<b/c> {'x' * (LONGEST_NAME - 13)}…`", "60.0%", "2", "3.000"]
+    assert rows[-1] == ["6 others", "12.0%", "6", "0.600"]
+    assert len(rows) == LARGEST + 1
+
+
+def test_it_profiles_the_head_at_the_data_sets_size() -> None:
+    case = step_case(SHAPE)
+    assert (case.op, case.images) == (OP, 8)
+    assert profile_step.DTYPE in case.dtypes
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_it_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert profile_step.main() == 2
+    assert "needs a GPU" in capsys.readouterr().err
