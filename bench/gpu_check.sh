@@ -136,6 +136,7 @@ stage() {  # NAME COMMAND…: runs the command, its output in NAME.log as well; 
     tail -n 40 "$folder/$name.log"
     if [ "$name" = bench ]; then
         detail="; $(measured)" || good=no
+        [ ! -f "$results.begun" ] || detail+="; killed while it measured $(cat "$results.begun")"
         [ $again -eq 0 ] || detail="; the GPU was lost $again times, and it went on$detail"
     fi
     if [ $interrupted = yes ]; then

@@ -189,6 +189,13 @@ def test_a_stage_over_its_budget(check: Check) -> None:
     assert check.summary["bench"].startswith("stopped when its 1 s were over; results.json has 1 rows")
 
 
+def test_what_was_measured_when_the_benchmark_was_killed(check: Check) -> None:
+    begins = f"{check.leaves_results}; printf gating > {check.folder}/results.json.begun"
+    check(BENCH="1", STUB_BENCH=f"{begins}; exec sleep 30")
+    assert check.summary["bench"].endswith("0 of ours failed; killed while it measured gating")
+    assert (check.folder / "results.json.begun").exists()
+
+
 def test_budgets_of_zero(check: Check) -> None:
     done = check(TESTS="0", HUGE="0", MEMCHECK="0", RACECHECK="0", BENCH="0")
     assert done.returncode == 0
