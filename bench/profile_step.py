@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.measure import call_of
-from bench.model import CASES, FORMULA
+from bench.model import CASES, FORMULA, HEAD
 from bench.results import OURS
 
 SHAPE, MODE = "nyud b8", "fwdbwd"
@@ -26,7 +26,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("profile_step: needs a GPU", file=sys.stderr)
         return 2
-    (case,) = (case for case in CASES if case.shape == SHAPE and MODE in case.modes)
+    (case,) = (each for each in CASES if (each.op, each.shape) == (HEAD, SHAPE) and MODE in each.modes)
     problem = case.prepare(torch.device("cuda"), torch.bfloat16)
     for name in (OURS, FORMULA):
         call = call_of(problem.runs[name](), MODE, problem.dtype)
