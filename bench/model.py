@@ -28,7 +28,7 @@ from bench.deform_conv import load_torchvision
 from bench.results import OURS
 from bench.shapes import DATA_SETS, MODEL_BATCHES, QUICK, QUICK_BACKBONE, QUICK_MAP, SWIN_TINY, Map
 from degmix import DeGMix, DeGMixHead
-from degmix.losses import IGNORE, unit_vectors
+from degmix.losses import IGNORE
 from degmix.model.formula import formula
 from degmix.tasks import task_channels
 from degmix_kernels.testing import tolerance
@@ -44,6 +44,7 @@ MODES = {"fwd": "inference", "fwdbwd": "training step"}
 # the formula's in the same dtype.
 ALLOWED = 2.0
 
+SQUARE = 16  # pixels of one label: by labels of single pixels, gradients cancel, and are rounding errors
 ONE_IN_TEN = 1.28  # of standard normal values are above it
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -76,12 +77,10 @@ def _run(
 
     leaves = dict(own.named_parameters())
     leaves |= {f"inputs[{index}]": each for index, each in enumerate(own_inputs) if each.requires_grad}
-    kept = [*own.parameters(), *own.buffers(), *own_inputs]
-    if updating is not None:
-        kept += own.parameters()  # momentum has their sizes
+    momentum = [] if updating is None else own.parameters()  # whose sizes it has
+    kept = sum(tensor.nbytes for tensor in (*own.parameters(), *own.buffers(), *own_inputs, *momentum))
     update = None if updating is None else updating(own)
-    kept_bytes = sum(tensor.nbytes for tensor in kept)
-    return Run(forward, leaves, kept_bytes, capturable=False, update=update)
+    return Run(forward, leaves, kept, capturable=False, update=update)
 
 
 def _copy(drawn: Tensor, dtype: torch.dtype) -> Tensor:
@@ -247,16 +246,19 @@ def _training_of(
 
 
 def _labels(draw: Draw, task: str, channels: int, shape: Map) -> Tensor:
-    """Random labels as the task's loss takes them; one pixel in ten has none."""
+    """Random labels as the task's loss takes them, the same in squares of pixels; a tenth have none."""
 
     def noise(channels: int) -> Tensor:
-        return draw(shape.batch, channels, *shape.picture)
+        drawn = draw(shape.batch, channels, *(-(-side // SQUARE) for side in shape.picture))
+        height, width = shape.picture
+        return drawn.repeat_interleave(SQUARE, 2).repeat_interleave(SQUARE, 3)[:, :, :height, :width]
 
     known = noise(1) < ONE_IN_TEN
     if task == "depth":
         return torch.where(known, 1.0 + noise(1).abs(), 0.0)
     if task == "normals":
-        return torch.where(known, unit_vectors(noise(3)), 0.0)
+        # Longer than one: no prediction reaches them, where a rounding error would turn a gradient round.
+        return torch.where(known, noise(3).sign(), 0.0)
     if task == "edge":
         return torch.where(known, (noise(1) > ONE_IN_TEN).float(), float(IGNORE))
     return torch.where(known[:, 0], noise(channels).argmax(1), IGNORE)
@@ -266,11 +268,7 @@ def _labels(draw: Draw, task: str, channels: int, shape: Map) -> Tensor:
 
 
 def _case(
-    op: str,
-    prepare: Callable[..., Problem],
-    shape: Map,
-    behind: str | tuple[int, ...],
-    mode: str,
+    op: str, prepare: Callable[..., Problem], shape: Map, behind: str | tuple[int, ...], mode: str
 ) -> Case:
     quick = shape.name == QUICK
     return Case(
