@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -42,6 +42,8 @@ class Run:
         without_graphs: of a run that makes CUDA graphs of its own, makes one that makes none. Memory is
             measured with that: replays allocate nothing, and what they use is in the graphs' own pool. Made
             once, however often it is called.
+        update: of a step of training, whose result is its loss: what ends it, given the gradients of the
+            leaves. It changes the leaves, so only calls that are timed end with it.
     """
 
     forward: Callable[[], tuple[Tensor, ...]]
@@ -49,6 +51,7 @@ class Run:
     own_bytes: int
     capturable: bool = True
     without_graphs: Callable[[], Run] | None = None
+    update: Callable[[Sequence[Tensor | None]], None] | None = None
 
 
 @dataclass(frozen=True)

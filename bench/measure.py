@@ -47,7 +47,7 @@ class Timing:
 
 
 def call_of(run: Run, mode: str, dtype: torch.dtype, keep: bool = False) -> Call:
-    """A run's forward pass without gradients, its backward pass alone, or both.
+    """A run's forward pass without gradients, its backward pass alone, or both and its update.
 
     Args:
         run: the implementation.
@@ -64,7 +64,10 @@ def call_of(run: Run, mode: str, dtype: torch.dtype, keep: bool = False) -> Call
 
         return Call(lambda: None, inference)
 
-    grads = upstream(run.forward(), dtype)
+    if run.update is None:
+        grads = upstream(run.forward(), dtype)
+    else:
+        grads = [torch.ones_like(loss) for loss in run.forward()]
     leaves = list(run.leaves.values())
 
     def backward(outputs: Any) -> Any:
@@ -72,7 +75,14 @@ def call_of(run: Run, mode: str, dtype: torch.dtype, keep: bool = False) -> Call
 
     if mode == "bwd":
         return Call(run.forward, backward)
-    return Call(lambda: None, lambda _: backward(run.forward()))
+
+    def both(_: None) -> Any:
+        gradients = backward(run.forward())
+        if run.update is not None:
+            run.update(gradients)
+        return gradients
+
+    return Call(lambda: None, both)
 
 
 def timers(device: torch.device, case: Case, run: Run) -> tuple[str, ...]:

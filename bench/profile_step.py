@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.cases import DTYPES, Case, Unavailable
 from bench.machine import read_machine
 from bench.measure import call_of
-from bench.model import CASES, FORMULA, OP
+from bench.model import CASES, FORMULA, HEAD
 from bench.program import USER_ERROR
 from bench.results import OURS
 
@@ -46,7 +46,7 @@ class Kernel:
 
 def step_case(shape: str) -> Case:
     """The head's step of training at a shape."""
-    (case,) = (case for case in CASES if (case.op, case.shape) == (OP, shape) and MODE in case.modes)
+    (case,) = (case for case in CASES if (case.op, case.shape) == (HEAD, shape) and MODE in case.modes)
     return case
 
 
@@ -122,7 +122,7 @@ def main() -> int:
     device = torch.device("cuda")
     machine, case = read_machine(device), step_case(SHAPE)
     versions = f"torch {machine.torch}, triton {machine.triton}, commit {machine.commit[:10]}"
-    print(f"{OP}, {SHAPE}, {DTYPE}, a step of training. {machine.gpu}, {versions}.\n", flush=True)
+    print(f"{HEAD}, {SHAPE}, {DTYPE}, a step of training. {machine.gpu}, {versions}.\n", flush=True)
     for name in (OURS, FORMULA):
         try:
             print(table(name, *profile_step(case, name, device, DTYPE)), flush=True)

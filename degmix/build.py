@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import SGD
 
 import degmix
 from degmix import losses
@@ -80,3 +81,9 @@ def build_losses(config: Config) -> dict[str, Callable[[Tensor, Tensor], Tensor]
         return lambda logits, target: weight * TASKS[name].loss(logits, target)
 
     return {name: weighted(name) for name in config.tasks}
+
+
+def build_optimizer(config: Config, model: nn.Module) -> SGD:
+    """The optimizer of all parameters, at the learning rate of step 0."""
+    train = config.train
+    return SGD(model.parameters(), lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)

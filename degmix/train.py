@@ -80,7 +80,7 @@ def start(
         raise TrainingError(f"{out}: holds a run already; choose another --out, or go on with --resume {out}")
     torch.manual_seed(config.train.seed)
     model = build.build_model(config).to(device)
-    _train(config, out, model, _optimizer(config, model), 0, console, deadline)
+    _train(config, out, model, build.build_optimizer(config, model), 0, console, deadline)
 
 
 def resume(out: Path, device: torch.device, console: Console) -> None:
@@ -93,16 +93,9 @@ def resume(out: Path, device: torch.device, console: Console) -> None:
     path = out / checkpoint.CHECKPOINT_NAME
     state, config = checkpoint.read_state(path)
     model = build.build_model(config, load_weights=False).to(device)
-    optimizer = _optimizer(config, model)
+    optimizer = build.build_optimizer(config, model)
     step = checkpoint.restore_state(path, state, model, optimizer)
     _train(config, out, model, optimizer, step, console)
-
-
-def _optimizer(config: Config, model: torch.nn.Module) -> torch.optim.SGD:
-    train = config.train
-    return torch.optim.SGD(
-        model.parameters(), lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay
-    )
 
 
 def _train(

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import DeviceType
 
 from bench import profile_step
-from bench.model import FORMULA, OP
+from bench.model import FORMULA, HEAD
 from bench.profile_step import LARGEST, LONGEST_NAME, SHAPE, Kernel, kernels, step_case, table
 from bench.results import OURS
 from bench.shapes import QUICK
@@ -73,7 +73,7 @@ def test_the_table_is_markdown() -> None:
 
 def test_it_profiles_the_head_at_the_data_sets_size() -> None:
     case = step_case(SHAPE)
-    assert (case.op, case.images) == (OP, 8)
+    assert (case.op, case.images) == (HEAD, 8)
     assert profile_step.DTYPE in case.dtypes
 
 

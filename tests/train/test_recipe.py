@@ -45,7 +45,7 @@ def test_the_papers_numbers():
 
 def test_the_optimiser_is_the_configured_one(rooms: Path):
     config = quick_config(rooms, "train.lr=0.03", "train.momentum=0.7", "train.weight_decay=0.002")
-    (group,) = train._optimizer(config, build.build_model(config)).param_groups
+    (group,) = build.build_optimizer(config, build.build_model(config)).param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.03, 0.7, 0.002)
 
 
