@@ -87,7 +87,7 @@ import sys
 from pathlib import Path
 from bench.results import OURS, read
 rows = read(Path(sys.argv[1])).rows
-failed = sum(row.impl == OURS and row.ms is None for row in rows)
+failed = sum(row.impl == OURS and row.failed for row in rows)
 print(f"results.json has {len(rows)} rows; {failed} of ours failed")
 sys.exit(failed > 0 or not rows)
 END

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import cases
-from bench.cases import COMPILED, SEED, Case, Draw, Problem, Run, Unavailable
+from bench.cases import COMPILED, EVENTS, LOOP, SEED, Case, Draw, Problem, Run, Unavailable
 from bench.deform_conv import load_torchvision
 from bench.results import OURS
 from bench.shapes import DATA_SETS, MODEL_BATCHES, QUICK, QUICK_BACKBONE, QUICK_MAP, SWIN_TINY, Map
@@ -281,6 +281,7 @@ def _case(
         dtypes=("fp32",) if quick else ("bf16", "fp32"),
         modes={mode: MODES[mode]},
         images=shape.batch,
+        timers=(EVENTS, LOOP) if quick or shape.batch == 1 else (EVENTS,),
     )
 
 

@@ -60,10 +60,10 @@ def section(results: Results, source: str, pictures: Sequence[str]) -> str:
             "",
         ]
     lines += [f"![{Path(name).stem.replace('-', ' ')}]({name})\n" for name in pictures]
-    failed = sum(row.impl == OURS and row.ms is None for row in results.rows)
+    failed = sum(row.impl == OURS and row.failed for row in results.rows)
     if failed:
         calls = sum(row.impl == OURS for row in results.rows)
-        lines += [f"{failed} of {calls} calls of ours have no time; the file says why.", ""]
+        lines += [f"{failed} of {calls} calls of ours failed; the file says why.", ""]
     return "\n".join(lines).rstrip("\n")
 
 

@@ -18,6 +18,7 @@ from degmix.files import atomic_file
 
 OURS = "ours"  # the implementation that all others are compared with
 OK = "ok"
+UNAVAILABLE = "not available"  # how the status begins of what is not installed, or not for this machine
 UNKNOWN = "unknown"  # commit, where there is neither git nor a word about it
 PUBLISHED = Path(__file__).resolve().parent / "results"
 
@@ -124,6 +125,11 @@ class Row:
     def case(self) -> tuple[str, str, str, str]:
         """What rows have in common that are compared with each other."""
         return self.op, self.shape, self.dtype, self.mode
+
+    @property
+    def failed(self) -> bool:
+        """Whether it should have run, and did not or not to its end."""
+        return self.status != OK and not self.status.startswith(UNAVAILABLE)
 
     @property
     def key(self) -> Key:

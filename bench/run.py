@@ -25,7 +25,7 @@ from bench.cases import COMPILED, DTYPES, GRAPH, LOOP, Case, Problem, Run, Unava
 from bench.ceilings import speed_of_light
 from bench.check import Checker, CheckFailed
 from bench.measure import call_of, measure, peak_bytes, timers
-from bench.results import OURS, Ceilings, Key, Row
+from bench.results import OURS, UNAVAILABLE, Ceilings, Key, Row
 from bench.shapes import QUICK, is_leading
 
 # What matters most comes first: a run may be stopped when its time is up.
@@ -83,7 +83,7 @@ class Selection:
         """Every case in its dtypes, with what is left to measure of it, the most valuable first.
 
         First bf16 at NYUD-v2's maps, then its other shapes, then other dtypes. Compiled baselines, which take
-        minutes, follow in the same order; backward passes alone come last.
+        minutes, follow in the same order, that of the whole model last; backward passes alone come last.
         """
         leading = _leading(self.cases)
         together = [mode for mode in self.modes if mode != ALONE]
@@ -93,7 +93,8 @@ class Selection:
 
         def rank(each: tuple[list[str], str, Case, bool]) -> tuple[bool, ...]:
             modes, dtype, case, compiled = each
-            return modes is alone, compiled, dtype != FIRST_DTYPE, case not in leading
+            slowest = compiled and case.op == model.WHOLE  # to compile
+            return modes is alone, compiled, slowest, dtype != FIRST_DTYPE, case not in leading
 
         for modes, dtype, case, compiled in sorted(every, key=rank):
             names = [name for name in self._implementations_of(case) if (name == COMPILED) == compiled]
@@ -252,7 +253,7 @@ def _row(case: Case, dtype: str, mode: str, name: str) -> Row:
 def _words(error: Exception) -> str:
     """One line about why there are no times."""
     if isinstance(error, Unavailable):
-        return f"not available: {error}"
+        return f"{UNAVAILABLE}: {error}"
     text = next(iter(str(error).strip().splitlines()), "")
     return f"failed: {type(error).__name__}: {text}"[:300]
 

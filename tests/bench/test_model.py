@@ -126,7 +126,7 @@ def test_only_timed_calls_train() -> None:
     training = problem.runs[OURS]()
     leaves = list(training.leaves.values())
     start = [leaf.detach().clone() for leaf in leaves]
-    Checker(problem).check(training, gradients=True, limit=math.inf)
+    Checker(problem, gradients=True).check(training, gradients=True, limit=math.inf)
     call = call_of(training, "fwdbwd", torch.float32)
     assert all(map(torch.equal, leaves, start))
     loss = training.forward()[0]

@@ -17,6 +17,7 @@ from bench import compare, machine, program, results
 from bench import run as loop
 from bench.cases import COMPILED, EAGER, Baseline, Case, Draw, Problem, op_case
 from bench.machine import read_machine
+from bench.model import WHOLE
 from bench.results import OK, OURS, Ceilings, Row, read
 from bench.run import CASES, FAMILIES, DeviceLost, Selection, run
 from bench.run import _forget as forget
@@ -376,3 +377,19 @@ def test_memory_of_a_run_with_graphs_is_that_of_its_twin(monkeypatch: pytest.Mon
     failing = loop._with_peak(row, replace(run_of, without_graphs=lambda: 1 / 0), "fwd", torch.float32)
     assert failing.ms == 1.0
     assert failing.status == "peak memory: failed: ZeroDivisionError: division by zero"
+
+
+def test_what_is_not_available_has_not_failed() -> None:
+    row = Row("op", "quick", "fp32", "fwd", OURS)
+    assert not row.failed
+    assert not replace(row, status="not available: timm is not installed").failed
+    assert replace(row, status="peak memory: failed: made up").failed
+
+
+def test_compiled_models_come_last() -> None:
+    """Where their compiler runs out of time, nothing is left behind them but backward passes alone."""
+    everything = Selection(CASES, ("fwd", "fwdbwd"), ("bf16",), None, 0)
+    ops = [(case.op, COMPILED in wanted) for case, _, wanted in everything.rounds()]
+    first = ops.index((WHOLE, True))
+    assert {op for op, _ in ops[first:]} == {WHOLE}
+    assert ops.index((WHOLE, False)) < ops.index(("deform_mix", False))
