@@ -28,6 +28,8 @@ result file, `python -m bench.report` then puts its numbers here."""
 RULE = """\
 Median times, at NYUD-v2's maps where an op has them. Speed of light: the time that the call's bytes and
 operations need at the ceilings, over its own."""
+TRAINING = Path("training") / "training.json"
+PROFILE = "profile.md"
 USER_ERROR = 2
 COMMAND = "python -m bench.report"
 MIB = 2**20
@@ -133,11 +135,28 @@ def newest_of_a_gpu(folder: Path) -> tuple[Path, Results] | None:
     """The complete result file of a GPU below a folder that was measured last; None without one.
 
     Raises:
-        ValueError: if a file below the folder is no result file.
+        ValueError: if a file that is named like one, by its date, is no result file.
     """
-    files = [(path, read(path)) for path in folder.rglob("*.json")]
+    files = [(path, read(path)) for path in folder.glob("*/[0-9]*.json")]
     complete = [each for each in files if each[1].machine.gpu is not None and each[1].complete]
     return max(complete, key=lambda each: each[1].measured, default=None)
+
+
+def _on_the_same_gpu(folder: Path) -> list[str]:
+    """What else was left beside a result file: curves of training, and a profile of its step."""
+    lines = []
+    curves = folder / TRAINING
+    if curves.is_file():
+        from bench.training import PLOT_NAME, curves_of
+
+        plot = curves.with_name(PLOT_NAME).relative_to(BENCH_README.parent).as_posix()
+        what, runs = curves_of(curves)
+        lines += ["", f"`python -m bench.training`, {what}:", ""]
+        lines += [*(f"- {name}: {curve}" for name, curve in runs.items()), "", f"![loss curves]({plot})"]
+    profile = folder / PROFILE
+    if profile.is_file():
+        lines += ["", f"`python -m bench.profile_step`: {profile.read_text(encoding='utf-8').rstrip()}"]
+    return lines
 
 
 def replaced(path: Path, generated: str) -> tuple[str, str]:
@@ -171,15 +190,15 @@ def report(check: bool) -> int:
     """Bring both READMEs and the pictures up to date, or only say whether the READMEs are."""
     found = newest_of_a_gpu(PUBLISHED)
     if found is None:
-        generated, goal_table = NO_RESULT, goals.table(None)
+        generated, lines = NO_RESULT, goals.table(None)
     else:
         from bench import plots
 
         path, results = found
         pictures = [(PICTURES / name).as_posix() for name in plots.names(results)]
         generated = section(results, path.relative_to(README.parent).as_posix(), pictures)
-        goal_table = goals.table(results)
-    texts = {README: generated, BENCH_README: "\n".join(goal_table)}
+        lines = [*goals.table(results), *_on_the_same_gpu(path.parent)]
+    texts = {README: generated, BENCH_README: "\n".join(lines)}
     changed = {path: new for path in texts for old, new in [replaced(path, texts[path])] if new != old}
     if check:
         for path in changed:

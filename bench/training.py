@@ -174,6 +174,20 @@ def write(out: Path, machine: Machine, what: str, curves: dict[str, Curve]) -> N
         draw(curves, what).savefig(file, format="png", dpi=150)
 
 
+def curves_of(path: Path) -> tuple[str, dict[str, Curve]]:
+    """What was trained and the curves, of a file that :func:`write` left.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it is none of them.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record["what"], {name: Curve(**run) for name, run in record["runs"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not what bench.training writes: {error}") from None
+
+
 def draw(curves: dict[str, Curve], title: str) -> Figure:
     """The loss curves on one plot, each as far as it goes."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -10,6 +10,8 @@ import pytest
 from bench import report
 from bench.cases import EVENTS, LOOP
 from bench.results import OURS, Ceilings, Machine, Part, Results, Row, write
+from bench.training import Curve
+from bench.training import write as write_curves
 
 MACHINE = Machine(
     gpu="Made-up GPU",
@@ -140,6 +142,32 @@ def test_goals_stand_beside_what_was_measured(checkout):
         assert line in text.splitlines()
 
 
+def test_training_and_profile_stand_beside_the_goals(checkout, capsys):
+    path = put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=True))
+    curves = {
+        OURS: Curve("ok", 3, 3, 50.0, 0.1, [3.0, 2.0, 1.0]),
+        "eager formula": Curve("out of time", 3, 2, 20.0, 0.0, [3.0, 2.0]),
+    }
+    (path.parent / "training").mkdir()
+    write_curves(path.parent / "training", MACHINE, "made up", curves)
+    (path.parent / "profile.md").write_text(
+        "DeGMix head\n\n| kernel | share |\n|---|---:|\n| `made up` | 9% |\n"
+    )
+    assert report.main([]) == 0
+    lines = (checkout / "bench" / "README.md").read_text("utf-8").splitlines()
+    for line in (
+        "- ours: 50 images/s, 10% of the time waiting for data",
+        "- eager formula: 20 images/s, 2 of 3 steps: out of time",
+        "![loss curves](results/made-up/training/training.png)",
+        "`python -m bench.profile_step`: DeGMix head",
+        "| `made up` |",
+    ):
+        assert line in lines
+    (path.parent / "training" / "training.json").write_text('{"what": 1}')
+    assert report.main([]) == report.USER_ERROR
+    assert "training.json: not what bench.training writes" in capsys.readouterr().err
+
+
 def test_check_sees_a_typed_number(checkout, capsys):
     put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=True))
     report.main([])
@@ -201,7 +229,7 @@ def test_ratios_are_those_of_one_call(checkout):
 
 
 def test_a_wrong_file_or_readme_is_said(checkout, capsys):
-    path = checkout / "bench" / "results" / "broken.json"
+    path = checkout / "bench" / "results" / "made-up" / "2030-broken.json"
     path.parent.mkdir(parents=True)
     path.write_text("{}")
     assert report.main([]) == report.USER_ERROR
