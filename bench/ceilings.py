@@ -15,7 +15,8 @@ from degmix_kernels.contract import Work
 # Large enough to leave the caches and to fill a GPU; on a CPU small enough not to be waited for.
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 512}
-PRODUCTS_AT_WORK = 900  # fewer than a queue of launches holds, so that the host does not wait
+# Some seconds of work, in fewer launches than their queue holds, so that the host does not wait.
+PRODUCTS_AT_WORK, SIZE_AT_WORK = 600, 12288
 
 
 def measure_ceilings(device: torch.device, dtypes: tuple[str, ...]) -> Ceilings:
@@ -45,8 +46,7 @@ def measure_ceilings(device: torch.device, dtypes: tuple[str, ...]) -> Ceilings:
 def at_work(device: torch.device) -> Iterator[None]:
     """Keep a GPU multiplying meanwhile, for some seconds at most: its clocks are then those of work."""
     if device.type == "cuda":
-        size = PRODUCT_SIZE[device.type]
-        left, right, product = torch.randn((3, size, size), device=device).bfloat16()
+        left, right, product = torch.randn((3, SIZE_AT_WORK, SIZE_AT_WORK), device=device).bfloat16()
         for _ in range(PRODUCTS_AT_WORK):
             torch.mm(left, right, out=product)
     yield

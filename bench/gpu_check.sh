@@ -34,7 +34,7 @@ if [ $quick = yes ]; then
     budget=([bench]=110 [tests]=60 [huge]=0 [sanitizer]=25 [memcheck]=$deadline [racecheck]=0)
 else
     deadline=530
-    budget=([tests]=170 [huge]=40 [sanitizer]=40 [memcheck]=70 [racecheck]=50 [bench]=$deadline)
+    budget=([tests]=240 [huge]=80 [sanitizer]=25 [memcheck]=60 [racecheck]=0 [bench]=$deadline)
 fi
 seconds_of() {  # VARIABLE DEFAULT: what the environment says, if it says anything
     local value=${!1:-$2}
@@ -111,7 +111,7 @@ stage() {  # NAME COMMAND…: runs the command, its output in NAME.log as well; 
     shift
     left=$((deadline - began - to_kill - to_finish))
     if [ "$seconds" -eq 0 ]; then
-        note "$name" "left out by ${!variable:+$variable=}${!variable:---quick}"
+        note "$name" "left out; $variable=60 gives it 60 s"
         return 1
     elif [ $interrupted = yes ] || { [ $left -lt "$seconds" ] && [ $left -lt $worthwhile ]; }; then
         failed=yes
@@ -178,14 +178,14 @@ done
 # which would have to be compiled. Skips are shown before failures, which the log then ends with.
 pytest=(-m pytest -q -p no:cacheprovider -o addopts= --tb=short --durations=15 -rsfE)
 if has pytest_timeout; then
-    pytest+=(--timeout 90 --timeout-method thread)
+    pytest+=(--timeout 180 --timeout-method thread)  # for dozens of kernels to compile
 else
     note pytest-timeout "not installed; a test that hangs takes the time of those after it"
 fi
 workers=()
 if has xdist; then
     cores=$(nproc)
-    workers=(-n $((cores < 12 ? cores : 12)))
+    workers=(-n $((cores < 14 ? cores : 14)))
 else
     note pytest-xdist "not installed; tests run one after the other"
 fi

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,7 +156,7 @@ def _event_samples(
     Args:
         call: what is timed.
         seconds: to spend, about.
-        calls: in a row between two events.
+        calls: in a row between two events, at most: of long ones as many as there is time for.
         flush: called before each repetition.
         ahead: whether the device is kept waiting until the host has launched a repetition, so that its
             launches are no part of the times.
@@ -167,9 +168,11 @@ def _event_samples(
     began = time.perf_counter()
     call.step(call.prepare())
     torch.cuda.synchronize()
+    one = time.perf_counter() - began
+    calls = max(1, min(calls, round(seconds / FEWEST / one)))
     head_start = AHEAD * calls * max(hosts) + LEAST_AHEAD if ahead else 0.0
     cycles = round(head_start * _cycles_per_second()) if ahead else 0
-    repetitions = _repetitions(seconds, calls * (time.perf_counter() - began) + head_start)
+    repetitions = _repetitions(seconds, calls * one + head_start)
     pairs = []
     for _ in range(repetitions):
         prepared = [call.prepare() for _ in range(calls)]
@@ -226,7 +229,15 @@ def _captured(call: Call) -> Call:
             call.step(call.prepare())
         prepared = call.prepare()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        results = call.step(prepared)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    before = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            results = call.step(prepared)
+    except Exception:
+        # PyTorch leaves a capture that failed open, and no memory can be given back any more.
+        torch.cuda.set_stream(before)
+        with suppress(RuntimeError):  # where it has closed it
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        raise
     return Call(lambda: None, lambda _, kept=(prepared, results): graph.replay())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.cases import Baseline
+from bench.cases import Baseline, Unavailable
 
 BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
@@ -16,6 +16,7 @@ BACKENDS = {
     "SDPA cudnn": SDPBackend.CUDNN_ATTENTION,
     "SDPA math": SDPBackend.MATH,
 }
+REFUSAL = "No available kernel"  # in PyTorch's words
 
 
 def sdpa_baselines(function: Callable[..., Tensor]) -> tuple[Baseline, ...]:
@@ -23,8 +24,13 @@ def sdpa_baselines(function: Callable[..., Tensor]) -> tuple[Baseline, ...]:
 
     def load(backend: SDPBackend) -> Callable[[torch.device], Callable[..., Tensor]]:
         def forced(**arguments: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                return function(**arguments)
+            try:
+                with sdpa_kernel(backend):
+                    return function(**arguments)
+            except RuntimeError as error:
+                if REFUSAL in str(error):
+                    raise Unavailable("this backend has no kernel for these shapes or this dtype") from error
+                raise
 
         return lambda device: forced
 

@@ -181,7 +181,15 @@ def precision(dtype: torch.dtype) -> str:
     """How matrix products treat their operands, see ``multiply``; PyTorch's flag allows TF32."""
     if backend.INTERPRETED:
         return "interpreter"
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
+
+
+def allows_tf32() -> bool:
+    """Whether PyTorch's own products of fp32 may run in TF32, by whichever of its settings was used."""
+    try:
+        return torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # the newer setting says what the older one has no word for
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def input_gradient(grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:

@@ -125,7 +125,9 @@ def test_reference_gradient_in_double(op: Op, device: torch.device) -> None:
             copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
             return op.reference(**copies | dict(zip(names, values, strict=True)))
 
-        assert torch.autograd.gradcheck(call, [arguments[name] for name in names], fast_mode=True)
+        values = [arguments[name] for name in names]
+        # On a GPU PyTorch adds some gradients up in any order; a CPU does not.
+        assert torch.autograd.gradcheck(call, values, fast_mode=True, nondet_tol=1e-9)
 
 
 @every_op

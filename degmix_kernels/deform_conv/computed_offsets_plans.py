@@ -17,7 +17,7 @@ from degmix_kernels.deform_conv import planar
 from degmix_kernels.deform_conv.problem import Problem, block
 from degmix_kernels.epilogue import Epilogue
 from degmix_kernels.launch import Launch, needs_64_bit
-from degmix_kernels.product import precision
+from degmix_kernels.product import allows_tf32, precision
 
 # Maps that the offsets are computed from: nine for each half of the channels, each seen through 3×3 weights.
 MAPS = 18
@@ -111,7 +111,7 @@ def gradient_precision(dtype: torch.dtype) -> str:
     """How gradients that arrive at offsets go on: in TF32 if products in ``dtype`` rounded them before."""
     if backend.INTERPRETED:
         return "interpreter"
-    rounded = dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
+    rounded = dtype != torch.float32 or allows_tf32()
     return "tf32" if rounded and not torch.version.hip else offset_precision()
 
 

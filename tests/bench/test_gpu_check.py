@@ -119,7 +119,7 @@ def check(tmp_path: Path) -> Check:
 def test_everything_runs_and_three_files_are_left(check: Check) -> None:
     check.folder.mkdir()
     (check.folder / ".results.json.abc").write_text("half a file")
-    done = check(STUB_TESTS="echo 7 passed")
+    done = check(STUB_TESTS="echo 7 passed", RACECHECK="60")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {name for name, outcome in check.summary.items() if outcome.startswith("ok")} == STAGES | {
         "sanitizer"
@@ -148,7 +148,7 @@ def test_quick(check: Check) -> None:
     done = check("--quick")
     assert done.returncode == 0, done.stdout + done.stderr
     assert check.called("-m bench ") == [f"-m bench --quick --json {check.folder}/results.json"]
-    left_out = {name for name, outcome in check.summary.items() if outcome == "left out by --quick"}
+    left_out = {name for name, outcome in check.summary.items() if outcome.startswith("left out; ")}
     assert left_out == {"huge", "racecheck"}
     assert list(check.summary).index("bench") < list(check.summary).index("tests")
 
@@ -167,7 +167,8 @@ def test_a_failing_stage_stops_nothing(check: Check) -> None:
     assert done.returncode == 1
     assert re.fullmatch(r"FAILED with code 1 \(\d+ s\)", check.summary["tests"])
     assert "FAILED test_this" in done.stdout
-    others = STAGES - {"tests"}
+    assert check.summary["racecheck"] == "left out; RACECHECK=60 gives it 60 s"
+    others = STAGES - {"tests", "racecheck"}
     assert all(check.summary[name].startswith("ok") for name in others)
 
 
@@ -200,7 +201,7 @@ def test_budgets_of_zero(check: Check) -> None:
     done = check(TESTS="0", HUGE="0", MEMCHECK="0", RACECHECK="0", BENCH="0")
     assert done.returncode == 0
     assert {name: check.summary[name] for name in STAGES} == {
-        name: f"left out by {name.upper()}=0" for name in STAGES
+        name: f"left out; {name.upper()}=60 gives it 60 s" for name in STAGES
     }
     assert "sanitizer" not in check.summary
     assert check.called("-m bench.limited") == []
@@ -227,7 +228,7 @@ def test_without_time_stages_are_left_out(check: Check) -> None:
 
 
 def test_a_sanitizer_that_does_not_work_is_a_failure(check: Check) -> None:
-    done = check(STUB_PROBE="exit 9")
+    done = check(STUB_PROBE="exit 9", RACECHECK="60")
     assert done.returncode == 1
     assert check.summary["sanitizer"].startswith("FAILED with code 9")
     assert check.summary["memcheck"] == check.summary["racecheck"] == "not run, as sanitizer failed"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -56,10 +58,43 @@ def test_the_device_waits_while_the_host_launches(told: list[str | int]) -> None
 
 
 def test_a_loop_has_its_launches(told: list[str | int]) -> None:
-    measure.measure(launching(told), LOOP, seconds=0)
-    repetition = ["synchronize", "event", *["call"] * measure.CALLS_IN_A_ROW, "event", "synchronize"]
-    assert told[-len(repetition) :] == repetition
-    assert not any(isinstance(each, int) for each in told)
+    for seconds, calls in ((0, 1), (measure.CALLS_IN_A_ROW * measure.FEWEST * 2 * HOST_SECONDS, None)):
+        told.clear()
+        measure.measure(launching(told), LOOP, seconds)
+        repetition = ["synchronize", "event", *["call"] * (calls or measure.CALLS_IN_A_ROW), "event"]
+        assert told[-len(repetition) - 1 : -1] == repetition
+        assert not any(isinstance(each, int) for each in told)
+
+
+def test_a_capture_that_fails_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream from before is current again, and the pool is closed; the error is the capture's."""
+    told: list[object] = []
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    @contextmanager
+    def failing(graph: object, pool: object, stream: object) -> Iterator[None]:
+        yield
+        raise RuntimeError("the capture failed")
+
+    for name, stand_in in {
+        "Stream": Stream,
+        "CUDAGraph": object,
+        "graph": failing,
+        "stream": nullcontext,
+        "synchronize": lambda: None,
+        "current_stream": lambda: "before",
+        "current_device": lambda: 0,
+        "graph_pool_handle": lambda: "pool",
+        "set_stream": told.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *which: told.append(which))
+    with pytest.raises(RuntimeError, match="the capture failed"):
+        measure._captured(Call(lambda: None, lambda _: None))
+    assert told == ["before", (0, "pool")]
 
 
 def test_a_backward_pass_can_leave_what_was_saved() -> None:

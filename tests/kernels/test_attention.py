@@ -243,8 +243,11 @@ def test_large_and_equal_scores(device, dtype):
     output = gated_attention(query, key, value)
     assert_close(output, value[:, :, [0, 4, 2]].double(), 16)
     grads = torch.autograd.grad(output, (query, key, value), torch.ones_like(output))
-    # Weights of 0 and 1 have no derivative, exactly.
-    assert grads[0].count_nonzero() == grads[1].count_nonzero() == 0
+    # Weights of 0 and 1 have no derivative: exactly, if scores and their maximum are rounded alike, which
+    # fused multiplications do not. Then a result in fp32 misses its value by its last bit, and so does the
+    # gradient of a score: 16 such sums, times keys of 200 at a scale of 1/4.
+    last_bit = 0 if dtype == torch.bfloat16 else 2.0**-23 * 16 * value.abs().max() * 200 / 4
+    assert max(grads[0].abs().max(), grads[1].abs().max()) <= last_bit
     # The sum's logarithm is rounded to 24 bits of 14 427.
     chosen = torch.tensor([1.0, 0, 1, 0, 1, 0], device=device)[:, None].expand(6, 16).to(dtype)
     torch.testing.assert_close(grads[2][0, 0], chosen, rtol=1e-3, atol=0)

@@ -264,8 +264,8 @@ def test_statistics_far_from_zero(device: torch.device) -> None:
     assert relative_l2(variance, expected.var((0, 2, 3), unbiased=False)) < 1e-4
 
 
-def test_chan_formula_of_unequal_parts() -> None:
-    values = torch.randn(3, 10, 2, dtype=F64, generator=torch.Generator().manual_seed(0)) + 1e3
+def test_chan_formula_of_unequal_parts(device: torch.device) -> None:
+    values = torch.randn(3, 10, 2, dtype=F64, generator=torch.Generator().manual_seed(0)).to(device) + 1e3
     parts = [image[start : start + 4] for image in values for start in (0, 4, 8)]
     statistics = Statistics(
         torch.stack([part.mean(0) for part in parts]).float(),
@@ -277,16 +277,18 @@ def test_chan_formula_of_unequal_parts() -> None:
     assert relative_l2(mean, flat.mean(0)) < 1e-7
     assert relative_l2(variance, flat.var(0, unbiased=False)) < 1e-3
     # NaN would spoil the gradients of a normalisation's parameters.
-    assert all((part == 0).all() for part in finish_statistics(planar.new_statistics(_empty_batch()), 20))
+    assert all(
+        (part == 0).all() for part in finish_statistics(planar.new_statistics(_empty_batch(device)), 20)
+    )
 
 
-def _empty_batch() -> Problem:
+def _empty_batch(device: torch.device) -> Problem:
     case = replace(CASES["per-channel 3x3"], batch=0)
-    return case.problem(case.draw(torch.device("cpu")))
+    return case.problem(case.draw(device))
 
 
-def test_batch_0_plans_no_programs() -> None:
-    problem = _empty_batch()
+def test_batch_0_plans_no_programs(device: torch.device) -> None:
+    problem = _empty_batch(device)
     grad = torch.empty(0, 3, 4, 5)
     plan, partial, bias_partial = planar.plan_backward_weight(problem, grad, bias=True)
     assert plan.programs == 0
