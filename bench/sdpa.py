@@ -16,7 +16,7 @@ BACKENDS = {
     "SDPA cudnn": SDPBackend.CUDNN_ATTENTION,
     "SDPA math": SDPBackend.MATH,
 }
-REFUSAL = "No available kernel"  # in PyTorch's words
+REFUSALS = ("No available kernel", "No viable backend")  # in PyTorch's words, on a GPU and on a CPU
 
 
 def sdpa_baselines(function: Callable[..., Tensor]) -> tuple[Baseline, ...]:
@@ -28,7 +28,7 @@ def sdpa_baselines(function: Callable[..., Tensor]) -> tuple[Baseline, ...]:
                 with sdpa_kernel(backend):
                     return function(**arguments)
             except RuntimeError as error:
-                if REFUSAL in str(error):
+                if any(words in str(error) for words in REFUSALS):
                     raise Unavailable("this backend has no kernel for these shapes or this dtype") from error
                 raise
 

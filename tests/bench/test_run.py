@@ -21,6 +21,7 @@ from bench.model import WHOLE
 from bench.results import OK, OURS, Ceilings, Row, read
 from bench.run import CASES, FAMILIES, DeviceLost, Selection, run
 from bench.run import _forget as forget
+from bench.sdpa import sdpa_baselines
 from bench.shapes import QUICK
 from degmix_kernels import registry
 from degmix_kernels.contract import Op, Sample
@@ -393,3 +394,19 @@ def test_compiled_models_come_last() -> None:
     first = ops.index((WHOLE, True))
     assert {op for op, _ in ops[first:]} == {WHOLE}
     assert ops.index((WHOLE, False)) < ops.index(("deform_mix", False))
+
+
+def test_a_backend_that_refuses_is_not_available() -> None:
+    """A CPU has no cuDNN; another error stays what it is."""
+    (case,) = (case for case in CASES if (case.op, case.shape) == ("task_attention", QUICK))
+    selection = Selection((case,), ("fwd",), ("fp32",), ("SDPA cudnn",), seconds=0)
+    rows = [row for more in run(selection, CPU, Ceilings(None, {}), str) for row in more]
+    (row,) = of(rows, "SDPA cudnn")
+    assert row.status == "not available: this backend has no kernel for these shapes or this dtype"
+
+    def failing(**arguments: Tensor) -> Tensor:
+        raise RuntimeError("something else")
+
+    for baseline in sdpa_baselines(failing):
+        with pytest.raises(RuntimeError, match="something else"):
+            baseline.load(CPU)()
