@@ -1,0 +1,195 @@
+"""The benchmark's command line, on a CPU at small sizes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import compare, machine, program, results
+from bench.cases import COMPILED, EAGER
+from bench.machine import read_machine
+from bench.results import OURS, Row, read
+from bench.run import DeviceLost, Selection
+from bench.shapes import QUICK
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        program.main(["--help"])
+    text = capsys.readouterr().out
+    for word in ("--op", "--mode", "--dtype", "--shapes", "--baseline", "--json", "--compare", "--quick"):
+        assert word in text
+    for word in ("nyud", "cityscapes", "torchvision fp16", "deformops", "SDPA flash", "task_attention"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "convolution"], "--op convolution: unknown"),
+        (["--shapes", "moon"], "--shapes moon: unknown"),
+        (["--op", "model", "--shapes", "launch"], "nothing to measure"),
+        (["--quick", "--compare", "no-such-revision"], "neither a file nor a git revision"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program.main(arguments) == program.USER_ERROR
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_end_to_end(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    command = [sys.executable, "-m", "bench", "--quick", "--op", "batch_norm", "--json", str(file)]
+    command += ["--baseline", EAGER]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "batch_norm" in shown
+    found = read(file)
+    assert found.machine.torch == torch.__version__
+    assert found.machine.tf32 == {"matmul": False, "cudnn": True}
+    assert {row.impl for row in found.rows} == {OURS, EAGER}
+    assert {row.mode for row in found.rows} == {"fwd", "fwdbwd"}
+    again = subprocess.run([*command, "--compare", str(file)], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0
+    assert "then / now" in again.stdout
+
+
+def test_a_file_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A known commit without changes, whatever the state of this checkout."""
+    file = tmp_path / "results.json"
+    here = replace(read_machine(CPU), commit="c" * 40, dirty=False)
+    monkeypatch.setattr(program, "read_machine", lambda device: here)
+    options = ["--op", "batch_norm", "--shapes", QUICK, "--baseline", "none", "--resume", str(file)]
+    assert program.main([*options, "--mode", "fwd"]) == 0
+    (first,) = read(file).rows
+    assert not read(file).complete
+    assert program.main([*options, "--mode", "fwd", "bwd"]) == 0
+    assert [row.mode for row in read(file).rows] == ["fwd", "bwd"]
+    assert read(file).rows[0] == first
+    assert program.main([*options, "--mode", "fwd"]) == 0  # with nothing left to do
+    assert len(read(file).rows) == 2
+    options[options.index("none")] = EAGER
+    assert program.main([*options, "--mode", "fwd"]) == 0  # ours once more, beside what it is compared with
+    assert [(row.impl, row.mode, row.part) for row in read(file).rows[2:]] == [
+        (OURS, "fwd", 3),
+        (EAGER, "fwd", 3),
+    ]
+    results.begin((*first.case, COMPILED), file)  # and the process was killed
+    options[options.index(EAGER)] = COMPILED
+    assert program.main([*options, "--mode", "fwd"]) == 0
+    assert read(file).rows[-1].status == "failed: the process was killed meanwhile"
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    monkeypatch.setattr(program, "read_machine", lambda device: replace(here, commit="d" * 40))
+    assert program.main(options) == program.USER_ERROR
+    assert f"--resume {file}: commit was {'c' * 40}" in capsys.readouterr().err
+    for other in (["--json", str(file)], ["--quick"]):
+        assert program.main([*options, *other]) == program.USER_ERROR
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), program.INTERRUPTED, "Interrupted: 3 measurements are left"),
+        (DeviceLost("illegal address"), program.LOST, "The GPU answers no more: 3 measurements are left"),
+    ],
+)
+def test_a_run_that_ends_early_keeps_what_it_has(
+    error: BaseException,
+    code: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One row of ours, which failed, and then the end."""
+
+    def ending(selection: Selection, *others: object) -> Iterator[tuple[Row, ...]]:
+        *rest, impl = min(selection.keys())
+        yield (Row(*rest, impl, status="failed: made up"),)
+        raise error
+
+    monkeypatch.setattr(program, "run", ending)
+    file = tmp_path / "results.json"
+    options = ["--quick", "--op", "batch_norm", "--baseline", EAGER, "--json", str(file)]
+    assert program.main(options) == code
+    assert words in capsys.readouterr().out
+    assert len(read(file).rows) == 1
+    assert not read(file).complete
+
+
+def test_an_interrupt_before_measuring_is_one_sentence() -> None:
+    code = """
+import os, runpy, signal, bench.program
+bench.program.main = lambda: os.kill(os.getpid(), signal.SIGINT)
+runpy.run_module("bench", run_name="__main__")
+"""
+
+    def in_the_background() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, preexec_fn=in_the_background
+    )
+    assert run.returncode == program.INTERRUPTED
+    assert run.stderr == "bench: interrupted while nothing was being measured\n"
+
+
+def test_the_commit_can_be_said_where_git_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "REPOSITORY", tmp_path)
+    monkeypatch.delenv(machine.COMMIT_VARIABLE, raising=False)
+    assert (read_machine(CPU).commit, read_machine(CPU).dirty) == ("unknown", None)
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "c" * 40)
+    assert read_machine(CPU).commit == "c" * 40
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.example"]
+    (tmp_path / "code.py").write_text("")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / "notes.txt").write_text("")
+    assert len(read_machine(CPU).commit) == 40
+    assert read_machine(CPU).dirty is False
+    (tmp_path / "new.py").write_text("")
+    assert read_machine(CPU).dirty is True
+
+
+def test_another_revision_is_measured_in_its_own_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository of one commit, with a benchmark that leaves a result file and says where it ran."""
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").touch()
+    (tmp_path / "bench" / "__main__.py").write_text(
+        "import pathlib, shutil, sys\n"
+        "shutil.copy(pathlib.Path.cwd() / 'kept.json', sys.argv[sys.argv.index('--json') + 1])\n"
+    )
+    machine = {"gpu": None, "cpu": None, "driver": None, "cuda": None, "torch": "1", "triton": None}
+    machine |= {"python": "3", "clocks": None, "commit": "unknown", "dirty": None}
+    (tmp_path / "kept.json").write_text(
+        str({"machine": machine, "ceilings": {"copy": None, "matrix": {}}, "rows": []})
+        .replace("'", '"')
+        .replace("None", "null")
+    )
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.example"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(compare, "REPOSITORY", tmp_path)
+    assert compare.earlier_results("HEAD", ["--quick"]).machine.torch == "1"
+    listed = subprocess.run([*git, "worktree", "list"], check=True, capture_output=True, text=True).stdout
+    assert len(listed.splitlines()) == 1
+    (tmp_path / "bench" / "__main__.py").unlink()
+    for command in (["add", "-A"], ["commit", "-q", "-m", "two"]):
+        subprocess.run([*git, *command], check=True)
+    with pytest.raises(compare.CompareError, match="has no benchmark yet"):
+        compare.earlier_results("HEAD", [])
