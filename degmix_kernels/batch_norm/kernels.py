@@ -13,6 +13,65 @@ from degmix_kernels.epilogue import activate
 
 
 @triton.jit
+def in_elements(channels, pixels, UNIT: tl.constexpr, LAST: tl.constexpr):
+    """A map's sizes as ``Sizes.arguments`` of the plan passes them, the contiguous one no longer in units."""
+    if LAST:
+        return channels * UNIT, pixels
+    return channels, pixels * UNIT
+
+
+@triton.jit
+def address_of(image, channel, pixel, channels, pixels, LAST: tl.constexpr):
+    """Addresses of elements of a map: (BLOCK_CHANNELS, BLOCK_PIXELS) of a column and a row of them."""
+    return pixel * channels + channel if LAST else (image * channels + channel) * pixels + pixel
+
+
+@triton.jit
+def tile_of_map(
+    channels,  # as ``pixels``: a kernel's argument, perhaps in units
+    pixels,
+    channel_blocks,
+    pixel_blocks,
+    UNIT: tl.constexpr,
+    LAST: tl.constexpr,
+    INDEX_64: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+):
+    """This program's tile where every tile has a program.
+
+    Returns its channels and which exist, both (BLOCK_CHANNELS,), its pixels, (1, BLOCK_PIXELS), which of its
+    elements exist and their addresses, both (BLOCK_CHANNELS, BLOCK_PIXELS).
+    """
+    program = tl.program_id(0)
+    if INDEX_64:
+        program = program.to(tl.int64)
+    channels, pixels = in_elements(channels, pixels, UNIT, LAST)
+    if LAST:  # neighbouring programs, neighbouring memory
+        image = 0
+        pixel_block, channel_block = program // channel_blocks, program % channel_blocks
+    else:
+        plane, pixel_block = program // pixel_blocks, program % pixel_blocks
+        image, channel_block = plane // channel_blocks, plane % channel_blocks
+    row = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    row_valid = row < channels
+    pixel = pixel_block * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[None, :]
+    valid = row_valid[:, None] & (pixel < pixels)
+    return row, row_valid, pixel, valid, address_of(image, row[:, None], pixel, channels, pixels, LAST)
+
+
+@triton.jit
+def pixels_of_tile(tile, tiles, pixels, pixel_blocks, BLOCK_PIXELS: tl.constexpr):
+    """A tile's image, its pixels and which exist, both (1, BLOCK_PIXELS), where a program has several tiles.
+
+    The last program's may end past the last of all ``tiles``: no pixels exist there.
+    """
+    image, pixel_block = tile // pixel_blocks, tile % pixel_blocks
+    pixel = pixel_block * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[None, :]
+    return image, pixel, pixel < tl.where(tile < tiles, pixels, 0)
+
+
+@triton.jit
 def vector(pointer, channel, valid):
     """Values of a row of channels, fp32; 0 for those past the last."""
     return tl.load(pointer + channel, mask=valid, other=0.0).to(tl.float32)
@@ -49,23 +108,9 @@ def forward(
     BLOCK_PIXELS: tl.constexpr,
 ):
     """(act(x) − mean) · weight / √(variance + eps) + bias + residual of one tile."""
-    program = tl.program_id(0)
-    if INDEX_64:
-        program = program.to(tl.int64)
-    if LAST:  # neighbouring programs, neighbouring memory
-        channels *= UNIT
-        image = 0
-        pixel_block, channel_block = program // channel_blocks, program % channel_blocks
-    else:
-        pixels *= UNIT
-        plane, pixel_block = program // pixel_blocks, program % pixel_blocks
-        image, channel_block = plane // channel_blocks, plane % channel_blocks
-    row = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    row_valid = row < channels
-    channel, channel_valid = row[:, None], row_valid[:, None]
-    pixel = pixel_block * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[None, :]
-    valid = channel_valid & (pixel < pixels)
-    address = pixel * channels + channel if LAST else (image * channels + channel) * pixels + pixel
+    row, row_valid, _, valid, address = tile_of_map(
+        channels, pixels, channel_blocks, pixel_blocks, UNIT, LAST, INDEX_64, BLOCK_CHANNELS, BLOCK_PIXELS
+    )
 
     # Subtracted before anything is scaled: of a large mean only the difference is rounded.
     result = activate(tl.load(x_ptr + address, mask=valid, other=0.0).to(tl.float32), ACTIVATION)
@@ -106,10 +151,7 @@ def backward(
     program = tl.program_id(0)
     if INDEX_64:
         program = program.to(tl.int64)
-    if LAST:
-        channels *= UNIT
-    else:
-        pixels *= UNIT
+    channels, pixels = in_elements(channels, pixels, UNIT, LAST)
     part, channel_block = program // channel_blocks, program % channel_blocks
     row = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     row_valid = row < channels
@@ -122,11 +164,9 @@ def backward(
     product = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     for step in range(steps):
         tile = part * steps + step
-        image, pixel_block = tile // pixel_blocks, tile % pixel_blocks
-        pixel = pixel_block * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[None, :]
-        end = tl.where(tile < tiles, pixels, 0)  # the last part may end past the last tile
-        valid = channel_valid & (pixel < end)
-        address = pixel * channels + channel if LAST else (image * channels + channel) * pixels + pixel
+        image, pixel, pixel_valid = pixels_of_tile(tile, tiles, pixels, pixel_blocks, BLOCK_PIXELS)
+        valid = channel_valid & pixel_valid
+        address = address_of(image, channel, pixel, channels, pixels, LAST)
         gradient = tl.load(grad_ptr + address, mask=valid, other=0.0).to(tl.float32)
         if sums_ptr is not None:
             total += gradient

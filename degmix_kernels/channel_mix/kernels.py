@@ -7,7 +7,7 @@ those of ``batch_norm``, which normalise act(z) as they load z. Arithmetic and s
 import triton
 import triton.language as tl
 
-from degmix_kernels.batch_norm.kernels import scale_of, vector
+from degmix_kernels.batch_norm.kernels import address_of, in_elements, pixels_of_tile, scale_of, vector
 from degmix_kernels.epilogue import activate, activate_with_slope, store_result
 from degmix_kernels.product import product_tile, tile_of
 
@@ -161,10 +161,7 @@ def backward_activation(
     program = tl.program_id(0)
     if INDEX_64:
         program = program.to(tl.int64)
-    if LAST:
-        channels *= UNIT
-    else:
-        pixels *= UNIT
+    channels, pixels = in_elements(channels, pixels, UNIT, LAST)
     part, channel_block = program // channel_blocks, program % channel_blocks
     row = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     row_valid = row < channels
@@ -178,11 +175,9 @@ def backward_activation(
     total = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     for step in range(steps):
         tile = part * steps + step
-        image, pixel_block = tile // pixel_blocks, tile % pixel_blocks
-        pixel = pixel_block * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[None, :]
-        end = tl.where(tile < tiles, pixels, 0)  # the last part may end past the last tile
-        valid = channel_valid & (pixel < end)
-        address = pixel * channels + channel if LAST else (image * channels + channel) * pixels + pixel
+        image, pixel, pixel_valid = pixels_of_tile(tile, tiles, pixels, pixel_blocks, BLOCK_PIXELS)
+        valid = channel_valid & pixel_valid
+        address = address_of(image, channel, pixel, channels, pixels, LAST)
         gradient = tl.load(grad_ptr + address, mask=valid, other=0.0).to(tl.float32)
         z = tl.load(pre_ptr + address, mask=valid, other=0.0).to(tl.float32)
         value, slope = activate_with_slope(z, ACTIVATION)

@@ -6,6 +6,8 @@ A tile is (channels, pixels), planar or LAST as in ``batch_norm.kernels``. Sums 
 import triton
 import triton.language as tl
 
+from degmix_kernels.batch_norm.kernels import tile_of_map
+
 
 @triton.jit
 def border(position, size):
@@ -34,21 +36,10 @@ def forward(
     BLOCK_PIXELS: tl.constexpr,
 ):
     """x + rows or columns of one tile."""
-    program = tl.program_id(0)
-    if INDEX_64:
-        program = program.to(tl.int64)
-    if LAST:
-        channels *= UNIT
-        image = 0
-        pixel_block, channel_block = program // channel_blocks, program % channel_blocks
-    else:
-        pixels *= UNIT
-        plane, pixel_block = program // pixel_blocks, program % pixel_blocks
-        image, channel_block = plane // channel_blocks, plane % channel_blocks
-    channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[:, None]
-    pixel = pixel_block * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[None, :]
-    valid = (channel < channels) & (pixel < pixels)
-    address = pixel * channels + channel if LAST else (image * channels + channel) * pixels + pixel
+    channel, _, pixel, valid, address = tile_of_map(
+        channels, pixels, channel_blocks, pixel_blocks, UNIT, LAST, INDEX_64, BLOCK_CHANNELS, BLOCK_PIXELS
+    )
+    channel = channel[:, None]
     row, column = pixel // width % height, pixel % width
     group = channel // (row_channels + column_channels)
     part = channel % (row_channels + column_channels)

@@ -6,7 +6,7 @@ Tiles are (all out channels, pixels), see ``degmix_kernels.product``. Arithmetic
 import triton
 import triton.language as tl
 
-from degmix_kernels.batch_norm.kernels import vector
+from degmix_kernels.batch_norm.kernels import in_elements, pixels_of_tile, vector
 from degmix_kernels.product import product_tile, tile_of
 
 
@@ -111,10 +111,7 @@ def backward(
     block, part = 0, program
     if BLOCKS > 1:
         block, part = program // parts, program % parts
-    if LAST:
-        channels *= UNIT
-    else:
-        pixels *= UNIT
+    channels, pixels = in_elements(channels, pixels, UNIT, LAST)
     row = tl.arange(0, BLOCK_CHANNELS)
     row_valid = row < channels
     channel, channel_valid = row[:, None], row_valid[:, None]
@@ -124,10 +121,9 @@ def backward(
     biases = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     for step in range(steps):
         tile = part * steps + step
-        image, pixel_block = block + tile // pixel_blocks, tile % pixel_blocks
-        pixel = pixel_block * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[None, :]
-        end = tl.where(tile < tiles, pixels, 0)  # the last part may end past the last tile
-        valid = channel_valid & (pixel < end)
+        image, pixel, pixel_valid = pixels_of_tile(tile, tiles, pixels, pixel_blocks, BLOCK_PIXELS)
+        image = block + image
+        valid = channel_valid & pixel_valid
         if LAST:
             address = (image * pixels + pixel) * channels + channel
         else:
@@ -138,7 +134,7 @@ def backward(
         scales += product
         shifts += gradient
         if grad_pre_ptr is not None:
-            deviation = tl.load(deviation_ptr + image * pixels + pixel, mask=pixel < end, other=0.0)
+            deviation = tl.load(deviation_ptr + image * pixels + pixel, mask=pixel_valid, other=0.0)
             mean = tl.sum(gradient * weight, axis=0, keep_dims=True) / channels
             slope = tl.sum(product * weight, axis=0, keep_dims=True) / channels
             gradient = tl.where(channel_valid, (gradient * weight - mean - normed * slope) * deviation, 0.0)
