@@ -26,12 +26,18 @@ def names(results: Results) -> list[str]:
     return [name for name, (_, enough) in PICTURES.items() if enough(results)]
 
 
-def draw(results: Results, folder: Path) -> list[Path]:
-    """Draw every picture that the results are enough for; of the others none stays from an earlier result."""
+def draw(results: Results, folder: Path, prefix: str = "") -> list[Path]:
+    """Draw every picture that the results are enough for; of the others none stays from an earlier result.
+
+    Args:
+        results: what was measured.
+        folder: where to.
+        prefix: of the file names.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = names(results)
     for name, (make, _) in PICTURES.items():
-        path = folder / name
+        path = folder / (prefix + name)
         if name in drawn:
             figure = make(results)
             figure.suptitle(_title(figure, results), fontsize=10)
@@ -39,7 +45,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
             figure.savefig(path, dpi=120, metadata={"Software": None})
         else:
             path.unlink(missing_ok=True)
-    return [folder / name for name in drawn]
+    return [folder / (prefix + name) for name in drawn]
 
 
 def _title(figure: Figure, results: Results) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import results, tables
+from bench import report, results, tables
 from bench.cases import DTYPES, MODES, Case
 from bench.ceilings import at_work, measure_ceilings
 from bench.compare import CompareError, earlier_results
@@ -129,18 +129,23 @@ def select(options: argparse.Namespace, device: torch.device) -> Selection:
         ("--shapes", options.shapes, _shape_names),
     ):
         for name in wanted:
-            if not any(name in names(case) for case in CASES):
+            if not name or not any(name in names(case) for case in CASES):
                 raise UsageError(f"{option} {name}: unknown; see python -m bench --help")
         if wanted:
             cases = [case for case in cases if any(name in names(case) for name in wanted)]
     baselines = options.baseline
     if baselines is not None:
+        if NONE in baselines and len(baselines) > 1:
+            raise UsageError(f"--baseline: expected {NONE} alone, or names")
         baselines = tuple(name for name in baselines if name != NONE)
     dtypes = tuple(options.dtype or (SMALL_DTYPES if small else DEFAULT_DTYPES))
     seconds = QUICK_SECONDS if small else SECONDS
     selection = Selection(tuple(cases), tuple(options.mode), dtypes, baselines, seconds, options.quick)
-    if not len(selection):
-        raise UsageError("nothing to measure: no op has all of these shapes, dtypes and modes")
+    for name in options.op or [None]:
+        of_name = [case for case in cases if name is None or name in _op_names(case)]
+        if not len(replace(selection, cases=tuple(of_name))):
+            what = "no op" if name is None else f"--op {name}"
+            raise UsageError(f"nothing to measure: {what} has none of these shapes, dtypes and modes")
     return selection
 
 
@@ -165,6 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def benchmark(options: argparse.Namespace, console: Console) -> int:
     """Measure, show and write what the options ask for; the exit code as of :func:`main`."""
+    for given in (options.json, options.resume):
+        if given is not None:
+            results.expect_writable(given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     selection = select(options, device)
     everything = select(parser().parse_args([]), device)
@@ -187,9 +195,14 @@ def benchmark(options: argparse.Namespace, console: Console) -> int:
     measured, code = _measure(measured, selection, headline, device, file, console)
     _show(console, measured, earlier, options.compare)
     if file is not None and options.json is None and options.resume is None and measured.complete:
-        file = results.publish(file, measured)
+        try:
+            file = results.publish(file, measured)
+        except ValueError as error:  # of uncommitted code
+            console.print(f"Not among the published results: {error}", soft_wrap=True, highlight=False)
     kept = "in no file: --json FILE keeps them" if file is None else str(file)
     console.print(f"Results: {kept}", soft_wrap=True, highlight=False)
+    if file is not None:
+        console.print(_drawn(measured, file), soft_wrap=True, highlight=False)
     if code != 0:
         left = len(replace(selection, done=measured.keys, repeatable=frozenset()))
         again = "" if file is None or options.quick else f"; {_hint(measured, file)}"
@@ -251,6 +264,15 @@ def _measure(
     if file is not None:
         results.end(file)
     return measured, code
+
+
+def _drawn(measured: Results, file: Path) -> str:
+    """Put pictures and the report's tables beside a result file; says which, or why not."""
+    try:
+        written = report.write_beside(measured, file)
+    except ImportError as error:
+        return f"No pictures: {error}"
+    return f"Report: {', '.join(path.name for path in written)} beside it"
 
 
 def _hint(measured: Results, file: Path) -> str:

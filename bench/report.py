@@ -174,16 +174,19 @@ def replaced(path: Path, generated: str) -> tuple[str, str]:
     return text, f"{before}{BEGIN}\n{generated}\n{END}{after}"
 
 
-def report_file(path: Path) -> None:
-    """Draw a result file's pictures and write its tables beside it."""
+def write_beside(results: Results, path: Path) -> list[Path]:
+    """Write a result file's tables and pictures beside it.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
     from bench import plots
 
-    results = read(path)
-    drawn = plots.draw(results, path.parent)
+    drawn = plots.draw(results, path.parent, f"{path.stem}-")
     target = path.with_suffix(".md")
     lines = [section(results, path.name, [picture.name for picture in drawn]), "", *goals.table(results), ""]
     target.write_text("\n".join(lines), "utf-8")
-    print(f"{target} and {len(drawn)} pictures beside it")
+    return [target, *drawn]
 
 
 def report(check: bool) -> int:
@@ -243,9 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(publish(chosen.publish, read(chosen.publish), PUBLISHED))
         if chosen.file is None:
             return report(chosen.check)
-        report_file(chosen.file)
+        print(*write_beside(read(chosen.file), chosen.file), sep="\n")
         return 0
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return USER_ERROR
 

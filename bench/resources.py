@@ -22,11 +22,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench.compile_kernels import PLANS
 from bench.compiled import Compiled, faults
+from bench.results import expect_writable
 from bench.targets import TARGETS
 
 BASELINE = Path(__file__).with_name("resources.json")
 UPDATE = "python -m bench.resources --update"
+USER_ERROR = 2
 RECORDED = ("registers", "spilled", "shared", "matrix", "loads")  # of each target, in the baseline
 IDENTITY = ("op", "kernel", "dtype", "configuration", "warps", "stages")  # the names of Compiled.key
 WIDTH_OF_FILES = 200  # columns of a table that no terminal bounds
@@ -50,7 +53,7 @@ def compile_for(
         report: called after each launch with how many are compiled, and of how many.
 
     Raises:
-        RuntimeError: if a kernel does not compile or no op is called so, with what the process said.
+        RuntimeError: if a kernel does not compile, with what the process said.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
@@ -208,6 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     partial = bool(chosen.op or chosen.target or chosen.dtype)
+    if not any(chosen.op in label for label in PLANS):
+        parser.error(f"--op {chosen.op}: no op is called so; there are {', '.join(PLANS)}")
     if chosen.update and partial:
         parser.error("--update: expected no --op, --target or --dtype: the baseline has every kernel")
 
@@ -215,13 +220,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_FILES)
     targets = [chosen.target] if chosen.target else list(TARGETS)
     try:
+        if chosen.json:
+            expect_writable(chosen.json)
         rows = compile_all(targets, chosen.op, chosen.dtype, messages)
+        if chosen.json:
+            lines = ",\n".join(json.dumps(row.to_json()) for row in rows)
+            chosen.json.write_text(f'{{"triton": "{version("triton")}", "rows": [\n{lines}\n]}}\n', "utf-8")
+    except OSError as error:
+        print(f"bench.resources: --json: {error}", file=sys.stderr)
+        return USER_ERROR
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
-    if chosen.json:
-        lines = ",\n".join(json.dumps(row.to_json()) for row in rows)
-        chosen.json.write_text(f'{{"triton": "{version("triton")}", "rows": [\n{lines}\n]}}\n', "utf-8")
     faulty = [f"{row.target}: {_words(row.key)}: {fault}" for row in rows for fault in faults(row)]
     if not chosen.update:
         show(rows, output)

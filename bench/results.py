@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import shutil
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -227,6 +228,22 @@ def expect_continuable(machine: Machine) -> None:
         )
 
 
+def expect_writable(path: Path) -> None:
+    """See that a file can be written before there is anything to write; its folder is made.
+
+    Raises:
+        OSError: if it cannot, in a sentence.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{path}: its folder cannot be made: {error.strerror}") from None
+    if path.is_dir():
+        raise OSError(f"{path}: expected a file, got a folder")
+    if not os.access(path.parent, os.W_OK):
+        raise OSError(f"{path}: its folder cannot be written to")
+
+
 def write(results: Results, path: Path) -> None:
     """Write a result file, whole or not at all; numbers that are not finite become null.
 
@@ -313,6 +330,8 @@ def publish(file: Path, results: Results, folder: Path = PUBLISHED) -> Path:
     """
     if results.machine.gpu is None or not results.complete or not results.measured:
         raise ValueError(f"{file}: expected a complete run on a GPU that says when it was measured")
+    if results.machine.commit == UNKNOWN or results.machine.dirty:
+        raise ValueError(f"{file}: expected the run of a known commit, without changes")
     target = unused(folder / results.machine.folder / results.file_name)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(file, target)

@@ -36,7 +36,7 @@ from bench.deform_conv import load_torchvision
 from bench.machine import read_machine
 from bench.model import FORMULA
 from bench.program import FAILURE, INTERRUPTED, LOG_WIDTH, USER_ERROR
-from bench.results import OK, OURS, Machine
+from bench.results import OK, OURS, Machine, expect_writable
 from degmix import DeGMixHead, build, train
 from degmix.config import Config, load_config
 from degmix.data import synthetic
@@ -240,6 +240,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("No GPU: fp32, and our ops run their references; this says nothing about the kernels.")
     work = nullcontext(options.work) if options.work else TemporaryDirectory(prefix="training-")
     try:
+        expect_writable(options.out / JSON_NAME)
+    except OSError as error:
+        print(f"bench.training: --out: {error}", file=sys.stderr)
+        return USER_ERROR
+    try:
         with work as folder:
             return train_twice(options, Path(folder), device, console)
     except KeyboardInterrupt:
@@ -249,7 +254,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train_twice(options: argparse.Namespace, work: Path, device: torch.device, console: Console) -> int:
     """Render, and train with our ops, then with the formula; returns the exit code."""
-    options.out.mkdir(parents=True)
     with stage(console, "rendering", options.rooms) as advance:
         synthetic.write(
             work / "rooms", options.rooms, tuple(options.size), progress=lambda done, _: advance(done, "")

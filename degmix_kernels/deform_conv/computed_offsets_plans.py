@@ -99,8 +99,7 @@ class Call:
 def offset_precision() -> str:
     """How offsets are computed: exact products of halves of operands where matrix units know no fp32.
 
-    Three TF32 products (high·high, high·low, low·high) leave out 2⁻²² of the result: as fp32, and twice as
-    fast as exact fp32 products would be.
+    Three TF32 products (high·high, high·low, low·high) leave out 2⁻²² of the result, as fp32 does.
     """
     if backend.INTERPRETED:
         return "interpreter"

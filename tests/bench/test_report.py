@@ -197,7 +197,8 @@ def test_a_file_of_a_users_own_is_reported_beside_it(checkout, tmp_path):
     assert report.main([str(path)]) == 0
     text = path.with_suffix(".md").read_text("utf-8")
     assert "commit 0123456789 with changes: [mine.json](mine.json). On a CPU the ops run" in text
-    assert (path.parent / "roofline.png").exists()
+    assert (path.parent / "mine-roofline.png").exists()
+    assert "(mine-roofline.png)" in text
     assert report.README.read_text("utf-8") == before
 
 
