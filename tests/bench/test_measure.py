@@ -109,3 +109,24 @@ def test_a_backward_pass_can_leave_what_was_saved() -> None:
         else:
             with pytest.raises(RuntimeError, match="a second time"):
                 call.step(prepared)
+
+
+def test_times_are_those_of_one_call(told: list[str | int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Median and quantiles of what the events say, over the calls between them; warm-up comes first."""
+    # Of every ten repetitions one takes 20 calls · 1 ms, one 20 · 2 ms, and so on.
+    times = iter(20.0 * (1 + index % 10) for index in range(10**6))
+    monkeypatch.setattr(torch.cuda.Event, "elapsed_time", lambda start, end: next(times))
+    seconds = measure.CALLS_IN_A_ROW * measure.FEWEST * 2 * HOST_SECONDS
+    monkeypatch.setattr(measure, "_repetitions", lambda seconds, one: 100)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    timing = measure.measure(launching(told), LOOP, seconds)
+    assert (timing.ms, timing.ms_p20, timing.ms_p80) == pytest.approx((5.5, 2.9, 8.1), rel=0.05)
+    assert told[: 2 * measure.WARM_UP] == ["prepare", "call"] * measure.WARM_UP
+
+
+def test_peak_memory_is_what_the_call_adds_and_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1700)
+    assert measure.peak_bytes(Call(lambda: None, lambda _: None), own_bytes=30) == 730

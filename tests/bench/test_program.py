@@ -40,6 +40,11 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--shapes", "moon"], "--shapes moon: unknown"),
         (["--op", "model", "--shapes", "launch"], "nothing to measure"),
         (["--quick", "--compare", "no-such-revision"], "neither a file nor a git revision"),
+        (["--shapes", ""], "--shapes : unknown"),
+        (["--baseline", EAGER, "none"], "--baseline: expected none alone"),
+        (["--op", "batch_norm", "DeGMix head", "--shapes", "launch"], "--op DeGMix head has none of these"),
+        (["--json", "/dev/null/results.json"], "its folder cannot be made"),
+        (["--json", "/"], "expected a file, got a folder"),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -174,6 +179,7 @@ def test_another_revision_is_measured_in_its_own_tree(
     (tmp_path / "bench" / "__main__.py").write_text(
         "import pathlib, shutil, sys\n"
         "shutil.copy(pathlib.Path.cwd() / 'kept.json', sys.argv[sys.argv.index('--json') + 1])\n"
+        "assert sys.argv[1:3] == ['--quick', '--json']\n"
     )
     machine = {"gpu": None, "cpu": None, "driver": None, "cuda": None, "torch": "1", "triton": None}
     machine |= {"python": "3", "clocks": None, "commit": "unknown", "dirty": None}

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import goals, report
 from bench.cases import EVENTS, LOOP
 from bench.results import OURS, Ceilings, Machine, Part, Results, Row, write
+from bench.speedups import comparisons, shown
 from bench.training import Curve
 from bench.training import write as write_curves
 
@@ -243,3 +244,25 @@ def test_a_wrong_file_or_readme_is_said(checkout, capsys):
 
 def test_readme_is_up_to_date():
     assert report.main(["--check"]) == 0
+
+
+def test_an_op_is_shown_at_nyuds_maps_in_bf16_by_one_timer():
+    """Not what happens to come first in the file, and graphs not beside loops."""
+    ours = made_up("op", "nyud", "fwd", OURS, 1.0)
+    rows = [
+        replace(ours, shape="pascal", ms=7.0),
+        replace(ours, dtype="fp32", ms=8.0),
+        ours,
+        replace(ours, impl="eager", ms=3.0),
+        replace(ours, impl="eager", ms=9.0, timer=LOOP),
+    ]
+    (call,) = shown(Results(MACHINE, CEILINGS, tuple(rows)))
+    assert call.ours == ours
+    assert [call.speed_up(other) for other in call.others] == [3.0]
+
+
+def test_goals_are_about_bf16():
+    goal = goals.Goal("op", goals.LIGHT, 0.4)
+    rows = [made_up("op", "nyud", "fwd", OURS, 1.0), made_up("op", "pascal", "fwd", OURS, 1.0)]
+    calls = comparisons([*rows, replace(rows[0], dtype="fp32", speed_of_light=0.1)])
+    assert [value for value, _ in goal.values(calls)] == [0.5, 0.5]

@@ -103,6 +103,10 @@ def test_tables_show_ratios_and_reasons() -> None:
     absent = Row("op", "nyud", "bf16", "fwd", "other", status="not available: needs a GPU")
     (table,) = op_tables([ROW, slow, absent])
     assert "2.50×" in list(table.columns[3].cells)
+    wrong = replace(ROW, timer=None, ms=None, status="check failed: far off")
+    (table,) = op_tables([replace(ROW, speed_of_light=0.25), replace(wrong, impl="wrong")])
+    assert "WRONG" in list(table.columns[1].cells)
+    assert "25" in list(table.columns[5].cells)
     assert failures([ROW, slow, absent]) == ["op: other: not available: needs a GPU (1×)"]
     earlier = Results(MACHINE, MEASURED.ceilings, (Row(*ROW.case, OURS, "cpu clock", ms=3.0),))
     assert list(comparison_table(MEASURED, earlier, "then").columns[-1].cells) == ["1.50×"]
@@ -152,9 +156,11 @@ def test_only_whole_runs_on_a_gpu_are_published(tmp_path: Path) -> None:
         replace(whole, complete=False),
         replace(whole, measured=""),
         replace(whole, machine=MACHINE),
+        replace(whole, machine=replace(whole.machine, dirty=True)),
+        replace(whole, machine=replace(whole.machine, commit=UNKNOWN)),
     ):
         write(results, file)
-        with pytest.raises(ValueError, match="expected a complete run on a GPU"):
+        with pytest.raises(ValueError, match=r"expected (a complete run|the run of a known)"):
             publish(file, results, tmp_path / "results")
         assert file.exists()
     for name in ("2026-01-02T030405-cccccccccc.json", "2026-01-02T030405-cccccccccc-2.json"):
@@ -168,6 +174,7 @@ def test_only_whole_runs_on_a_gpu_are_published(tmp_path: Path) -> None:
     [
         ({}, {"commit": "d" * 40}, "commit was c"),
         ({}, {"torch": "2.15"}, "torch was 2.11 and is 2.15 now"),
+        ({}, {"triton": "3.9"}, "triton was 3.6"),
         ({}, {"gpu": "a GPU"}, "gpu was None"),
         ({}, {"tf32": {"matmul": True, "cudnn": True}}, "tf32 was None"),
         ({"dirty": True}, {"dirty": True}, "a known commit without changes"),

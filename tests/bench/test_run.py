@@ -21,6 +21,7 @@ from bench.shapes import QUICK
 from degmix_kernels import registry
 from degmix_kernels.contract import Op, Sample
 from degmix_kernels.registry import find
+from degmix_kernels.testing import tolerance
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -66,6 +67,8 @@ def broken(change: Callable[[Tensor], Tensor]) -> Op:
     ("change", "message"),
     [
         (lambda y: y * 1.001, "output: relative L2 error 1.000e-03"),
+        # Twice of what fp32 may be off by, where a baseline may be off by half.
+        (lambda y: y * (1 + 2 * tolerance(torch.float32, 40)), "output: relative L2 error"),
         (lambda y: torch.where(y == y.max(), torch.nan, y), "output: relative L2 error nan"),
         (lambda y: y[:1], "output: expected shape"),
     ],

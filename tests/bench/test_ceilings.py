@@ -1,0 +1,26 @@
+"""Ceilings from made-up times: what is counted, and which of them bounds a call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import ceilings
+from bench.measure import Timing
+from bench.results import Ceilings
+from degmix_kernels.contract import Work
+
+
+def test_bytes_are_read_and_written_and_products_are_two_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "measure", lambda call, timer: Timing(timer, 2.0, 2.0, 2.0))
+    found = ceilings.measure_ceilings(torch.device("cpu"), ("fp32", "bf16"))
+    assert found.copy == 2 * ceilings.COPY_BYTES["cpu"] / 2e-3
+    assert found.matrix == dict.fromkeys(("fp32", "bf16"), 2 * ceilings.PRODUCT_SIZE["cpu"] ** 3 / 2e-3)
+
+
+def test_the_slower_of_the_two_bounds() -> None:
+    known = Ceilings(1e9, {"fp32": 1e10})
+    assert ceilings.speed_of_light(Work(10**6, 10**6), 2.0, known, "fp32") == pytest.approx(0.5)
+    assert ceilings.speed_of_light(Work(10**6, 4 * 10**7), 8.0, known, "fp32") == pytest.approx(0.5)
+    assert ceilings.speed_of_light(Work(1, 1), 1.0, known, "bf16") is None
+    assert ceilings.speed_of_light(Work(1, 1), 1.0, Ceilings(None, {"fp32": 1.0}), "fp32") is None
