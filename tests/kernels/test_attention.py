@@ -359,6 +359,14 @@ def test_sums_beyond_half_precision(device, size, scale, query_size):
     assert_close(output, reference.linear_attention(query.double(), key.double(), value.double(), scale), 300)
 
 
+def test_tiles_of_amd(device, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "made up")
+    shape = (1, 1, 37, 128)
+    assert plan.context_blocks(torch.empty(shape, dtype=torch.bfloat16)).queries == 16
+    inputs = [tokens(shape, seed, torch.bfloat16, device, strided=False) for seed in range(3)]
+    check_gradients(gated_attention, reference.gated_attention, [*inputs, None, None], 128 + 37)
+
+
 def test_registered_ops(device):
     tensors = [draw(2, 2, 5, 4, seed=seed).float().to(device).requires_grad_() for seed in range(5)]
     torch.library.opcheck(torch.ops.degmix.gated_attention.default, (*tensors, True))
