@@ -171,9 +171,9 @@ def plan_backward_samples(
         The plan, and the partial sums, (splits, 2·C, BLOCKS, PADDED), or None.
     """
     # The scatter keeps four corners of every sample in registers, exact products their operands: 4 samples
-    # per thread fit, one with fp32.
+    # per thread fit, 2 with sums of 64 bits, one with fp32.
     wide = call.x.dtype != torch.float32
-    channels, pixels = block(call.x.shape[1] // 2, 32 if wide else 16), 16
+    channels, pixels = block(call.x.shape[1] // 2, 32 if wide and scale is None else 16), 16
     out = block(call.weight.shape[0], 32)
     blocks, pixel_blocks = 2 * call.half_steps(channels), triton.cdiv(call.pixels, pixels)
     share = triton.cdiv(pixel_blocks, triton.cdiv(SAMPLES_PROGRAMS, blocks))
