@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bench.cases import COMPILED, LOOP
+from bench.model import FORMULA, HEAD
 from bench.results import Results
 from bench.shapes import LAUNCH, QUICK
 from bench.speedups import SHOWN_DTYPE, SHOWN_MODES, Comparison, comparisons
@@ -13,7 +14,6 @@ from bench.speedups import SHOWN_DTYPE, SHOWN_MODES, Comparison, comparisons
 TORCHVISION = "torchvision"
 SDPA = "SDPA"
 DEFORMOPS = "deformops"
-FORMULA = "eager formula"
 
 SPEED, MEMORY, LIGHT = "times as fast as", "of the peak memory of", "of the speed of light"
 MODES = (*SHOWN_MODES, "training step")
@@ -86,9 +86,9 @@ GOALS = (
     Goal("task_attention", SPEED, 5.0, SDPA),
     Goal("task_attention", LIGHT, 0.8),
     Goal("gated_attention", SPEED, 1.0, SDPA),
-    Goal("DeGMix head", SPEED, 3.0, FORMULA),
-    Goal("DeGMix head", SPEED, 1.5, COMPILED),
-    Goal("DeGMix head", MEMORY, 0.35, FORMULA),
+    Goal(HEAD, SPEED, 3.0, FORMULA),
+    Goal(HEAD, SPEED, 1.5, COMPILED),
+    Goal(HEAD, MEMORY, 0.35, FORMULA),
 )
 
 

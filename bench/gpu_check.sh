@@ -9,8 +9,8 @@
 #                                                     HUGE and RACECHECK likewise; DEADLINE for everything
 #
 # Needs torch, triton, torchvision, pytest and rich, no network. Everything ends within 530 s (--quick: 230 s):
-# a stage gets its seconds, or what is left. What it did until then is in the folder: results.json (with
-# results.json.begun where a measurement was cut off), summary.txt and logs.tgz. A failing stage does not stop
+# a stage gets its seconds, or what is left. What it did until then is in the folder: results.json, its report
+# (results.json.begun where a measurement was killed), summary.txt and logs.tgz. A failing stage does not stop
 # the next. Exit code: 0 if nothing failed, 1 if something did, 2 if it cannot start, 3 if there is no GPU.
 set -u
 

@@ -10,6 +10,7 @@ import pytest
 from bench import goals, report
 from bench.cases import EVENTS, LOOP
 from bench.results import OURS, Ceilings, Machine, Part, Results, Row, write
+from bench.run import CASES
 from bench.speedups import comparisons, shown
 from bench.training import Curve
 from bench.training import write as write_curves
@@ -266,3 +267,12 @@ def test_goals_are_about_bf16():
     rows = [made_up("op", "nyud", "fwd", OURS, 1.0), made_up("op", "pascal", "fwd", OURS, 1.0)]
     calls = comparisons([*rows, replace(rows[0], dtype="fp32", speed_of_light=0.1)])
     assert [value for value, _ in goal.values(calls)] == [0.5, 0.5]
+
+
+def test_goals_are_about_what_is_measured():
+    """A goal of an op or baseline that has another name would never be measured, and never be missed."""
+    for goal in goals.GOALS:
+        of_op = [case for case in CASES if case.op == goal.op]
+        assert of_op, goal.op
+        names = {name for case in of_op for name in case.implementations if name != OURS}
+        assert not goal.against or any(name.startswith(goal.against) for name in names), goal
