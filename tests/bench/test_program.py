@@ -178,8 +178,8 @@ def test_another_revision_is_measured_in_its_own_tree(
     (tmp_path / "bench" / "__init__.py").touch()
     (tmp_path / "bench" / "__main__.py").write_text(
         "import pathlib, shutil, sys\n"
-        "shutil.copy(pathlib.Path.cwd() / 'kept.json', sys.argv[sys.argv.index('--json') + 1])\n"
         "assert sys.argv[1:3] == ['--quick', '--json']\n"
+        "shutil.copy(pathlib.Path.cwd() / 'kept.json', sys.argv[sys.argv.index('--json') + 1])\n"
     )
     machine = {"gpu": None, "cpu": None, "driver": None, "cuda": None, "torch": "1", "triton": None}
     machine |= {"python": "3", "clocks": None, "commit": "unknown", "dirty": None}
