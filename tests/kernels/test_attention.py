@@ -271,10 +271,11 @@ def test_nan_stays_where_the_reference_has_it(device):
         spoiled = dict(inputs)
         spoiled[name] = inputs[name].clone()
         spoiled[name][1, 0, 35, 2] = torch.nan
-        output, expected = gated_attention(**spoiled), reference.gated_attention(**spoiled)
+        output = gated_attention(**spoiled)
+        expected = reference.gated_attention(**{name: value.double() for name, value in spoiled.items()})
         assert torch.equal(output.isnan(), expected.isnan()), name
         assert 0 < output.isnan().sum() < output.numel() / 2
-        torch.testing.assert_close(output, expected, equal_nan=True)
+        assert_close(output.nan_to_num(0), expected.nan_to_num(0), 37)
 
 
 def test_scores_of_minus_infinity(device):
@@ -298,10 +299,13 @@ def test_scores_of_minus_infinity(device):
     key[..., 0] = -torch.inf
     output = gated_attention(query, key, value, gate, gate)
     assert torch.equal(output, gate)
+    # In fp64: PyTorch's fused kernels for fp32 need not agree on rows without a finite score.
+    query, key, value, gate = (x.double() for x in (query, key, value, gate))
     assert_close(output, reference.gated_attention(query, key, value, gate, gate), 37)
     query[0, 0, 3, 0] = torch.inf
     key[..., 0] = 1.0
-    output, expected = gated_attention(query, key, value), reference.gated_attention(query, key, value)
+    output = gated_attention(query.float(), key.float(), value.float())
+    expected = reference.gated_attention(query, key, value)
     assert torch.equal(output.isnan(), expected.isnan())
     assert output.isnan().any(3).sum() == 1
 

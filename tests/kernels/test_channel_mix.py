@@ -180,8 +180,8 @@ def test_statistics_are_those_of_the_batch(device, backend, last):
     assert all(torch.equal(each, torch.zeros(7, device=device)) for each in nothing)
     probe = draw(*output.shape, seed=3).float().to(device)
     gradients = (torch.autograd.grad(each, given, probe) for each in (output, plain))
-    for one, other in zip(*gradients, strict=True):
-        assert torch.equal(one, other)
+    for one, other in zip(*gradients, strict=True):  # cuDNN may add up in another order each time
+        assert_close(one, other.double(), 24 * 5)
 
 
 @pytest.mark.parametrize("layer", [ChannelMix(4, 4), BatchNorm2d(4)], ids=["ChannelMix", "BatchNorm2d"])

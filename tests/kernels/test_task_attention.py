@@ -81,7 +81,11 @@ def compare(query: Tensor, key: Tensor, value: Tensor | None, heads: int, scale:
     for name, got, want in zip(("query", "key", "value"), gradients, wanted, strict=False):
         assert got.dtype == query.dtype
         if key.shape[1] == 1 and (name == "query" or (name == "key" and value is not None)):
-            assert got.abs().max() == 0  # one task has all the weight, whatever its score
+            # One task has all the weight, whatever its score: of its derivative, w (v·g − w v·g), a rounded w
+            # leaves a last bit or two.
+            slope = scale or (query.shape[3] // heads) ** -0.5
+            derivative = probe.norm(dim=3).max() * leaves[-1].norm(dim=3).max()
+            assert got.abs().max() <= 2**-21 * slope * derivative * max(query.abs().max(), key.abs().max())
         else:
             assert_close(got, want, reduction, name=f"gradient of {name}")
 
