@@ -39,9 +39,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Timing:
-    """Median and quantiles of one call, in milliseconds, and what read the time."""
+    """Median and quantiles of one call, in milliseconds."""
 
-    timer: str
     ms: float
     ms_p20: float
     ms_p80: float
@@ -109,7 +108,7 @@ def measure(call: Call, timer: str, seconds: float = SECONDS) -> Timing:
         samples = _event_samples(call, seconds, calls=CALLS_IN_A_ROW)
     else:
         samples = _event_samples(_captured(call), seconds, calls=CALLS_IN_A_ROW, ahead=True)
-    return Timing(timer, *_quantiles(samples))
+    return Timing(*_quantiles(samples))
 
 
 def peak_bytes(call: Call, own_bytes: int) -> int:
