@@ -161,6 +161,7 @@ gpu=$(timeout -k 5 90 "$python" -c \
     'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")') \
     || fail "torch does not load, or not within 90 s"
 echo "GPU: ${gpu:-none}"
+[ -n "$gpu" ] || budget[bench]=$(seconds_of BENCH $deadline)  # nothing else runs
 if command -v nvidia-smi >/dev/null; then
     timeout -k 2 20 nvidia-smi >"$folder/nvidia-smi.txt" 2>&1 || note nvidia-smi "failed, or not done within 20 s"
     logs+=(nvidia-smi.txt)

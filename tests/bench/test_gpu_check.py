@@ -162,6 +162,15 @@ def test_without_a_gpu_every_stage_is_named(check: Check) -> None:
     assert check.called("-m bench ") == [f"-m bench --quick --json {check.folder}/results.json"]
 
 
+@pytest.mark.parametrize(("settings", "least", "most"), [({}, 190, 210), ({"BENCH": "7"}, 7, 7)])
+def test_without_a_gpu_the_benchmark_has_all_the_time(
+    check: Check, settings: dict[str, str], least: int, most: int
+) -> None:
+    done = check("--quick", STUB_TORCH="echo", **settings)
+    (seconds,) = re.findall(r"== bench: at most (\d+) s", done.stdout)
+    assert least <= int(seconds) <= most
+
+
 def test_a_failing_stage_stops_nothing(check: Check) -> None:
     done = check(STUB_TESTS="echo FAILED test_this; exit 1")
     assert done.returncode == 1
