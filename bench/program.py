@@ -138,9 +138,10 @@ def select(options: argparse.Namespace, device: torch.device) -> Selection:
         if NONE in baselines and len(baselines) > 1:
             raise UsageError(f"--baseline: expected {NONE} alone, or names")
         baselines = tuple(name for name in baselines if name != NONE)
-    dtypes = tuple(options.dtype or (SMALL_DTYPES if small else DEFAULT_DTYPES))
+    dtypes = options.dtype or (SMALL_DTYPES if small else DEFAULT_DTYPES)
+    modes, dtypes = (tuple(dict.fromkeys(names)) for names in (options.mode, dtypes))
     seconds = QUICK_SECONDS if small else SECONDS
-    selection = Selection(tuple(cases), tuple(options.mode), dtypes, baselines, seconds, options.quick)
+    selection = Selection(tuple(cases), modes, dtypes, baselines, seconds, options.quick)
     for name in options.op or [None]:
         of_name = [case for case in cases if name is None or name in _op_names(case)]
         if not len(replace(selection, cases=tuple(of_name))):

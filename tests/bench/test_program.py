@@ -54,6 +54,12 @@ def test_mistakes_are_one_sentence(
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_what_is_named_twice_is_measured_once() -> None:
+    twice = ["--mode", "fwdbwd", "fwd", "fwdbwd", "--dtype", "fp32", "fp32"]
+    selection = program.select(program.parser().parse_args(twice), CPU)
+    assert (selection.modes, selection.dtypes) == (("fwdbwd", "fwd"), ("fp32",))
+
+
 def test_end_to_end(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     command = [sys.executable, "-m", "bench", "--quick", "--op", "batch_norm", "--json", str(file)]
