@@ -28,6 +28,10 @@ class CheckFailed(Exception):
         self.error = error
 
 
+class Unchecked(Exception):
+    """There is nothing to compare a result with; the message says why."""
+
+
 @contextmanager
 def exact_products() -> Iterator[None]:
     """PyTorch's own products and convolutions of fp32 in fp32, not TF32."""
@@ -54,12 +58,13 @@ class Checker:
         self.problem = problem
         self._gradients = gradients
         self._expected: dict[str, Tensor] | None = None
+        self._too_large = False
 
     def check_ours(self, run: Run, gradients: bool) -> None:
         """See that ours is within the problem's limit, where nothing around it is rounded to TF32.
 
         Raises:
-            CheckFailed: likewise.
+            CheckFailed, Unchecked: likewise.
         """
         with exact_products():
             self.check(run, gradients, self.problem.limit(self, gradients))
@@ -74,6 +79,7 @@ class Checker:
 
         Raises:
             CheckFailed: if the error is above the limit, or NaN, or a shape is wrong.
+            Unchecked: if the reference does not fit; it is tried once.
         """
         errors = self.errors(run, gradients)
         worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
@@ -84,8 +90,10 @@ class Checker:
 
     def errors(self, run: Run, gradients: bool) -> dict[str, float]:
         """Relative L2 error by name of output or gradient."""
-        if self._expected is None:  # first, as it may not fit beside what a backward pass of the run needs
-            self._expected = self._expect(run)
+        if self._expected is None and not self._too_large:
+            self._expect(run)  # first, as it may not fit beside what a backward pass of the run needs
+        if self._too_large:
+            raise Unchecked("the fp64 reference does not fit")
         with torch.set_grad_enabled(gradients):
             outputs = run.forward()
             grads = upstream(outputs, self.problem.dtype) if gradients else None
@@ -99,16 +107,25 @@ class Checker:
             errors[name] = relative_l2(part, wanted)
         return errors
 
-    def _expect(self, run: Run) -> dict[str, Tensor]:
-        """What the reference computes of what the run gets."""
+    def _expect(self, run: Run) -> None:
+        """Compute the reference, or remember that it does not fit."""
+        like = None
+        if self._gradients and self.problem.part:  # of outputs that only a run has as a whole
+            with torch.no_grad():
+                like = run.forward()
+        try:
+            self._expected = self._reference(like)
+        except torch.OutOfMemoryError:
+            self._too_large = True
+
+    def _reference(self, like: Sequence[Tensor] | None) -> dict[str, Tensor]:
+        """What the reference computes; upstream gradients are as for ``like``, or for its outputs."""
         exact, part, grads = self.problem.exact(), self.problem.part, None
         with torch.set_grad_enabled(self._gradients):
-            outputs = like = exact.forward()
+            outputs = exact.forward()
             if self._gradients:
-                if part:  # of outputs that only a run has as a whole
-                    with torch.no_grad():
-                        like = run.forward()
-                grads = [grad[part] for grad in upstream(like, self.problem.dtype, torch.float64)]
+                whole = upstream(like or outputs, self.problem.dtype, torch.float64)
+                grads = [grad[part] for grad in whole]
             results = self._results(exact, outputs, grads)
         return {name: result.detach() for name, result in results.items()}
 

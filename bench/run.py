@@ -23,7 +23,7 @@ from bench import (
 )
 from bench.cases import COMPILED, DTYPES, GRAPH, LOOP, Case, Problem, Run, Unavailable
 from bench.ceilings import speed_of_light
-from bench.check import Checker, CheckFailed
+from bench.check import Checker, CheckFailed, Unchecked
 from bench.measure import call_of, measure, peak_bytes, timers
 from bench.results import OURS, UNAVAILABLE, Ceilings, Key, Row
 from bench.shapes import QUICK, is_leading
@@ -209,6 +209,8 @@ def _rows(
         row = replace(row, rel_error=checker.check(made, gradients))
     except CheckFailed as failure:
         return (replace(row, rel_error=failure.error, status=f"check failed: {failure}"),)
+    except Unchecked as reason:
+        return (replace(row, status=f"not checked: {reason}"),)
     except Exception as error:  # whatever an implementation raises is its row's status
         return (replace(row, status=_words(error)),)
     return tuple(_timed(row, checker.problem, made, mode, case, place))

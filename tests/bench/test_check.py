@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -36,3 +38,23 @@ def test_every_gradient_is_compared(factors: tuple[float, float], joint: bool) -
     with pytest.raises(CheckFailed, match="gradient"):
         checker.check_ours(problem.runs[OURS](), gradients=True)
     checker.check_ours(scaled((1.0, 1.0), torch.float32), gradients=True)
+
+
+def test_a_run_that_does_not_fit_is_no_fault_of_the_reference() -> None:
+    """Where the reference is a part, its gradients arrive in the shapes that a whole run has."""
+
+    def too_large() -> tuple[torch.Tensor, ...]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    whole = scaled((1.0, 1.0), torch.float32)
+    problem = Problem(
+        exact=lambda: scaled((1.0, 1.0), torch.float64),
+        runs={},
+        limit=lambda checker, gradients: 1e-3,
+        dtype=torch.float32,
+        part=(slice(None),),
+    )
+    checker = Checker(problem, gradients=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        checker.check(replace(whole, forward=too_large), gradients=True)
+    assert checker.check(whole, gradients=True) < 1e-6

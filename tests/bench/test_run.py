@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench import run as loop
-from bench.cases import COMPILED, EAGER, Baseline, Case, Draw, Problem, op_case
+from bench.cases import COMPILED, EAGER, Baseline, Case, Draw, Problem, Run, op_case
 from bench.model import WHOLE
 from bench.results import OK, OURS, Ceilings, Row
 from bench.run import CASES, FAMILIES, DeviceLost, Selection, run
@@ -142,6 +142,23 @@ def test_a_case_that_cannot_be_prepared_is_a_row() -> None:
 
     case = Case("test", "op", "huge", prepare, (OURS, EAGER))
     assert {row.status for row in measured(case)} == {"failed: MemoryError: too large"}
+
+
+def test_what_has_no_reference_is_not_timed() -> None:
+    """The reference is tried once; of ours it is a failure, as nothing was checked."""
+    tried = []
+
+    def huge() -> Run:
+        tried.append("reference")
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    whole = op_case("test", find("batch_norm"), "huge", sample)
+    case = replace(whole, prepare=lambda *where: replace(whole.prepare(*where), exact=huge))
+    rows = measured(replace(case, implementations=(OURS, EAGER)))
+    assert [row.impl for row in rows] == [OURS, OURS, EAGER, EAGER]
+    assert {row.status for row in rows} == {"not checked: the fp64 reference does not fit"}
+    assert all(row.failed and row.ms is None for row in rows)
+    assert tried == ["reference"]
 
 
 def test_every_op_of_the_registry_is_measured() -> None:
