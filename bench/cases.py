@@ -215,7 +215,7 @@ def op_case(
         )
 
     names = (OURS, *(other.name for other in others))
-    timers = SMALL if shape in (LAUNCH, QUICK) else (EVENTS,)
+    timers = SMALL if shape.startswith((LAUNCH, QUICK)) else (EVENTS,)
     return Case(family, op.label, shape, prepare, names, timers=timers)
 
 

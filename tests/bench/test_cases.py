@@ -93,3 +93,12 @@ def test_what_matters_most_is_measured_first() -> None:
     rest = replace(everything, done=frozenset(list(everything.keys())[:100]))
     assert len(rest) == len(everything) - 100
     assert not rest.keys() & rest.done
+
+
+def test_every_small_op_is_timed_without_and_with_its_launches() -> None:
+    ops = [case for case in CASES if case.family != model.FAMILY]
+    small = {case.timers for case in ops if case.shape.split()[0] in ("launch", "quick")}
+    assert small == {("cuda graph", "cuda loop")}
+    assert {case.timers for case in CASES if case.family == model.FAMILY and is_quick(case)} == {
+        ("cuda events", "cuda loop")
+    }
