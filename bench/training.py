@@ -20,7 +20,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,8 +38,9 @@ from bench.model import FORMULA
 from bench.program import FAILURE, INTERRUPTED, LOG_WIDTH, USER_ERROR
 from bench.results import OK, OURS, Machine, expect_writable
 from degmix import DeGMixHead, build, train
-from degmix.config import Config, load_config
+from degmix.config import Config, ConfigError, load_config
 from degmix.data import synthetic
+from degmix.data.errors import DataError
 from degmix.data.nyud import one_line
 from degmix.data.synthetic.writer import usable_cores
 from degmix.files import atomic_file
@@ -216,8 +217,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick:
         options.size, options.rooms, options.steps, options.batch, options.workers = (48, 64), 8, 8, 2, 0
-    if options.steps < 2:
-        parser.error("--steps: expected at least 2")
+    for name, least in (("rooms", 1), ("steps", 2), ("batch", 1), ("workers", 0)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name}: expected at least {least}")
     if options.seconds is not None and not options.seconds > 0:
         parser.error("--seconds: expected more than 0")
     for name, folder in (("out", options.out), ("work", options.work)):
@@ -247,9 +249,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with work as folder:
             return train_twice(options, Path(folder), device, console)
+    except (ConfigError, DataError) as error:
+        print(f"bench.training: {error}", file=sys.stderr)
+        return USER_ERROR
     except KeyboardInterrupt:
         print("bench.training: interrupted while nothing was being trained", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        with suppress(OSError):  # unless there is something in it; an empty one would only be in the way
+            options.out.rmdir()
 
 
 def train_twice(options: argparse.Namespace, work: Path, device: torch.device, console: Console) -> int:

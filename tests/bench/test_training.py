@@ -269,6 +269,9 @@ def test_workers_have_room_for_their_batches(
         (["--out", "."], "--out .: exists already"),
         (["--out", "new", "--work", "."], "--work .: exists already"),
         (["--out", "new", "--steps", "1"], "--steps: expected at least 2"),
+        (["--out", "new", "--rooms", "0"], "--rooms: expected at least 1"),
+        (["--out", "new", "--batch", "0"], "--batch: expected at least 1"),
+        (["--out", "new", "--workers", "-1"], "--workers: expected at least 0"),
         (["--out", "new", "--seconds", "nan"], "--seconds: expected more than 0"),
     ],
 )
@@ -276,3 +279,29 @@ def test_mistakes_are_said(arguments: list[str], message: str, capsys: pytest.Ca
     with pytest.raises(SystemExit, match="2"):
         training.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_pictures_that_are_too_small_are_a_mistake(
+    tmp_path: Path, torchvision: ModuleType, on_the_cpu: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert training.main(["--out", str(out), *SMALL, "--size", "8", "8"]) == 2
+    assert capsys.readouterr().err == "bench.training: height: expected at least 16, got 8\n"
+    assert not out.exists()
+
+
+def test_an_interrupt_while_rendering_leaves_no_empty_folder(
+    start: list[Start], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the same command can be given again."""
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    command = ["--out", str(tmp_path / "out"), "--steps", "2", *SMALL]
+    with monkeypatch.context() as patch:
+        patch.setattr(training.synthetic, "write", interrupted)
+        assert training.main(command) == 130
+    start += [trains(2), trains(2)]
+    assert training.main(command) == 0
+    read(tmp_path / "out")
