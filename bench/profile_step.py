@@ -1,15 +1,17 @@
 """Where the time of a step of training goes, kernel by kernel: ``python -m bench.profile_step``, on a GPU.
 
-Prints, in Markdown, what the largest kernels take of the device's time in the training step of DeGMix's head
-at NYUD-v2's size, batch 8, in bf16: with our ops, then with the plain formula.
+Prints, or with ``--out FILE`` writes, in Markdown, what the largest kernels take of the device's time in the
+training step of DeGMix's head at NYUD-v2's size, batch 8, in bf16: with our ops, then with the plain formula.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ from bench.machine import read_machine
 from bench.measure import call_of
 from bench.model import CASES, FORMULA, HEAD
 from bench.program import USER_ERROR
-from bench.results import OURS
+from bench.results import OURS, expect_writable
+from degmix.files import atomic_file
 
 SHAPE, DTYPE, MODE = "nyud b8", "bf16", "fwdbwd"
 WARM_UP, STEPS = 5, 5
@@ -114,21 +117,41 @@ def _short(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
-def main() -> int:
-    """Profile both; 2 without a GPU."""
-    if not torch.cuda.is_available():
-        print("profile_step: needs a GPU", file=sys.stderr)
-        return USER_ERROR
+def paragraphs() -> Iterator[str]:
+    """What was profiled where, and both tables, each as it is known."""
     device = torch.device("cuda")
     machine, case = read_machine(device), step_case(SHAPE)
     versions = f"torch {machine.torch}, triton {machine.triton}, commit {machine.commit[:10]}"
-    print(f"{HEAD}, {SHAPE}, {DTYPE}, a step of training. {machine.gpu}, {versions}.\n", flush=True)
+    yield f"{HEAD}, {SHAPE}, {DTYPE}, a step of training. {machine.gpu}, {versions}.\n"
     for name in (OURS, FORMULA):
         try:
-            print(table(name, *profile_step(case, name, device, DTYPE)), flush=True)
+            yield table(name, *profile_step(case, name, device, DTYPE))
         except Unavailable as error:
-            print(f"**{name}**: {error}\n", flush=True)
+            yield f"**{name}**: {error}\n"
         torch.cuda.empty_cache()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Profile both; 2 without a GPU, or where the file cannot be written."""
+    parser = argparse.ArgumentParser("python -m bench.profile_step", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="written once all is known (default: printed)"
+    )
+    out = parser.parse_args(arguments).out
+    if not torch.cuda.is_available():
+        print("profile_step: needs a GPU", file=sys.stderr)
+        return USER_ERROR
+    if out is None:
+        for paragraph in paragraphs():
+            print(paragraph, flush=True)
+        return 0
+    try:
+        expect_writable(out)
+    except OSError as error:
+        print(f"profile_step: --out: {error}", file=sys.stderr)
+        return USER_ERROR
+    with atomic_file(out) as file:
+        file.write("\n".join(paragraphs()).encode())
     return 0
 
 

@@ -5,7 +5,9 @@ compute-sanitizer --tool memcheck python -m bench.small_calls
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +17,10 @@ from degmix_kernels import use_backend
 from degmix_kernels.registry import OPS
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Call everything with Triton forced; 2 without a GPU."""
+    parser = argparse.ArgumentParser("python -m bench.small_calls", description=__doc__.splitlines()[0])
+    parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("small_calls: needs a GPU", file=sys.stderr)
         return 2

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bench import profile_step
+from bench import profile_step, small_calls
+from bench.cases import Case
+from bench.machine import read_machine
 from bench.model import FORMULA, HEAD
 from bench.profile_step import LARGEST, LONGEST_NAME, SHAPE, Kernel, kernels, step_case, table
 from bench.results import OURS
@@ -78,6 +81,62 @@ def test_it_profiles_the_head_at_the_data_sets_size() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_it_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert profile_step.main() == 2
+@pytest.mark.parametrize("program", [profile_step, small_calls])
+def test_it_says_that_it_needs_a_gpu(program: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main([]) == 2
     assert "needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [profile_step, small_calls])
+def test_options_are_read_before_anything_is_done(
+    program: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        program.main(["--help"])
+    assert f"usage: python -m {program.__name__}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        program.main(["--all"])
+    assert "unrecognized arguments: --all" in capsys.readouterr().err
+
+
+@pytest.fixture
+def profiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The implementations that were profiled, on a GPU that is made up."""
+    names: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(profile_step, "read_machine", lambda device: read_machine(CPU))
+
+    def profile(case: Case, name: str, device: torch.device, dtype: str) -> tuple[float, list[Kernel]]:
+        names.append(name)
+        return 2.0, [Kernel("gemm", 1, 1.0)]
+
+    monkeypatch.setattr(profile_step, "profile_step", profile)
+    return names
+
+
+def test_a_file_has_what_is_printed(
+    profiled: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert profile_step.main([]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{HEAD}, {SHAPE}, ")
+    file = tmp_path / "gpu" / "profile.md"
+    assert profile_step.main(["--out", str(file)]) == 0
+    assert profiled == 2 * [OURS, FORMULA]
+    assert file.read_text().rstrip() == printed.rstrip()
+    assert capsys.readouterr().out == ""
+    assert profile_step.main(["--out", str(tmp_path)]) == 2
+    assert "expected a file, got a folder" in capsys.readouterr().err
+
+
+def test_a_failure_leaves_no_file(
+    profiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(profile_step, "profile_step", failing)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        profile_step.main(["--out", str(tmp_path / "profile.md")])
+    assert not list(tmp_path.iterdir())
