@@ -262,6 +262,14 @@ def test_an_op_is_shown_at_nyuds_maps_in_bf16_by_one_timer():
     assert [call.speed_up(other) for other in call.others] == [3.0]
 
 
+def test_a_failure_hides_no_times():
+    """Forward failed, and so has no timer; with backward it was timed in two ways."""
+    ours = made_up("op", "launch", "fwdbwd", OURS, 1.0)
+    failed = Row("op", "launch", "bf16", "fwd", OURS, status="failed: made up")
+    calls = shown(Results(MACHINE, CEILINGS, (failed, ours, replace(ours, timer=LOOP))))
+    assert [call.ours for call in calls] == [failed, ours]
+
+
 def test_goals_are_about_bf16():
     goal = goals.Goal("op", goals.LIGHT, 0.4)
     rows = [made_up("op", "nyud", "fwd", OURS, 1.0), made_up("op", "pascal", "fwd", OURS, 1.0)]
