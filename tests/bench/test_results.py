@@ -93,6 +93,9 @@ def test_what_is_no_json(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
         read(path)
+    path.write_bytes(b"\xff\xd8")  # a picture
+    with pytest.raises(ValueError, match=r"r\.json: not JSON: 'utf-8' codec"):
+        read(path)
     path.write_text("[]")
     with pytest.raises(ValueError, match="expected an object, got list"):
         read(path)
