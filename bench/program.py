@@ -294,6 +294,8 @@ def _show(console: Console, measured: Results, earlier: Results | None, name: st
         console.print(table)
     if earlier is not None:
         console.print(tables.comparison_table(measured, earlier, str(name)))
+        line = tables.compared_with(measured, earlier, str(name))
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     for line in tables.failures(measured.rows):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
