@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.machine import REPOSITORY
-from bench.results import Results, read
+from bench.results import OURS, Results, read
 
 
 class CompareError(ValueError):
@@ -47,10 +47,17 @@ def _run_there(source: str, tree: Path, file: Path, options: Sequence[str]) -> R
         raise CompareError(f"--compare {source}: that revision has no benchmark yet")
     # -m puts the folder it is started in first, before any installed copy of the library.
     command = [sys.executable, "-m", "bench", *options, "--json", str(file)]
-    subprocess.run(command, cwd=tree, check=False)
+    code = subprocess.run(command, cwd=tree, check=False).returncode
     if not file.is_file():
         raise CompareError(f"--compare {source}: the benchmark of that revision left no results")
-    return read(file)
+    found = read(file)
+    # An op of its own that failed is what 1 stands for; without one, Python itself ended with it.
+    if code != int(any(row.impl == OURS and row.failed for row in found.rows)):
+        raise CompareError(
+            f"--compare {source}: the benchmark of that revision ended early, with exit code {code} "
+            f"after {len(found.rows)} rows"
+        )
+    return found
 
 
 def _git(*arguments: str) -> str:

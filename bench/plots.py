@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -18,7 +18,6 @@ from bench.speedups import SHOWN_MODES, Comparison, model_calls, shown
 COLOURS = matplotlib.colormaps["tab20"].colors
 INCH_PER_BAR = 0.17
 MIB = 2**20
-LOWEST, HIGHEST = 0.0, 1e4  # FLOPs per byte
 
 
 def names(results: Results) -> list[str]:
@@ -115,26 +114,38 @@ def _points(results: Results) -> list[Row]:
         and row.ms
         and row.bytes
         and row.flops is not None
-        and row.dtype in results.ceilings.matrix
+        and results.parts[row.part].ceilings.copy is not None
+        and row.dtype in results.parts[row.part].ceilings.matrix
     ]
 
 
 def _roofline(results: Results) -> Figure:
-    """Bytes per second over FLOPs per byte, so that ops without products have their place, too."""
+    """Bytes per second over FLOPs per byte, so that ops without products have their place, too.
+
+    Every dtype has a column of panels, every call, which has ceilings of its own, a row.
+    """
     rows = _points(results)
     dtypes, ops = list(dict.fromkeys(row.dtype for row in rows)), list(dict.fromkeys(row.op for row in rows))
+    parts = list(dict.fromkeys(row.part for row in rows))
     figure = Figure(
-        figsize=(2.5 + 4.5 * len(dtypes), 4.5),
+        figsize=(2.5 + 4.5 * len(dtypes), 4.5 * len(parts)),
         layout="constrained",
         label="Roofline: fewest bytes ÷ time, ours",
     )
-    panels: Sequence[Axes] = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
-    for panel, dtype in zip(panels, dtypes, strict=True):
-        intensity = np.concatenate([[LOWEST], np.geomspace(1e-1, HIGHEST, 200)])
-        ceiling = np.full_like(intensity, results.ceilings.copy)
-        ceiling[1:] = np.minimum(ceiling[1:], results.ceilings.matrix[dtype] / intensity[1:])
+    panels = figure.subplots(len(parts), len(dtypes), sharey=True, squeeze=False)
+    for panel, (part, dtype) in zip(panels.flat, itertools.product(parts, dtypes), strict=True):
+        listed = [row for row in rows if (row.part, row.dtype) == (part, dtype)]
+        if not listed:
+            panel.remove()
+            continue
+        ceilings = results.parts[part].ceilings
+        ridge = ceilings.matrix[dtype] / ceilings.copy
+        highest = 2 * max(ridge, *(row.flops / row.bytes for row in listed))
+        intensity = np.concatenate([[0.0], np.geomspace(1e-1, highest, 200)])
+        ceiling = np.full_like(intensity, ceilings.copy)
+        ceiling[1:] = np.minimum(ceiling[1:], ceilings.matrix[dtype] / intensity[1:])
         panel.plot(intensity, ceiling / 1e9, color="black", linewidth=1)
-        for row in (row for row in rows if row.dtype == dtype):
+        for row in listed:
             panel.plot(
                 row.flops / row.bytes,
                 row.bytes / row.ms / 1e6,
@@ -144,15 +155,12 @@ def _roofline(results: Results) -> Figure:
                 clip_on=False,
             )
         panel.set_xscale("symlog", linthresh=1.0)
-        panel.set(title=dtype, yscale="log", xlim=(LOWEST, HIGHEST), xlabel="FLOPs per byte")
+        title = dtype + (f", call {part + 1}" if part else "")
+        panel.set(title=title, yscale="log", xlim=(0, highest), xlabel="FLOPs per byte")
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("GB/s   (● forward, ▲ with backward)")
+    figure.supylabel("GB/s   (● forward, ▲ with backward)", fontsize=10)
     _legend(figure, ops)
     return figure
-
-
-def _enough_for_roofline(results: Results) -> bool:
-    return results.ceilings.copy is not None and bool(_points(results))
 
 
 # --- The model's memory ------------------------------------------------------------------------------------
@@ -200,7 +208,7 @@ def _legend(figure: Figure, names: Sequence[str]) -> None:
 
 PICTURES: dict[str, tuple[Callable[[Results], Figure], Callable[[Results], bool]]] = {
     "speed-up.png": (_speed_up, lambda results: bool(_timed(results))),
-    "roofline.png": (_roofline, _enough_for_roofline),
+    "roofline.png": (_roofline, lambda results: bool(_points(results))),
     "model-memory.png": (_model_memory, lambda results: bool(_model_rows(results))),
 }
 """File name → what draws it, and whether the results are enough for it."""

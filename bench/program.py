@@ -203,7 +203,8 @@ def benchmark(options: argparse.Namespace, console: Console) -> int:
     kept = "in no file: --json FILE keeps them" if file is None else str(file)
     console.print(f"Results: {kept}", soft_wrap=True, highlight=False)
     if file is not None:
-        console.print(_drawn(measured, file), soft_wrap=True, highlight=False)
+        for line in report.write_beside(measured, file):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
     if code != 0:
         left = len(replace(selection, done=measured.keys, repeatable=frozenset()))
         again = "" if file is None or options.quick else f"; {_hint(measured, file)}"
@@ -267,15 +268,6 @@ def _measure(
     return measured, code
 
 
-def _drawn(measured: Results, file: Path) -> str:
-    """Put pictures and the report's tables beside a result file; says which, or why not."""
-    try:
-        written = report.write_beside(measured, file)
-    except ImportError as error:
-        return f"No pictures: {error}"
-    return f"Report: {', '.join(path.name for path in written)} beside it"
-
-
 def _hint(measured: Results, file: Path) -> str:
     """How to measure the rest, or why that cannot be."""
     try:
@@ -303,6 +295,8 @@ def _show(console: Console, measured: Results, earlier: Results | None, name: st
         console.print(table)
     if earlier is not None:
         console.print(tables.comparison_table(measured, earlier, str(name)))
+        line = tables.compared_with(measured, earlier, str(name))
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     for line in tables.failures(measured.rows):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 

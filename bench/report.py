@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bench import goals
 from bench.cases import LOOP
 from bench.machine import REPOSITORY
-from bench.results import OURS, PUBLISHED, Machine, Results, Row, publish, read
+from bench.results import OURS, PUBLISHED, Machine, Results, Row, machine_of, publish, read
 from bench.speedups import Comparison, model_calls, shown
 
 README = REPOSITORY / "README.md"
@@ -71,13 +72,9 @@ def section(results: Results, source: str, pictures: Sequence[str]) -> str:
 
 def _provenance(results: Results, source: str) -> str:
     machine, parts = results.machine, results.parts
-    commit = f"commit {machine.commit[:10]}"
-    measured = [f"torch {machine.torch}", commit + (" with changes" if machine.dirty else "")]
     drivers = " and ".join(dict.fromkeys(part.machine.driver for part in parts if part.machine.driver))
-    for name, value in (("Triton", machine.triton), ("CUDA", machine.cuda), ("driver", drivers)):
-        if value:
-            measured.insert(-1, f"{name} {value}")
-    text = f"Measured on {_device(machine)}, {', '.join(measured)}: [{Path(source).name}]({source})."
+    measured = ", ".join(_versions(replace(machine, driver=drivers)))
+    text = f"Measured on {_device(machine)}, {measured}: [{Path(source).name}]({source})."
     if machine.gpu is None:
         text += " On a CPU the ops run their references: these times say nothing about the kernels."
     if results.ceilings.copy is not None:
@@ -91,6 +88,13 @@ def _provenance(results: Results, source: str) -> str:
             f" In {len(parts)} calls, each with ceilings of its own; ratios are of times of the same call."
         )
     return text
+
+
+def _versions(machine: Machine) -> list[str]:
+    named = {"torch": machine.torch, "Triton": machine.triton, "CUDA": machine.cuda, "driver": machine.driver}
+    changes = " with changes" if machine.dirty else ""
+    given = [f"{name} {value}" for name, value in named.items() if value]
+    return [*given, f"commit {machine.commit[:10]}{changes}"]
 
 
 def _device(machine: Machine) -> str:
@@ -151,7 +155,8 @@ def _on_the_same_gpu(folder: Path) -> list[str]:
 
         plot = curves.with_name(PLOT_NAME).relative_to(BENCH_README.parent).as_posix()
         what, runs = curves_of(curves)
-        lines += ["", f"`python -m bench.training`, {what}:", ""]
+        versions = ", ".join(_versions(machine_of(curves)))
+        lines += ["", f"`python -m bench.training`, {what}, {versions}:", ""]
         lines += [*(f"- {name}: {curve}" for name, curve in runs.items()), "", f"![loss curves]({plot})"]
     profile = folder / PROFILE
     if profile.is_file():
@@ -174,19 +179,21 @@ def replaced(path: Path, generated: str) -> tuple[str, str]:
     return text, f"{before}{BEGIN}\n{generated}\n{END}{after}"
 
 
-def write_beside(results: Results, path: Path) -> list[Path]:
-    """Write a result file's tables and pictures beside it.
+def write_beside(results: Results, path: Path) -> list[str]:
+    """Write a result file's tables beside it, and pictures if matplotlib is there; says which, in lines."""
+    target, prefix = path.with_suffix(".md"), f"{path.stem}-"
+    try:
+        from bench import plots
+    except ImportError as error:
+        _write_tables(results, path.name, [], target)
+        return [str(target), f"No pictures: {error}"]
+    _write_tables(results, path.name, [prefix + name for name in plots.names(results)], target)
+    return [str(target), *map(str, plots.draw(results, path.parent, prefix))]
 
-    Raises:
-        ImportError: if matplotlib is not installed.
-    """
-    from bench import plots
 
-    drawn = plots.draw(results, path.parent, f"{path.stem}-")
-    target = path.with_suffix(".md")
-    lines = [section(results, path.name, [picture.name for picture in drawn]), "", *goals.table(results), ""]
+def _write_tables(results: Results, source: str, pictures: Sequence[str], target: Path) -> None:
+    lines = [section(results, source, pictures), "", *goals.table(results), ""]
     target.write_text("\n".join(lines), "utf-8")
-    return [target, *drawn]
 
 
 def report(check: bool) -> int:

@@ -95,7 +95,7 @@ class Row:
         ms: median milliseconds of one call.
         ms_p20: 20 % of the calls took less.
         ms_p80: 80 % of the calls took less.
-        peak_bytes: most device memory allocated at once during a call, what existed before included.
+        peak_bytes: most device memory a call takes beyond what was there, plus its inputs and parameters.
         bytes: fewest bytes that the call has to move, as the op declares.
         flops: floating-point operations of its products, as the op declares.
         speed_of_light: time that ``bytes`` and ``flops`` need at the ceilings, over ``ms``; 1 is perfect.
@@ -263,15 +263,29 @@ def read(path: Path) -> Results:
         OSError: if there is no such file.
         ValueError: if it is not one of these result files, naming the first place that is wrong.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    results = _record(Results, data, str(path))
+    results = _record(Results, _json(path), str(path))
     for index, row in enumerate(results.rows):
         if not 0 <= row.part < len(results.parts):
             raise ValueError(f"{path}: rows[{index}].part: there is no part {row.part}")
     return results
+
+
+def machine_of(path: Path) -> Machine:
+    """The machine that a file has under ``machine``, of this benchmark or of another measurement.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it has none.
+    """
+    data = _json(path)
+    return _record(Machine, data.get("machine") if isinstance(data, dict) else None, f"{path}: machine")
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or no text at all
+        raise ValueError(f"{path}: not JSON: {error}") from None
 
 
 def begin(key: Key, file: Path) -> None:

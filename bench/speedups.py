@@ -52,13 +52,10 @@ def shown(results: Results) -> list[Comparison]:
         candidates = [call for call in of_op if call.ours.dtype == SHOWN_DTYPE] or of_op
         first = next((call for call in candidates if is_leading(call.ours.shape)), candidates[0]).ours
         place = (first.shape, first.dtype)
+        there = [call for call in candidates if (call.ours.shape, call.ours.dtype) == place]
         # Launches of small calls are timed twice, in two ways; a call that failed has no timer.
-        timers = (first.timer, None)
-        chosen += [
-            call
-            for call in candidates
-            if (call.ours.shape, call.ours.dtype) == place and call.ours.timer in timers
-        ]
+        timer = next((call.ours.timer for call in there if call.ours.timer is not None), None)
+        chosen += [call for call in there if call.ours.timer in (timer, None)]
     return chosen
 
 

@@ -34,8 +34,23 @@ def machine_lines(results: Results) -> list[str]:
     return lines
 
 
+def compared_with(now: Results, earlier: Results, name: str) -> str:
+    """What another run was measured on, and what of that is different now; arguments as below."""
+    then, here = earlier.machine, now.machine
+    pairs = {
+        "device": (_device(then), _device(here)),
+        "torch": (then.torch, here.torch),
+        "triton": (then.triton, here.triton),
+    }
+    different = ", ".join(what for what, (before, after) in pairs.items() if before != after)
+    warning = f". Not only the code is another now: {different}" if different else ""
+    return f"{name} was measured on {_machine(then)}{warning}"
+
+
 def comparison_table(now: Results, earlier: Results, name: str) -> Table:
     """Our times now beside those of another run, matched by op, shape, dtype, mode and timer.
+
+    Times whose 20 % and 80 % quantiles overlap are not told apart.
 
     Args:
         now: this run.
@@ -53,7 +68,8 @@ def comparison_table(now: Results, earlier: Results, name: str) -> Table:
             continue
         other = before.get(_key(row))
         then = "not there" if other is None else _time(other)
-        table.add_row(*_key(row)[:4], row.timer or "", then, _time(row), _ratio(other, row))
+        ratio = "no difference" if other is not None and _overlap(other, row) else _ratio(other, row)
+        table.add_row(*_key(row)[:4], row.timer or "", then, _time(row), ratio)
     return table
 
 
@@ -133,9 +149,17 @@ def _ratio(slow: Row | None, fast: Row | None) -> str:
     return f"{slow.ms / fast.ms:.2f}×"
 
 
+def _overlap(one: Row, other: Row) -> bool:
+    quantiles = (one.ms_p20, one.ms_p80, other.ms_p20, other.ms_p80)
+    return None not in quantiles and one.ms_p20 <= other.ms_p80 and other.ms_p20 <= one.ms_p80
+
+
+def _device(machine: Machine) -> str:
+    return machine.gpu or f"CPU: {machine.cpu}"
+
+
 def _machine(machine: Machine) -> str:
-    device = machine.gpu or f"CPU: {machine.cpu}"
-    parts = [device, f"torch {machine.torch}", f"Python {machine.python}"]
+    parts = [_device(machine), f"torch {machine.torch}", f"Python {machine.python}"]
     named = {
         "triton": machine.triton,
         "CUDA": machine.cuda,

@@ -57,12 +57,14 @@ class Cost:
             product whose factors both have a gradient; five halves for attention, whose weights have to be
             computed again.
         backward_reads: names of the arguments without which there are no gradients.
+        passed_on: names of the arguments whose gradient is the result's, the same tensor: not written again.
     """
 
     output: Callable[[Mapping[str, Any]], tuple[int, ...]]
     products: Callable[[Mapping[str, Any]], int]
     backward_products: float
     backward_reads: tuple[str, ...]
+    passed_on: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,10 @@ class Op:
         return Work(read + self._output_bytes(arguments), self.cost.products(arguments))
 
     def backward_work(self, arguments: Mapping[str, Any]) -> Work:
-        """Least work of all gradients: the result's and the arguments they need read, they written."""
+        """Least work of all gradients: the result's and the arguments they need read, new ones written."""
         read = sum(_bytes(arguments.get(name)) for name in self.cost.backward_reads)
-        written = sum(_bytes(arguments.get(name)) for name in self.differentiable)
+        new = (name for name in self.differentiable if name not in self.cost.passed_on)
+        written = sum(_bytes(arguments.get(name)) for name in new)
         flops = round(self.cost.products(arguments) * self.cost.backward_products)
         return Work(self._output_bytes(arguments) + read + written, flops)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -359,6 +360,18 @@ def test_declared_products_are_those_of_the_reference(op: Op) -> None:
         pytest.skip("fvcore does not count PyTorch's attention")
     products = sum(found[name] for name in ("conv", "linear", "matmul"))
     assert op.forward_work(arguments).flops == 2 * products
+
+
+@every_kernel_op
+def test_declared_gradients_passed_on_are_the_results(op: Op, device: torch.device) -> None:
+    """Speed of light charges no write for them, and one for all others."""
+    arguments = fresh(op, first(op, device).arguments)
+    names = differentiated(op, arguments)
+    output = op.function(**arguments)
+    grad = random_like(output)
+    gradients = torch.autograd.grad(output, [arguments[name] for name in names], grad)
+    same = [each.data_ptr() == grad.data_ptr() for each in gradients]
+    assert tuple(itertools.compress(names, same)) == op.cost.passed_on
 
 
 def test_import_touches_nothing() -> None:

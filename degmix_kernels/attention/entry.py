@@ -89,6 +89,7 @@ _GATED_COST = Cost(
     products=_gated_products,
     backward_products=2.5,
     backward_reads=("query", "key", "value", "gate"),
+    passed_on=("residual",),
 )
 _LINEAR_COST = Cost(
     output=lambda arguments: tuple(arguments["query"].shape),

@@ -59,6 +59,7 @@ _COST = Cost(
     products=lambda arguments: 0,
     backward_products=0,
     backward_reads=("x", "mean", "variance", "weight"),
+    passed_on=("residual",),
 )
 
 

@@ -81,6 +81,7 @@ _COST = Cost(
     backward_products=2,
     # With the bias, the batch's statistics and z, which is not an argument, can be computed again.
     backward_reads=("x", "weight", "bias", "running_mean", "running_var", "norm_weight"),
+    passed_on=("residual",),
 )
 
 

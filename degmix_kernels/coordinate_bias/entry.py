@@ -49,12 +49,13 @@ def _plan(dtype: torch.dtype) -> list[Launch]:
     return plan_examples(dtype)
 
 
-# Memory only: there is no product, and the gradients are sums of the result's.
+# Memory only: there is no product, and the tables' gradients are sums of the result's.
 _COST = Cost(
     output=lambda arguments: tuple(arguments["x"].shape),
     products=lambda arguments: 0,
     backward_products=0,
     backward_reads=(),
+    passed_on=("x",),
 )
 
 

@@ -76,6 +76,7 @@ _COST = Cost(
     products=_products,
     backward_products=2,
     backward_reads=("x", "weight", "bias", "norm_weight", "addend"),
+    passed_on=("residual",),
 )
 
 

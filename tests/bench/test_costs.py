@@ -53,8 +53,8 @@ def test_batch_norm_has_no_product() -> None:
     x = empty(2, 3, 4, 5)
     arguments = {"x": x, "mean": vector, "variance": vector, "weight": vector, "bias": vector, "residual": x}
     assert op.forward_work(arguments) == Work(3 * HALF * 120 + 4 * SINGLE * 3, 0)
-    # Read: gradient, x, three vectors; written: gradients of x, residual, four vectors.
-    assert op.backward_work(arguments) == Work(4 * HALF * 120 + 7 * SINGLE * 3, 0)
+    # Read: gradient, x, three vectors; written: gradients of x and four vectors. The residual's is there.
+    assert op.backward_work(arguments) == Work(3 * HALF * 120 + 7 * SINGLE * 3, 0)
 
 
 def test_channel_mix() -> None:
@@ -62,7 +62,16 @@ def test_channel_mix() -> None:
     arguments = {"x": empty(2, 6, 5, 7), "weight": empty(4, 3, 1, 1), "bias": empty(4), "training": True}
     flops = 2 * 70 * 4 * 3
     assert op.forward_work(arguments) == Work(HALF * (420 + 12 + 4 + 280), flops)
-    assert op.backward_work(arguments) == Work(HALF * (280 + 2 * (420 + 12 + 4)), 2 * flops)
+    backward = Work(HALF * (280 + 2 * (420 + 12 + 4)), 2 * flops)
+    assert op.backward_work(arguments) == backward
+    assert op.backward_work(arguments | {"residual": empty(2, 4, 5, 7)}) == backward  # its gradient is there
+
+
+def test_coordinate_bias_passes_its_gradient_on() -> None:
+    op = find("coordinate_bias")
+    x, tables = empty(2, 6, 5, 7), {"rows": empty(2, 2, 5, 3), "columns": empty(2, 1, 3, 7)}
+    assert op.forward_work({"x": x, **tables}) == Work(HALF * (2 * 420 + 60 + 42), 0)
+    assert op.backward_work({"x": x, **tables}) == Work(HALF * (420 + 60 + 42), 0)
 
 
 def test_linear_norm() -> None:
@@ -77,7 +86,7 @@ def test_linear_norm() -> None:
     }
     flops = 2 * 18 * 6 * 10
     assert op.forward_work(arguments) == Work(HALF * (180 + 60 + 12 + 108 + 108), flops)
-    read, written = 108 + 180 + 60 + 6, 180 + 60 + 12 + 108
+    read, written = 108 + 180 + 60 + 6, 180 + 60 + 12  # none for the residual
     assert op.backward_work(arguments) == Work(HALF * (read + written), 2 * flops)
 
 
@@ -123,8 +132,8 @@ def test_attention() -> None:
     softmax, linear = find("gated_attention"), find("linear_attention")
     flops = 2 * 2 * 6 * 7 * 5 * 4
     assert softmax.forward_work(arguments) == Work(HALF * (4 * 168 + 2 * 120), flops)
-    # Read: gradient, query, gate, key, value; written: the gradients of all.
-    assert softmax.backward_work(arguments) == Work(HALF * (6 * 168 + 4 * 120), flops * 5 // 2)
+    # Read: gradient, query, gate, key, value; written: the gradients of these. The residual's is there.
+    assert softmax.backward_work(arguments) == Work(HALF * (5 * 168 + 4 * 120), flops * 5 // 2)
     arguments = {"query": query, "key": key, "value": key, "scale": 0.5}
     flops = 2 * 6 * 5 * 16 + 2 * 6 * 7 * 16
     assert linear.forward_work(arguments) == Work(HALF * (2 * 168 + 2 * 120), flops)

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench import plots
-from bench.results import OURS, Ceilings, Machine, Results, Row
+from bench.results import OURS, Ceilings, Machine, Part, Results, Row
 
 MACHINE = Machine("Made-up GPU", None, None, None, "2.11", None, "3.12", None, "c" * 40, False)
 OURS_ROW = Row("op", "nyud", "bf16", "fwd", OURS, "cuda events", ms=2.0, bytes=10**9, flops=5 * 10**9)
@@ -21,9 +21,9 @@ MODEL = replace(
 RESULTS = Results(MACHINE, Ceilings(2e12, {"bf16": 4e12}), (OURS_ROW, SLOWER, FASTER, MODEL))
 
 
-def panels(name: str) -> list[Axes]:
+def panels(name: str, results: Results = RESULTS) -> list[Axes]:
     """The panels of a picture."""
-    figure: Figure = plots.PICTURES[name][0](RESULTS)
+    figure: Figure = plots.PICTURES[name][0](results)
     return figure.axes
 
 
@@ -46,6 +46,28 @@ def test_points_lie_below_the_roof() -> None:
     intensity, ceiling = roof.get_xdata(), roof.get_ydata()
     expected = np.minimum(2000.0, 4000.0 / np.maximum(intensity, 1e-9))
     np.testing.assert_allclose(ceiling, expected)
+
+
+def test_every_call_has_its_own_roof_and_every_point_its_place() -> None:
+    """The second call's machine is slower, its product as large as attention over all tokens."""
+    slower = Part(MACHINE, Ceilings(1e12, {"bf16": 3e12}))
+    product = replace(OURS_ROW, flops=18_204 * 10**9)
+    whole = replace(RESULTS, continued=(slower,)).with_rows((product,))
+    first, second = panels("roofline.png", whole)
+    assert [panel.get_title() for panel in (first, second)] == ["bf16", "bf16, call 2"]
+    assert [panel.lines[0].get_ydata()[0] for panel in (first, second)] == [2000, 1000]  # GB/s
+    for panel, place in ((first, 5), (second, 18_204)):
+        (point,) = panel.lines[1:]
+        assert point.get_xdata() == [place]
+        assert place < panel.get_xlim()[1] == panel.lines[0].get_xdata()[-1]
+    other = replace(product, dtype="fp32")  # which the first call measured no ceiling of
+    more = replace(slower, ceilings=Ceilings(1e12, {"bf16": 3e12, "fp32": 1e12}))
+    whole = replace(whole, continued=(more,)).with_rows((other,))
+    assert [panel.get_title() for panel in panels("roofline.png", whole)] == [
+        "bf16",
+        "bf16, call 2",
+        "fp32, call 2",
+    ]
 
 
 def test_memory_is_in_mebibytes() -> None:

@@ -201,6 +201,11 @@ def test_another_revision_is_measured_in_its_own_tree(
     assert compare.earlier_results("HEAD", ["--quick"]).machine.torch == "1"
     listed = subprocess.run([*git, "worktree", "list"], check=True, capture_output=True, text=True).stdout
     assert len(listed.splitlines()) == 1
+    crash = (tmp_path / "bench" / "__main__.py").read_text() + "raise RuntimeError('made up')\n"
+    (tmp_path / "bench" / "__main__.py").write_text(crash)
+    subprocess.run([*git, "commit", "-q", "-a", "-m", "crash"], check=True)
+    with pytest.raises(compare.CompareError, match="ended early, with exit code 1 after 0 rows"):
+        compare.earlier_results("HEAD", ["--quick"])
     (tmp_path / "bench" / "__main__.py").unlink()
     for command in (["add", "-A"], ["commit", "-q", "-m", "two"]):
         subprocess.run([*git, *command], check=True)

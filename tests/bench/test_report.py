@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import bench
 from bench import goals, report
 from bench.cases import EVENTS, LOOP
 from bench.results import OURS, Ceilings, Machine, Part, Results, Row, write
@@ -158,6 +160,8 @@ def test_training_and_profile_stand_beside_the_goals(checkout, capsys):
     assert report.main([]) == 0
     lines = (checkout / "bench" / "README.md").read_text("utf-8").splitlines()
     for line in (
+        "`python -m bench.training`, made up, torch 2.11.0, Triton 3.6.0, CUDA 13.0, driver 1.2, "
+        "commit 0123456789:",
         "- ours: 50 images/s, 10% of the time waiting for data",
         "- eager formula: 20 images/s, 2 of 3 steps: out of time",
         "![loss curves](results/made-up/training/training.png)",
@@ -202,6 +206,18 @@ def test_a_file_of_a_users_own_is_reported_beside_it(checkout, tmp_path):
     assert (path.parent / "mine-roofline.png").exists()
     assert "(mine-roofline.png)" in text
     assert report.README.read_text("utf-8") == before
+
+
+def test_tables_need_no_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "bench.plots", raising=False)
+    monkeypatch.delattr(bench, "plots", raising=False)
+    path = tmp_path / "mine.json"
+    write(Results(MACHINE, CEILINGS, ROWS), path)
+    assert report.main([str(path)]) == 0
+    assert "No pictures: import of matplotlib halted" in capsys.readouterr().out
+    assert "| `channel_mix` | nyud, bf16, fwd | 0.5 |" in path.with_suffix(".md").read_text("utf-8")
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_publishing_takes_the_name_from_the_file(checkout, tmp_path, capsys):
@@ -260,6 +276,14 @@ def test_an_op_is_shown_at_nyuds_maps_in_bf16_by_one_timer():
     (call,) = shown(Results(MACHINE, CEILINGS, tuple(rows)))
     assert call.ours == ours
     assert [call.speed_up(other) for other in call.others] == [3.0]
+
+
+def test_a_failure_hides_no_times():
+    """Forward failed, and so has no timer; with backward it was timed in two ways."""
+    ours = made_up("op", "launch", "fwdbwd", OURS, 1.0)
+    failed = Row("op", "launch", "bf16", "fwd", OURS, status="failed: made up")
+    calls = shown(Results(MACHINE, CEILINGS, (failed, ours, replace(ours, timer=LOOP))))
+    assert [call.ours for call in calls] == [failed, ours]
 
 
 def test_goals_are_about_bf16():

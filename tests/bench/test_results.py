@@ -26,7 +26,7 @@ from bench.results import (
     write,
 )
 from bench.speedups import comparisons
-from bench.tables import comparison_table, failures, op_tables
+from bench.tables import compared_with, comparison_table, failures, op_tables
 from degmix import files
 
 MACHINE = Machine(None, "a CPU", None, None, "2.11", "3.6", "3.12", None, "c" * 40, False)
@@ -93,6 +93,9 @@ def test_what_is_no_json(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
         read(path)
+    path.write_bytes(b"\xff\xd8")  # a picture
+    with pytest.raises(ValueError, match=r"r\.json: not JSON: 'utf-8' codec"):
+        read(path)
     path.write_text("[]")
     with pytest.raises(ValueError, match="expected an object, got list"):
         read(path)
@@ -110,6 +113,19 @@ def test_tables_show_ratios_and_reasons() -> None:
     assert failures([ROW, slow, absent]) == ["op: other: not available: needs a GPU (1×)"]
     earlier = Results(MACHINE, MEASURED.ceilings, (Row(*ROW.case, OURS, "cpu clock", ms=3.0),))
     assert list(comparison_table(MEASURED, earlier, "then").columns[-1].cells) == ["1.50×"]
+
+
+def test_comparisons_tell_noise_and_machines() -> None:
+    """Ours took 1 to 3 ms."""
+    for low, high, shown in ((3.0, 5.0, "no difference"), (0.5, 1.0, "no difference"), (3.5, 5.0, "2.00×")):
+        then = replace(ROW, ms=4.0, ms_p20=low, ms_p80=high)
+        table = comparison_table(MEASURED, replace(MEASURED, rows=(then,)), "then")
+        assert list(table.columns[-1].cells) == [shown]
+    there = replace(MACHINE, gpu="a GPU", triton="3.9", commit="d" * 40)
+    line = compared_with(MEASURED, replace(MEASURED, machine=there), "HEAD~1")
+    assert line.startswith("HEAD~1 was measured on a GPU, torch 2.11, Python 3.12, triton 3.9, commit ddd")
+    assert line.endswith(". Not only the code is another now: device, triton")
+    assert "another" not in compared_with(MEASURED, MEASURED, "HEAD")
 
 
 def test_a_run_of_one_commit_is_continued() -> None:
