@@ -1,4 +1,4 @@
-"""Compile every planned launch of the registry for one target, without a GPU; print one JSON line for each.
+"""Compile every launch of the registry's plans for one target, without a GPU; print one JSON line for each.
 
 ``bench.resources`` runs this in a process of its own, without TRITON_INTERPRET: whether a kernel is compiled
 or interpreted is settled when it is defined. The first line says how many lines follow.
@@ -12,20 +12,29 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from bench import model
+from bench.cases import Case
 from bench.compiled import Compiled
 from bench.deform_conv import IN_THE_KERNEL
+from bench.results import OURS
+from bench.run import CASES
+from bench.shapes import QUICK
 from bench.targets import TARGETS, Target
+from degmix_kernels import backend
+from degmix_kernels import launch as launching
 from degmix_kernels.deform_conv import computed_offsets_plans
 from degmix_kernels.launch import INT32_MAX, Launch
 from degmix_kernels.registry import OPS
@@ -62,19 +71,58 @@ def source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def planned(op_part: str, dtypes: list[str]) -> Iterator[tuple[str, str, Launch, ASTSource]]:
-    """Op, dtype, launch and specialisation of every planned launch; of those that ops share, the first."""
-    done = set()
+Labelled = tuple[str, str, Launch]
+"""Label of an op, dtype, launch."""
+
+
+def planned(op_part: str, dtypes: Sequence[str]) -> Iterator[Labelled]:
+    """Every launch that the registry plans."""
     for label, plans in PLANS.items():
-        if op_part not in label:
+        if op_part in label:
+            for dtype in dtypes:
+                yield from ((label, dtype, launch) for launch in plans(DTYPES[dtype]))
+
+
+def benchmarked(op_part: str, dtypes: Sequence[str]) -> Iterator[Labelled]:
+    """Every launch of the calls of ops that the benchmark measures on a GPU, made without memory and data."""
+    for case in CASES:
+        if case.family == model.FAMILY or case.shape.startswith(QUICK) or op_part not in case.op:
             continue
         for dtype in dtypes:
-            for launch in plans(DTYPES[dtype]):
-                specialised = source(launch)
-                key = (specialised.hash(), launch.num_warps, launch.num_stages)
-                if key not in done:
-                    done.add(key)
-                    yield label, dtype, launch, specialised
+            yield from ((case.op, dtype, launch) for launch in _launches(case, DTYPES[dtype]))
+
+
+def _launches(case: Case, dtype: torch.dtype) -> list[Launch]:
+    """What a call, in inference and in training, and its backward pass would launch."""
+    seen: list[Launch] = []
+
+    def can_run(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+        return dtype in backend.KERNEL_DTYPES, ""
+
+    with (
+        FakeTensorMode(),
+        backend.use_backend("triton"),
+        patch.object(launching, "_launch", seen.append),
+        patch.object(backend, "can_run", can_run),
+    ):
+        run = case.prepare(torch.device("cpu"), dtype).runs[OURS]()
+        with torch.no_grad():
+            run.forward()
+        outputs = run.forward()
+        gradients = [torch.empty_like(output) for output in outputs]
+        torch.autograd.grad(outputs, list(run.leaves.values()), gradients)
+    return seen
+
+
+def specialised(launches: Iterable[Labelled]) -> Iterator[tuple[str, str, Launch, ASTSource]]:
+    """The same with the specialisation of each; of equal ones, the first."""
+    done = set()
+    for label, dtype, launch in launches:
+        specialisation = source(launch)
+        key = (specialisation.hash(), launch.num_warps, launch.num_stages)
+        if key not in done:
+            done.add(key)
+            yield label, dtype, launch, specialisation
 
 
 def measure(compiled: CompiledKernel, target: Target) -> dict[str, Any]:
@@ -143,14 +191,17 @@ def main() -> None:
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--op", default="", help="only ops whose label contains this")
     parser.add_argument("--dtype", choices=DTYPES, help="only this one")
+    parser.add_argument("--benchmark", action="store_true", help="those of the benchmark's calls instead")
     arguments = parser.parse_args()
     target = TARGETS[arguments.target]
     gpu = GPUTarget(target.backend, target.arch, target.lanes)
     if target.backend == "hip" and torch.version.hip is None:
         torch.version.hip = "none, but compiled for"  # plans ask it for whom they plan
-    launches = list(planned(arguments.op, [arguments.dtype] if arguments.dtype else list(DTYPES)))
+    which = benchmarked if arguments.benchmark else planned
+    dtypes = [arguments.dtype] if arguments.dtype else list(DTYPES)
+    launches = list(specialised(which(arguments.op, dtypes)))
     print(json.dumps(len(launches)), flush=True)
-    for op, dtype, launch, specialised in launches:
+    for op, dtype, launch, specialisation in launches:
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
         row = Compiled(
             op=op,
@@ -166,7 +217,7 @@ def main() -> None:
             },
             warps=launch.num_warps,
             stages=launch.num_stages,
-            **measure(triton.compile(specialised, target=gpu, options=options), target),
+            **measure(triton.compile(specialisation, target=gpu, options=options), target),
         )
         print(json.dumps(asdict(row)), flush=True)
 

@@ -42,6 +42,7 @@ def compile_for(
     target: str,
     op: str = "",
     dtype: str | None = None,
+    benchmark: bool = False,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Compiled]:
     """Compile for one target, in a process of its own.
@@ -50,6 +51,7 @@ def compile_for(
         target: a name of :data:`bench.targets.TARGETS`.
         op: part of the labels of the ops to compile.
         dtype: "fp32", "bf16" or "fp16"; None for all.
+        benchmark: the launches of the benchmark's calls, instead of those that the registry plans.
         report: called after each launch with how many are compiled, and of how many.
 
     Raises:
@@ -59,6 +61,7 @@ def compile_for(
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     command = [sys.executable, "-m", "bench.compile_kernels", target, "--op", op]
     command += ["--dtype", dtype] if dtype else []
+    command += ["--benchmark"] if benchmark else []
     rows = []
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
@@ -80,7 +83,9 @@ def compile_for(
     return rows
 
 
-def compile_all(targets: Sequence[str], op: str, dtype: str | None, console: Console) -> list[Compiled]:
+def compile_all(
+    targets: Sequence[str], op: str, dtype: str | None, benchmark: bool, console: Console
+) -> list[Compiled]:
     """Compile for several targets, as many at once as there are processors, with a progress bar for each."""
     with Progress(console=console) as bars, ThreadPoolExecutor(os.cpu_count()) as pool:
 
@@ -90,7 +95,7 @@ def compile_all(targets: Sequence[str], op: str, dtype: str | None, console: Con
             def report(done: int, total: int) -> None:
                 bars.update(bar, completed=done, total=total)
 
-            return compile_for(target, op, dtype, report)
+            return compile_for(target, op, dtype, benchmark, report)
 
         return [row for rows in pool.map(compile_one, targets) for row in rows]
 
@@ -205,16 +210,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", default="", help="only ops whose label contains this")
     parser.add_argument("--target", choices=TARGETS, help="only this GPU")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="only this dtype of inputs")
+    parser.add_argument(
+        "--benchmark",
+        action="store_true",
+        help="the launches of all calls of ops that the benchmark measures on a GPU, beyond the baseline's",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to this file, too")
     parser.add_argument(
         "--update", action="store_true", help=f"compile everything and write bench/{BASELINE.name}"
     )
     chosen = parser.parse_args(arguments)
-    partial = bool(chosen.op or chosen.target or chosen.dtype)
+    partial = bool(chosen.op or chosen.target or chosen.dtype or chosen.benchmark)
     if not any(chosen.op in label for label in PLANS):
         parser.error(f"--op {chosen.op}: no op is called so; there are {', '.join(PLANS)}")
     if chosen.update and partial:
-        parser.error("--update: expected no --op, --target or --dtype: the baseline has every kernel")
+        parser.error("--update: expected no other option that chooses: the baseline has every kernel")
 
     messages = Console(stderr=True)
     output = Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_FILES)
@@ -222,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if chosen.json:
             expect_writable(chosen.json)
-        rows = compile_all(targets, chosen.op, chosen.dtype, messages)
+        rows = compile_all(targets, chosen.op, chosen.dtype, chosen.benchmark, messages)
         if chosen.json:
             lines = ",\n".join(json.dumps(row.to_json()) for row in rows)
             chosen.json.write_text(f'{{"triton": "{version("triton")}", "rows": [\n{lines}\n]}}\n', "utf-8")

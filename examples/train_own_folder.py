@@ -10,7 +10,7 @@ FOLDER/human_parts/NAME.png               0 background, 1 to 6 parts, 255 unlabe
 FOLDER/sal/NAME.png                       255 on what stands out
 
 python examples/train_own_folder.py FOLDER --classes wall,floor,chair
-python examples/train_own_folder.py FOLDER model.backbone=tiny data.size=[240,320] train.steps=2000
+python examples/train_own_folder.py FOLDER model.backbone=tiny model.pretrained=false train.steps=2000
 """
 
 import argparse

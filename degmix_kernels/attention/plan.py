@@ -109,7 +109,7 @@ def context_blocks(tokens: Tensor) -> Blocks:
     """Tiles of the gradients of keys and values."""
     wide = padded(tokens.shape[3]) > 64
     if tokens.dtype == torch.float32:
-        return Blocks(16, 32, 4, 1) if wide else Blocks(32, 16, 4, 1)
+        return Blocks(16, 16, 4, 1) if wide else Blocks(32, 16, 4, 1)
     # With 32 queries, AMD's compiler is out of registers where all sizes are multiples of 16.
     return Blocks(16 if wide and torch.version.hip else 32, 64, 4 if wide else 8, 2)
 
@@ -302,15 +302,25 @@ def _examples(dtype: torch.dtype) -> Iterator[Launch]:
         ]
     if dtype == torch.float16:  # the code of bf16 but for conversions
         calls = calls[:1]
-    for batch, heads, queries, keys, head_dim in calls:
-        yield from call_examples(dtype, (batch, heads, queries, keys, head_dim))
+    for call in calls:
+        yield from call_examples(dtype, call)
+    yield from call_examples(dtype, (8, 2, 107 * 140, 107 * 140, 128), heads_inside=False)
 
 
-def call_examples(dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> Iterator[Launch]:
-    """The launches of one call and its backward pass: batch, heads, queries, keys, head dimension."""
+def call_examples(
+    dtype: torch.dtype, shape: tuple[int, int, int, int, int], heads_inside: bool = True
+) -> Iterator[Launch]:
+    """The launches of one call and its backward pass: batch, heads, queries, keys, head dimension.
+
+    Heads are inside the tokens, as a module splits them, or outside, as those of contiguous tensors.
+    """
     batch, heads, queries, keys, head_dim = shape
-    query = torch.empty(batch, queries, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
-    key = torch.empty(batch, keys, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+
+    def tokens(length: int) -> Tensor:
+        inside = torch.empty(batch, length, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+        return inside if heads_inside else inside.contiguous()
+
+    query, key = tokens(queries), tokens(keys)
     rows = torch.empty(batch, heads, queries, device="meta")
     yield plan_forward(query, key, key, query, query, query, query, rows)
     yield plan_prepare(query, query, query, query, query, rows)

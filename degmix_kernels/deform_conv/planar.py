@@ -39,7 +39,7 @@ def plan_forward(
         pre: to be filled with the output's value before the activation, laid out as the output; or None.
         statistics: to be filled, from ``new_statistics``; or None.
     """
-    blocks = _forward_blocks(problem, statistics is not None)
+    blocks = _forward_blocks(problem, activation != "identity" or statistics is not None)
     span = Span.of(problem, blocks.out)
     sets, within_steps = span.tiles(problem, blocks)
     out_blocks = ceil_div(span.groups * problem.group_out, blocks.out)
@@ -76,8 +76,8 @@ def plan_forward(
     )
 
 
-def _forward_blocks(problem: Problem, statistics: bool = False) -> Blocks:
-    """Block sizes of the forward pass."""
+def _forward_blocks(problem: Problem, more: bool = False) -> Blocks:
+    """Block sizes of the forward pass; ``more`` follows the product: an activation, statistics."""
     # Every block of out channels gathers the samples again, so it is as large as registers allow. Exact fp32
     # products keep their operands in registers, too. 256 × 64 sums on 16 warps take 32 registers of a thread,
     # which leaves room for 4 samples, at no more than 128 registers: all warps that an SM has room for. On 8
@@ -89,8 +89,8 @@ def _forward_blocks(problem: Problem, statistics: bool = False) -> Blocks:
     # Where it takes registers to tell groups apart, 256 out channels leave room for half as many pixels.
     narrow = out == 256 and problem.groups > 1
     pixels = block(problem.out_pixels, 64 if wide and out > 16 and not narrow else 32)
-    # 32 rows spill where addresses have 64 bits, or with statistics.
-    rows = 32 if out * pixels >= 16384 and not (statistics or needs_64_bit(problem.offset[:1])) else 16
+    # 32 rows spill where addresses have 64 bits, or with more to do.
+    rows = 32 if out * pixels >= 16384 and not (more or needs_64_bit(problem.offset[:1])) else 16
     rows = block(span.channels, rows)
     return Blocks(out, *tile(problem, rows), pixels)
 
@@ -291,7 +291,11 @@ def plan_examples(dtype: torch.dtype) -> list[Launch]:
 
 @dataclass(frozen=True)
 class _Example:
-    """A call worth compiling; ``extras`` are a bias, a mask, and channels_last tensors."""
+    """A call worth compiling; ``extras`` are a bias, a mask, and channels_last tensors.
+
+    An activation may be ``normalised``, by statistics gathered behind it; if not, it is compiled as for
+    inference, too.
+    """
 
     shape: tuple[int, int, int, int]
     out: int
@@ -300,6 +304,7 @@ class _Example:
     kernel: int = 3
     extras: bool = False
     activation: str = "identity"
+    normalised: bool = False
     deterministic: bool = False
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -328,6 +333,8 @@ class _Example:
         if self.extras or self.activation != "identity":
             bias = empty(self.out)
         if self.activation != "identity":
+            epilogue = Epilogue(self.activation, output)
+        if self.normalised:
             statistics, vector = new_statistics(problem), empty(self.out, of=torch.float32)
             epilogue = Epilogue(self.activation, output, vector, vector)
         pre = None if epilogue is None else output
@@ -337,18 +344,27 @@ class _Example:
         combined = (
             [] if statistics is None else [plan_combine(statistics, problem.out_pixels, vector, vector)]
         )
+        inference = []
+        if epilogue is not None and not self.normalised:
+            inference.append(plan_forward(problem, bias, output, self.activation))
         return [
             *combined,
+            *inference,
             plan_forward(problem, bias, output, self.activation, pre, statistics),
             plan_backward_weight(problem, output, epilogue, bias is not None)[0],
             plan_backward_samples(problem, output, sums, offset, mask, scale, epilogue),
         ]
 
 
+_HALVES = (torch.bfloat16, torch.float16)
+
 _EXAMPLES = (
-    # DeGMix on NYUD-v2: as deform_mix in training, a convolution with a deterministic gradient, four tasks
-    # side by side.
-    _Example((8, 256, 107, 140), 256, 256, kernel=1, activation="gelu"),
+    # DeGMix on NYUD-v2: as deform_mix in training, and without a norm; a convolution with a deterministic
+    # gradient; four tasks side by side.
+    _Example((8, 256, 107, 140), 256, 256, kernel=1, activation="gelu", normalised=True),
+    _Example((8, 256, 107, 140), 256, 256, kernel=1, activation="gelu", dtypes=_HALVES),
+    # On PASCAL-Context, whose sizes are multiples of 16.
+    _Example((8, 256, 128, 128), 256, 256, kernel=1, activation="gelu", dtypes=_HALVES[:1]),
     _Example((8, 256, 107, 140), 256, 256, kernel=1, deterministic=True),
     _Example(
         (1, 1024, 107, 140),
@@ -357,6 +373,7 @@ _EXAMPLES = (
         groups=4,
         kernel=1,
         activation="gelu",
+        normalised=True,
         dtypes=(torch.float32, torch.bfloat16),
     ),
     _Example((2, 96, 56, 56), 96, 96, groups=2, kernel=1, extras=True),

@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import resources
+from bench import compile_kernels, resources
 from bench.compile_kernels import amd_widths, nvidia_widths
 from bench.compiled import Compiled, faults
 from bench.resources import by_key, differences, read_baseline, write_baseline
+from bench.shapes import MAPS, QUICK
 from bench.targets import TARGETS, occupancy
 
 ROW = Compiled(
@@ -190,3 +192,14 @@ def test_the_command_never_records_a_spill(compiled, capsys):
 def test_updating_takes_every_kernel(compiled):
     with pytest.raises(SystemExit):
         resources.main(["--update", "--op", "channel_mix"])
+
+
+def test_the_benchmarks_launches_are_planned_without_memory():
+    """Of all shapes that a GPU measures, in inference and in training, and of their backward passes."""
+    launches = [launch for *_, launch in compile_kernels.benchmarked("batch_norm", ["bf16", "fp32"])]
+    assert {"forward", "backward"} <= {launch.kernel.fn.__name__ for launch in launches}
+    normalised = [launch.arguments["x_ptr"] for launch in launches if launch.kernel.fn.__name__ == "forward"]
+    sizes = {(shape.height, shape.width) for shape in MAPS if shape.name != QUICK}
+    assert {tuple(x.shape[2:]) for x in normalised} == sizes
+    assert {x.dtype for x in normalised} == {torch.bfloat16, torch.float32}
+    assert not list(compile_kernels.benchmarked("DeGMix", ["bf16"]))  # ops alone
