@@ -98,15 +98,17 @@ def evaluate_command(
     """Measure a model on a data set, beside the best constant prediction."""
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"--out {out}: there is no folder {out.parent}")
+    if out is not None and out.is_dir():
+        raise UsageError(f"--out {out}: expected a file, there is a folder")
     expected = build.channels(load_config(config)) if config else None
     model, model_config = checkpoint.load_model(checkpoint_path, expected)
     if data is not None:
         model_config = model_config.with_data_root(data)
     dataset = build.open_split(model_config, split)
     results = evaluate.evaluate(model.to(_device(device)), dataset, build.channels(model_config), console)
+    console.print(evaluate.results_table(results, f"{checkpoint_path} on {model_config.data.root} ({split})"))
     if out is not None:
         evaluate.write_metrics(out, results)
-    console.print(evaluate.results_table(results, f"{checkpoint_path} on {model_config.data.root} ({split})"))
 
 
 @app.command("predict")

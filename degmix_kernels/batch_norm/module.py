@@ -37,11 +37,11 @@ class BatchNorm2d(nn.BatchNorm2d):
         with autocast.disabled(input.device):
             if self.uses_batch_statistics and statistics is None:
                 return self._gather(input, residual)
-            if self.uses_batch_statistics:
+            given = statistics if self.uses_batch_statistics else (self.running_mean, self.running_var)
+            output = batch_norm(input, *given, self.weight, self.bias, residual, self.eps)
+            if self.uses_batch_statistics:  # now that they have been checked
                 self._update(*statistics, input.numel() // input.shape[1])
-            else:
-                statistics = (self.running_mean, self.running_var)
-            return batch_norm(input, *statistics, self.weight, self.bias, residual, self.eps)
+            return output
 
     @property
     def uses_batch_statistics(self) -> bool:

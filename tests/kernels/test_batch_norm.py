@@ -193,6 +193,15 @@ def test_statistics_from_elsewhere_move_the_running_ones_as_torch_does(device, m
     torch.testing.assert_close(ours.state_dict(), plain.state_dict())
 
 
+def test_statistics_that_are_refused_change_nothing(device):
+    module = BatchNorm2d(4).to(device)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match="mean: expected shape"):
+        module(torch.randn(2, 4, 3, 3, device=device), (torch.ones(1, device=device),) * 2)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_without_running_statistics(device):
     ours = BatchNorm2d(4, track_running_stats=False).to(device).eval()
     x = draw(2, 4, 3, 3, dtype=torch.float32).to(device)

@@ -161,6 +161,9 @@ def test_evaluate_looks_for_its_output_folder_first(
     arguments = ("--checkpoint", tmp_path / "absent.safetensors", "--out", tmp_path / "nowhere" / "m.json")
     code, _, errors = run_here(capsys, "evaluate", *arguments)
     assert_one_sentence(code, errors, "there is no folder", "nowhere")
+    arguments = ("--checkpoint", tmp_path / "absent.safetensors", "--out", tmp_path)
+    code, _, errors = run_here(capsys, "evaluate", *arguments)
+    assert_one_sentence(code, errors, "expected a file, there is a folder")
 
 
 def test_convert_refuses_what_is_no_state_dict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
