@@ -18,6 +18,7 @@ from degmix.convert import convert_state_dict
 from degmix.data import DataError, synthetic
 from degmix.predict import ImageError
 from degmix.progress import stage
+from degmix.tasks import PredictionError
 from degmix.train import Interrupted, TrainingError
 
 USER_ERROR = 2
@@ -45,7 +46,16 @@ class UsageError(ValueError):
     """Command-line values that make no sense; the message is one sentence."""
 
 
-USER_ERRORS = (UsageError, ConfigError, DataError, CheckpointError, ImageError, TrainingError, OSError)
+USER_ERRORS = (
+    UsageError,
+    ConfigError,
+    DataError,
+    CheckpointError,
+    ImageError,
+    TrainingError,
+    PredictionError,
+    OSError,
+)
 """What a user can put right, shown as one sentence; anything else is our mistake and shows its traceback."""
 
 

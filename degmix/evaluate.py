@@ -18,7 +18,7 @@ from degmix.data.nyud import NYUD
 from degmix.data.transforms import evaluation_transform
 from degmix.files import atomic_file
 from degmix.progress import stage
-from degmix.tasks import TASKS
+from degmix.tasks import TASKS, predictions_of
 
 METRICS_NAME = "metrics.json"
 
@@ -58,15 +58,18 @@ def evaluate(
         dataset: images with the targets of every task.
         tasks: channels per task.
         console: where to show progress.
+
+    Raises:
+        PredictionError: if a prediction is not finite.
     """
     device = next(model.parameters()).device
     metrics = {name: TASKS[name].metric(channels) for name, channels in tasks.items()}
     with stage(console, "evaluating", len(dataset)) as advance:
         for index in range(len(dataset)):
             sample = evaluation_transform(dataset[index])
-            logits = model(sample["image"][None].to(device))
+            predicted = predictions_of(model(sample["image"][None].to(device)))
             for name, metric in metrics.items():
-                metric.update(TASKS[name].predict(logits[name].float()), sample[name][None].to(device))
+                metric.update(predicted[name], sample[name][None].to(device))
             advance(index + 1, sample["name"])
     return {
         name: Result(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from degmix.data.transforms import normalize
 from degmix.files import atomic_file
-from degmix.tasks import TASKS, Labels
+from degmix.tasks import Labels, predictions_of
 from degmix.visualize import depth_range, legend, paint, with_legend
 
 
@@ -62,10 +62,14 @@ def image_tensor(image: NDArray[np.uint8]) -> Tensor:
 
 @torch.inference_mode()
 def predict(model: nn.Module, image: Tensor) -> dict[str, NDArray]:
-    """Predictions for one image (3, H, W), by task, without a batch dimension; see ``Task.predict``."""
+    """Predictions for one image (3, H, W), by task, without a batch dimension; see ``Task.predict``.
+
+    Raises:
+        PredictionError: if a prediction is not finite.
+    """
     device = next(model.parameters()).device
-    logits = model(image[None].to(device))
-    return {name: TASKS[name].predict(value.float())[0].cpu().numpy() for name, value in logits.items()}
+    predicted = predictions_of(model(image[None].to(device)))
+    return {name: value[0].cpu().numpy() for name, value in predicted.items()}
 
 
 def write_predictions(

@@ -6,7 +6,7 @@ metric and colours are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -158,3 +158,21 @@ def task_channels(tasks: Sequence[str], classes: int) -> dict[str, int]:
         classes: the data set's number of semantic classes.
     """
     return {name: classes if TASKS[name].channels is None else TASKS[name].channels for name in tasks}
+
+
+class PredictionError(ValueError):
+    """Logits that nothing can be made of; the message is one sentence."""
+
+
+def predictions_of(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every task's prediction, as its ``predict`` makes it of its logits.
+
+    Raises:
+        PredictionError: if not all logits of a task are finite.
+    """
+    for name, value in logits.items():
+        if not value.isfinite().all():
+            raise PredictionError(
+                f"{name}: the model predicts values that are not finite: its weights are damaged or diverged"
+            )
+    return {name: TASKS[name].predict(value.float()) for name, value in logits.items()}

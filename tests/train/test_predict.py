@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from degmix import build, checkpoint
+from degmix.evaluate import evaluate
 from degmix.losses import IGNORE
 from degmix.predict import ImageError, image_tensor, load_image, output_stems, predict, write_predictions
-from degmix.tasks import TASKS, Labels
+from degmix.tasks import TASKS, Labels, PredictionError
 from degmix.visualize import depth_range, legend, paint, prediction_sheet
 
 LABELS = Labels(classes=("wall", "floor", "chair"), parts=("background", "head"))
@@ -65,6 +67,17 @@ def test_any_size_gives_pictures_of_that_size(
     assert all(Image.open(path).size == (width, height) for path in written)
     legends = write_predictions(tmp_path, "y", predictions, build.labels(config), legends=True)
     assert all(Image.open(path).height > height for path in legends)
+
+
+def test_a_model_without_numbers_predicts_and_measures_nothing(run_folder: Path) -> None:
+    model, config = checkpoint.load_model(run_folder / checkpoint.MODEL_NAME)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(PredictionError, match="not finite"):
+        predict(model, image_tensor(np.asarray(picture("RGB", 48, 40))))
+    with pytest.raises(PredictionError, match="not finite"):
+        evaluate(model, build.open_split(config, "val"), build.channels(config), Console(quiet=True))
 
 
 def test_names_that_collide_are_numbered() -> None:
