@@ -11,10 +11,11 @@ import json
 import math
 import os
 import shutil
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, get_args
 
+from bench import records
 from degmix.files import atomic_file
 
 OURS = "ours"  # the implementation that all others are compared with
@@ -24,7 +25,6 @@ UNKNOWN = "unknown"  # commit, where there is neither git nor a word about it
 PUBLISHED = Path(__file__).resolve().parent / "results"
 
 Key = tuple[str, str, str, str, str]
-_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def read(path: Path) -> Results:
         OSError: if there is no such file.
         ValueError: if it is not one of these result files, naming the first place that is wrong.
     """
-    results = _record(Results, _json(path), str(path))
+    results = records.record(Results, records.read_json(path), str(path))
     for index, row in enumerate(results.rows):
         if not 0 <= row.part < len(results.parts):
             raise ValueError(f"{path}: rows[{index}].part: there is no part {row.part}")
@@ -277,15 +277,9 @@ def machine_of(path: Path) -> Machine:
         OSError: if there is no such file.
         ValueError: if it has none.
     """
-    data = _json(path)
-    return _record(Machine, data.get("machine") if isinstance(data, dict) else None, f"{path}: machine")
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or no text at all
-        raise ValueError(f"{path}: not JSON: {error}") from None
+    data = records.read_json(path)
+    machine = data.get("machine") if isinstance(data, dict) else None
+    return records.record(Machine, machine, f"{path}: machine")
 
 
 def begin(key: Key, file: Path) -> None:
@@ -360,46 +354,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _record(kind: type[_Record], data: Any, where: str) -> _Record:
-    """The data as a record, with the records in it.
-
-    What has a default may be missing: earlier revisions, which can be compared with, did not have it.
-    """
-    if not isinstance(data, dict):
-        raise ValueError(f"{where}: expected an object, got {type(data).__name__}")
-    hints = get_type_hints(kind)
-    needed = {field.name for field in fields(kind) if field.default is MISSING}
-    if not needed <= data.keys() <= hints.keys():
-        missing, unknown = sorted(needed - data.keys()), sorted(data.keys() - hints.keys())
-        raise ValueError(f"{where}: missing keys {missing}, unknown keys {unknown}")
-    return kind(**{name: _value(value, hints[name], where, name) for name, value in data.items()})
-
-
-def _value(value: Any, hint: Any, where: str, name: str) -> Any:
-    if is_dataclass(hint):
-        return _record(hint, value, f"{where}: {name}")
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise ValueError(f"{where}: {name}: expected a list, got {type(value).__name__}")
-        entry, _ = get_args(hint)
-        return tuple(_record(entry, each, f"{where}: {name}[{index}]") for index, each in enumerate(value))
-    if not _fits(value, hint):
-        raise ValueError(f"{where}.{name}: expected {_words(hint)}, got {value!r}")
-    return value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is dict:
-        _, entry = get_args(hint)
-        return isinstance(value, dict) and all(_fits(each, entry) for each in value.values())
-    accepted = [hint] if isinstance(hint, type) else get_args(hint)
-    if len(accepted) > 1:
-        return any(_fits(value, each) for each in accepted)
-    # Python counts bool among the integers; a whole number is a float, too.
-    return type(value) in accepted or (float in accepted and type(value) is int)
-
-
-def _words(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
