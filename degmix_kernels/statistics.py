@@ -44,7 +44,8 @@ def combine(
     """Mean and biased variance by Chan's formula, in fp64: a mean of a thousand deviations does no harm."""
     channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
     channel_valid = channel < channels
-    elements = (parts // blocks).to(tl.float64) * pixels
+    # Integers that are 1 arrive as constants, which have no methods, so no .to() here.
+    elements = tl.full((), parts // blocks, tl.float64) * pixels
     mean = tl.zeros((BLOCK_PARTS, BLOCK_CHANNELS), tl.float64)
     for start in range(0, parts, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)[:, None]

@@ -202,3 +202,6 @@ def _examples(dtype: torch.dtype) -> Iterator[Launch]:
         yield plan_backward_activation(
             pre, pre, "gelu", *norm[:3], (vector, vector), 1000, pre, True, 1e-5
         )[0]  # fmt: skip
+    # Statistics of one part: all of its counts are 1, and reach the kernel as constants.
+    vector = torch.empty(27, device="meta")
+    yield plan_combine(Statistics(vector[None], vector[None], 64), 49, vector, vector)
