@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bench import goals
+from bench import goals, predicted
 from bench.cases import LOOP
 from bench.machine import REPOSITORY
 from bench.results import OURS, PUBLISHED, Machine, Results, Row, machine_of, publish, read
@@ -207,7 +207,7 @@ def report(check: bool) -> int:
         path, results = found
         pictures = [(PICTURES / name).as_posix() for name in plots.names(results)]
         generated = section(results, path.relative_to(README.parent).as_posix(), pictures)
-        lines = [*goals.table(results), *_on_the_same_gpu(path.parent)]
+        lines = [*goals.table(results), *predicted.table(results), *_on_the_same_gpu(path.parent)]
     texts = {README: generated, BENCH_README: "\n".join(lines)}
     changed = {path: new for path in texts for old, new in [replaced(path, texts[path])] if new != old}
     if check:

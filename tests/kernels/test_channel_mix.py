@@ -271,7 +271,11 @@ def test_saves_x_and_z_only(device):
 
 
 def test_gelu_of_the_kernels(device):
-    """Within 3.1e-7 of the exact one, beside its own rounding; so is its slope."""
+    """Within 5e-7 of the exact one, beside its own rounding; so is its slope.
+
+    With exact exp and division the slope errs by 2.0e-7, the most of both. A GPU's are approximate: 2 ulp
+    (2.4e-7) each, of a tail of at most 1/2, and of the exp once more in z · density of at most 1/4.
+    """
     x = torch.linspace(-12, 12, 4096, device=device)[:, None].requires_grad_()
     statistics = {"running_mean": torch.zeros(1, device=device), "running_var": torch.ones(1, device=device)}
     with use_backend("triton"):
@@ -280,8 +284,8 @@ def test_gelu_of_the_kernels(device):
     exact = x.detach().double().requires_grad_()
     expected = nn.functional.gelu(exact)
     (exact_slope,) = torch.autograd.grad(expected.sum(), exact)
-    assert ((output - expected).abs() - expected.abs() * 2**-24).max() < 3.1e-7
-    assert (slope - exact_slope).abs().max() < 3.1e-7
+    assert ((output - expected).abs() - expected.abs() * 2**-24).max() < 5e-7
+    assert (slope - exact_slope).abs().max() < 5e-7
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
