@@ -1,7 +1,7 @@
 """What was predicted of the benchmark's calls before a GPU ran them, beside what a result file says.
 
-``predictions/<gpu>.json``, named as the GPU's folder of results, has for each call a range of milliseconds and
-the reason for it. It is written before a measurement and never after.
+``predictions/<gpu>.json``, named as the GPU's folder of results, has for each call a range of milliseconds
+and the reason for it. It is written before a measurement and never after.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def table(results: Results) -> list[str]:
         status = rows[0].status if rows else "not measured"
         measured, off = (status, "") if ms is None else (f"{ms:.3g}", each.off_by(ms))
         lines.append(
-            f"| `{op}`, {shape}, {dtype}, {mode} | {implementation} | {each.low:g}–{each.high:g} | {measured} "
-            f"| {off} | {each.because} |"
+            f"| `{op}`, {shape}, {dtype}, {mode} | {implementation} | {each.low:g}–{each.high:g} "
+            f"| {measured} | {off} | {each.because} |"
         )
     return lines

@@ -191,7 +191,7 @@ def test_scores_in_the_thousands(device):
     query, key, value = tensors(device, torch.float32, 2, 4, 16, 2, "own")
     query, key = (query * 100).round(), (key * 10).round()  # so that scores are exact
     # Two keys with the same scores: without them all weights are nearly 0 or 1, and all gradients nearly
-    # nothing, as exact as exp(−d) of the smallest gap d between scores: d · 2⁻²⁴, since d · log₂ e is rounded.
+    # nothing, as exact as exp(−d) of the smallest gap d: d · 2⁻²⁴, since d · log₂ e is rounded.
     query[..., ::16], key[:, 1] = 0, key[:, 0]
     key[:, 1, :, ::16] += 100  # or the gradients of the query would cancel
     assert (query.square().sum(-1) * key.square().sum(-1)[:, :1]).sqrt().max() > 4000
