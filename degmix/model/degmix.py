@@ -13,7 +13,7 @@ from degmix.model.backbone import create_backbone
 from degmix.model.decoder import ATTENTIONS, GatingDecoder
 from degmix.model.mixer import DeformableMixers
 from degmix.model.recompute import checkpointed
-from degmix_kernels import BatchNorm2d, linear_norm
+from degmix_kernels import BatchNorm2d, autocast, linear_norm
 
 MAX_TASKS = 8
 
@@ -144,7 +144,7 @@ class DeGMixHead(nn.Module):
             ValueError: for another number of maps, images or channels, or an empty size.
         """
         self._check_features(features, size)
-        x = self.embed(features)
+        x = self.embed(autocast.cast_inputs(features[0].device, *features))
         maps = self.mixers(x)
         # permute: the gradient of flatten(2).transpose(1, 2) is one that PyTorch's CPU BatchNorm gets wrong.
         tokens = torch.stack([each.permute(0, 2, 3, 1).flatten(1, 2) for each in maps])  # (T, B, N, C)
@@ -172,9 +172,10 @@ class DeGMixHead(nn.Module):
                 raise TypeError(
                     f"{name}: expected device {weight.device} as the parameters, got {feature.device}"
                 )
-            wanted = features[0] if torch.is_autocast_enabled(weight.device.type) else weight
-            if feature.dtype != wanted.dtype:
-                raise TypeError(f"{name}: expected {wanted.dtype}, got {feature.dtype}")
+            # Autocast leaves a backbone's maps in several dtypes, and the head casts them all.
+            castable = autocast.enabled(weight.device) and feature.dtype != torch.float64
+            if feature.dtype != weight.dtype and not castable:
+                raise TypeError(f"{name}: expected {weight.dtype}, got {feature.dtype}")
         if len(size) != 2 or not all(isinstance(side, int | torch.SymInt) and side >= 1 for side in size):
             raise ValueError(f"size: expected (height, width), integers of at least 1, got {tuple(size)}")
 

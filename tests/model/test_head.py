@@ -325,6 +325,22 @@ def test_half_precision_keeps_offsets_exact(device):
     assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in predictions.values())
 
 
+@every_attention
+def test_autocast_takes_maps_of_several_dtypes(device, attention):
+    """A GPU's autocast leaves Swin's first map, behind a LayerNorm, in fp32 and the others in bf16."""
+    head = small_head(attention).float().to(device).eval()
+    features = [feature.float().to(device) for feature in small_features()]
+    with torch.autocast(device.type, torch.bfloat16):
+        expected = head([feature.bfloat16() for feature in features], (14, 18))
+        mixed = head([features[0], *(feature.bfloat16() for feature in features[1:])], (14, 18))
+        with pytest.raises(TypeError, match=r"features\[1\]: expected torch.float32, got torch.float64"):
+            head([features[0], *(feature.double() for feature in features[1:])], (14, 18))
+    with pytest.raises(TypeError, match=r"features\[1\]: expected torch.float32, got torch.bfloat16"):
+        head([features[0], *(feature.bfloat16() for feature in features[1:])], (14, 18))
+    for task, prediction in mixed.items():
+        assert torch.equal(prediction, expected[task])
+
+
 @pytest.mark.filterwarnings("error:.*no Triton kernel yet")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @every_attention
