@@ -23,6 +23,8 @@ SMALL = (GRAPH, LOOP)  # of small shapes, whose times are mostly launches
 
 EAGER = "eager reference"
 COMPILED = "torch.compile"
+DEFORMOPS = "deformops"
+SLOW_TO_START = (COMPILED, DEFORMOPS)  # which compile and tune for minutes before their first result
 SEED = 0
 
 

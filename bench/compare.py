@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.machine import REPOSITORY
+from bench.machine import COMMIT_VARIABLE, REPOSITORY
 from bench.results import OURS, Results, read
 
 
@@ -47,7 +48,8 @@ def _run_there(source: str, tree: Path, file: Path, options: Sequence[str]) -> R
         raise CompareError(f"--compare {source}: that revision has no benchmark yet")
     # -m puts the folder it is started in first, before any installed copy of the library.
     command = [sys.executable, "-m", "bench", *options, "--json", str(file)]
-    code = subprocess.run(command, cwd=tree, check=False).returncode
+    environment = {name: value for name, value in os.environ.items() if name != COMMIT_VARIABLE}
+    code = subprocess.run(command, cwd=tree, env=environment, check=False).returncode
     if not file.is_file():
         raise CompareError(f"--compare {source}: the benchmark of that revision left no results")
     found = read(file)

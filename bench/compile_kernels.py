@@ -119,7 +119,7 @@ def specialised(launches: Iterable[Labelled]) -> Iterator[tuple[str, str, Launch
     done = set()
     for label, dtype, launch in launches:
         specialisation = source(launch)
-        key = (specialisation.hash(), launch.num_warps, launch.num_stages)
+        key = (specialisation.hash(), launch.num_warps, launch.num_stages, launch.hopper_registers)
         if key not in done:
             done.add(key)
             yield label, dtype, launch, specialisation
@@ -203,6 +203,9 @@ def main() -> None:
     print(json.dumps(len(launches)), flush=True)
     for op, dtype, launch, specialisation in launches:
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        capped = launch.hopper_registers if (target.backend, target.arch) == ("cuda", 90) else None
+        if capped is not None:
+            options["maxnreg"] = capped
         row = Compiled(
             op=op,
             kernel=launch.kernel.__name__,
@@ -217,6 +220,7 @@ def main() -> None:
             },
             warps=launch.num_warps,
             stages=launch.num_stages,
+            capped=capped,
             **measure(triton.compile(specialisation, target=gpu, options=options), target),
         )
         print(json.dumps(asdict(row)), flush=True)

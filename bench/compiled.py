@@ -7,6 +7,9 @@ from typing import Any
 
 from bench.targets import TARGETS, Occupancy, Target, occupancy
 
+# Launches of these sizes were measured to be faster on an H100 with a cap than without it.
+SPILLED_UNDER_A_CAP = 72  # bytes
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -22,6 +25,7 @@ class Compiled:
         tensors: dtype of each tensor, by name; None for one that the launch goes without.
         warps: warps per program.
         stages: depth of the software pipeline.
+        capped: most registers per lane that the launch allows, None for any number.
         registers: registers per lane.
         spilled: bytes (AMD: registers and bytes) per lane that do not fit in registers.
         shared: bytes of shared memory per program.
@@ -41,6 +45,7 @@ class Compiled:
     tensors: dict[str, str | None]
     warps: int
     stages: int
+    capped: int | None
     registers: int
     spilled: int
     shared: int
@@ -84,11 +89,14 @@ class Compiled:
         return {**asdict(self), "occupancy": asdict(self.occupancy)}
 
 
+def spills(row: Compiled) -> bool:
+    """Whether it spills more than it may: nothing, or under a cap on its registers a few bytes."""
+    return row.spilled > (0 if row.capped is None else SPILLED_UNDER_A_CAP)
+
+
 def faults(row: Compiled) -> list[str]:
-    """What no kernel may do, in words: spill, want more shared memory than there is, multiply by hand."""
+    """What no kernel may do with any compiler: want more shared memory than there is, multiply by hand."""
     found = []
-    if row.spilled:
-        found.append(f"spills {row.spilled}")
     limit = row.on.shared_of_program
     if row.shared > limit:
         found.append(f"needs {row.shared} bytes of shared memory; {row.target} has {limit}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.cases import Baseline, Case, Draw, Unavailable, op_case
+from bench.cases import DEFORMOPS, Baseline, Case, Draw, Unavailable, op_case
 from bench.shapes import CONVOLUTIONS, MAPS, PER_CHANNEL, SMALL_GROUPS, SMALL_OFFSETS, Convolution, Map
 from degmix_kernels.activation import activate
 from degmix_kernels.contract import Cost, Op, Sample
@@ -148,7 +148,7 @@ def _baselines(mixed: bool) -> tuple[Baseline, ...]:
     return (
         Baseline("torchvision fp32", of(load_torchvision), torch.float32),
         Baseline("torchvision fp16", of(load_torchvision), torch.float16),
-        Baseline("deformops", of(_deformops)),
+        Baseline(DEFORMOPS, of(_deformops)),
     )
 
 

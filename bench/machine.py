@@ -14,7 +14,7 @@ import torch
 from bench.results import UNKNOWN, Machine
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COMMIT_VARIABLE = "BENCH_COMMIT"  # says the commit, in 40 digits, where files were copied without .git
+COMMIT_VARIABLE = "BENCH_COMMIT"  # says the commit, in 40 digits; what git says of a copy may be older
 
 
 def read_machine(device: torch.device) -> Machine:
@@ -44,13 +44,18 @@ def read_machine(device: torch.device) -> Machine:
 
 
 def _revision() -> tuple[str, bool | None]:
-    """Commit, and whether the code is another: changed files, or Python files that git does not know."""
+    """Commit, and whether the code is another: changed files, or Python files that git does not know.
+
+    Where the environment says the commit, git is not asked: files may have been copied beside an older .git.
+    """
+    said = os.environ.get(COMMIT_VARIABLE, "")
+    if said:
+        return said if re.fullmatch("[0-9a-f]{40}", said) else UNKNOWN, None
     git = ("git", "-C", str(REPOSITORY))
     top, commit = _output(*git, "rev-parse", "--show-toplevel"), _output(*git, "rev-parse", "HEAD")
     # A copy without .git may lie in somebody else's repository.
     if top is None or commit is None or Path(top).resolve() != REPOSITORY:
-        said = os.environ.get(COMMIT_VARIABLE, "")
-        return said if re.fullmatch("[0-9a-f]{40}", said) else UNKNOWN, None
+        return UNKNOWN, None
     status = _output(*git, "status", "--porcelain", "--untracked-files=all")
     if status is None:
         return UNKNOWN, None

@@ -83,6 +83,8 @@ def _provenance(results: Results, source: str) -> str:
         text += (
             f" Ceilings, measured with it: copy {results.ceilings.copy / 1e12:.3g} TB/s; products {products}."
         )
+    if machine.gpu is not None and not results.complete:
+        text += " The run was stopped before its end: a baseline that is missing here was not measured."
     if len(parts) > 1:
         text += (
             f" In {len(parts)} calls, each with ceilings of its own; ratios are of times of the same call."
@@ -136,14 +138,16 @@ def _each(ratios: Mapping[str, float | None], form: str, unit: str = "") -> str:
 
 
 def newest_of_a_gpu(folder: Path) -> tuple[Path, Results] | None:
-    """The complete result file of a GPU below a folder that was measured last; None without one.
+    """The result file of a GPU below a folder that was measured last; None without one.
+
+    A complete file is preferred to a newer one that is not.
 
     Raises:
         ValueError: if a file that is named like one, by its date, is no result file.
     """
     files = [(path, read(path)) for path in folder.glob("*/[0-9]*.json")]
-    complete = [each for each in files if each[1].machine.gpu is not None and each[1].complete]
-    return max(complete, key=lambda each: each[1].measured, default=None)
+    of_gpus = [each for each in files if each[1].machine.gpu is not None]
+    return max(of_gpus, key=lambda each: (each[1].complete, each[1].measured), default=None)
 
 
 def _on_the_same_gpu(folder: Path) -> list[str]:
@@ -217,8 +221,7 @@ def report(check: bool) -> int:
         return int(bool(changed))
     if found is None:
         print(
-            "no complete result file of a GPU under bench/results: python -m bench on a machine with a GPU "
-            "makes one"
+            "no result file of a GPU under bench/results: python -m bench on a machine with a GPU makes one"
         )
     else:
         drawn = plots.draw(results, README.parent / PICTURES)
@@ -233,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=COMMAND,
         description="Write the benchmark tables of README.md and bench/README.md, and draw the pictures, "
-        "from the newest complete result file of a GPU under bench/results.",
+        "from the newest result file of a GPU under bench/results, a complete one if there is one.",
     )
     parser.add_argument(
         "file", nargs="?", type=Path, help="report this file instead, beside it; the READMEs stay as they are"

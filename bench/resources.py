@@ -23,11 +23,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench.compile_kernels import PLANS
-from bench.compiled import Compiled, faults
+from bench.compiled import Compiled, faults, spills
 from bench.results import expect_writable
 from bench.targets import TARGETS
 
 BASELINE = Path(__file__).with_name("resources.json")
+PINNED = "3.6.0"  # Triton, of make test-pinned
 UPDATE = "python -m bench.resources --update"
 USER_ERROR = 2
 RECORDED = ("registers", "spilled", "shared", "matrix", "loads")  # of each target, in the baseline
@@ -141,6 +142,25 @@ def write_baseline(rows: Iterable[Compiled], path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def may_spill(baseline: Path) -> bool:
+    """Whether a spill is nobody's fault here.
+
+    What a compiler does with registers differs between its versions. No kernel may spill with the pinned
+    Triton, nor with the one that wrote the baseline. With any other a spill is reported, and fails nothing.
+    Without a baseline that can be read, no kernel may spill.
+    """
+    try:
+        wrote = json.loads(baseline.read_text(encoding="utf-8"))["triton"]
+    except (OSError, json.JSONDecodeError):
+        return False
+    return version("triton") not in (PINNED, wrote)
+
+
+def spilling(rows: Iterable[Compiled]) -> list[str]:
+    """The launches that spill, in words."""
+    return [f"{row.target}: {_words(row.key)}: spills {row.spilled}" for row in rows if spills(row)]
+
+
 def differences(target: str, rows: Iterable[Compiled], baseline: Baseline) -> list[str]:
     """What a target's launches have lost against the baseline, and which ones it does not know or misses.
 
@@ -195,7 +215,7 @@ def show(rows: Sequence[Compiled], console: Console) -> None:
                 f"{filled.programs} × {row.warps} = {filled.share:.0%}",
                 row.matrix or "",
                 " ".join(f"{bits}×{count}" for bits, count in row.loads.items()),
-                style="red" if faults(row) else None,
+                style="red" if faults(row) or spills(row) else None,
             )
         console.print(table)
 
@@ -243,11 +263,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     faulty = [f"{row.target}: {_words(row.key)}: {fault}" for row in rows for fault in faults(row)]
+    spilled, excused = spilling(rows), not chosen.update and may_spill(BASELINE)
+    faulty += [] if excused else spilled
     if not chosen.update:
         show(rows, output)
     changed = [] if partial else _changed(rows)
     for line in (*faulty, *changed):
         print(line, file=sys.stderr)
+    for line in spilled if excused else ():
+        print(f"{line} with Triton {version('triton')}: no failure", file=sys.stderr)
     if faulty:
         return 1
     if chosen.update:

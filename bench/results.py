@@ -161,7 +161,7 @@ class Results:
         machine: where its first call ran.
         ceilings: what the device reached in that call.
         rows: what was measured.
-        complete: whether all that a report shows is in it (``Selection.headline``); it takes no other file.
+        complete: whether all that a report shows is in it (``Selection.headline``); it prefers such a file.
         quick: whether it was made by ``--quick``, with few repetitions: no part of a complete one.
         measured: as of :class:`Part`, when the first call began.
         continued: the calls that went on where it had ended, in their order.

@@ -21,7 +21,7 @@ from bench import (
     model,
     task_attention,
 )
-from bench.cases import COMPILED, DTYPES, GRAPH, LOOP, Case, Problem, Run, Unavailable
+from bench.cases import COMPILED, DTYPES, GRAPH, LOOP, SLOW_TO_START, Case, Problem, Run, Unavailable
 from bench.ceilings import speed_of_light
 from bench.check import Checker, CheckFailed, Unchecked
 from bench.measure import call_of, measure, peak_bytes, timers
@@ -64,7 +64,7 @@ class Selection:
         dtypes: names; likewise.
         baselines: names of the baselines beside ours; None for all.
         seconds: for one measurement.
-        quick: whether what takes minutes to compile is left out.
+        quick: whether what takes minutes to start is left out.
         done: of rows that an earlier call left.
         repeatable: of ours among those. They are measured again beside every baseline that comes later: only
             times of one call are compared.
@@ -82,8 +82,8 @@ class Selection:
     def rounds(self) -> Iterator[tuple[Case, str, Wanted]]:
         """Every case in its dtypes, with what is left to measure of it, the most valuable first.
 
-        First bf16 at NYUD-v2's maps, then its other shapes, then other dtypes. Compiled baselines, which take
-        minutes, follow in the same order, that of the whole model last; backward passes alone come last.
+        First bf16 at NYUD-v2's maps, then its other shapes, then other dtypes. Baselines that take minutes
+        to start follow in the same order, that of the whole model last; backward passes alone come last.
         """
         leading = _leading(self.cases)
         together = [mode for mode in self.modes if mode != ALONE]
@@ -92,12 +92,12 @@ class Selection:
         repeated: set[Key] = set()
 
         def rank(each: tuple[list[str], str, Case, bool]) -> tuple[bool, ...]:
-            modes, dtype, case, compiled = each
-            slowest = compiled and case.op == model.WHOLE  # to compile
-            return modes is alone, compiled, slowest, dtype != FIRST_DTYPE, case not in leading
+            modes, dtype, case, slow = each
+            slowest = slow and case.op == model.WHOLE
+            return modes is alone, slow, slowest, dtype != FIRST_DTYPE, case not in leading
 
-        for modes, dtype, case, compiled in sorted(every, key=rank):
-            names = [name for name in self._implementations_of(case) if (name == COMPILED) == compiled]
+        for modes, dtype, case, slow in sorted(every, key=rank):
+            names = [name for name in self._implementations_of(case) if (name in SLOW_TO_START) == slow]
             wanted = {name: self._left(case, dtype, modes, name) for name in names}
             wanted = {name: left for name, left in wanted.items() if left}
             left = dict.fromkeys(itertools.chain(*wanted.values()))
@@ -108,8 +108,10 @@ class Selection:
                 yield case, dtype, {OURS: [*again.values(), *wanted.pop(OURS, ())], **wanted}
 
     def headline(self) -> Selection:
-        """What a report shows: NYUD-v2's maps in the first dtype, without what has to be compiled."""
-        names = tuple(name for case in self.cases for name in case.implementations if name != COMPILED)
+        """What a report shows: NYUD-v2's maps in the first dtype, without what takes minutes to start."""
+        names = tuple(
+            name for case in self.cases for name in case.implementations if name not in SLOW_TO_START
+        )
         return replace(self, cases=tuple(_leading(self.cases)), dtypes=(FIRST_DTYPE,), baselines=names)
 
     def keys(self) -> frozenset[Key]:
@@ -184,7 +186,7 @@ def run(
             # Once for all modes: it may have to be compiled.
             make = None if checker is None else cache(checker.problem.runs[name])
             reason = status
-            if name == COMPILED and selection.quick and device.type == "cuda":
+            if name in SLOW_TO_START and selection.quick and device.type == "cuda":
                 reason = _words(Unavailable("left out by --quick"))
             for mode in modes:
                 row = _row(case, dtype, mode, name)

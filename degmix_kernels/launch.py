@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class Launch:
         constants: ``tl.constexpr`` arguments by name.
         num_warps: warps per program.
         num_stages: software pipeline depth.
+        hopper_registers: at most so many registers a thread on GPUs of compute capability 9.0, None for as
+            many as the compiler likes: set where a second program per multiprocessor was measured to pay.
     """
 
     kernel: Any
@@ -43,6 +46,7 @@ class Launch:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    hopper_registers: int | None = None
 
 
 def needs_64_bit(*tensors: Tensor | None) -> bool:
@@ -82,9 +86,15 @@ def _launch(launch: Launch) -> None:
         arguments = {
             name: _scalar(value) if type(value) is int else value for name, value in arguments.items()
         }
-    launch.kernel[(launch.programs,)](
-        **arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
-    )
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    if launch.hopper_registers is not None and not INTERPRETED and _is_hopper(torch.cuda.current_device()):
+        options["maxnreg"] = launch.hopper_registers
+    launch.kernel[(launch.programs,)](**arguments, **launch.constants, **options)
+
+
+@cache
+def _is_hopper(index: int) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) == (9, 0)
 
 
 def _scalar(value: int) -> Any:

@@ -30,6 +30,12 @@ def _launch(product: Product, activation: str, arguments: dict, *tensors: Tensor
         "pre_ptr", "means_ptr", "squares_ptr", "output_ptr", "mean_ptr", "variance_ptr", "norm_weight_ptr",
         "norm_bias_ptr", "residual_ptr",
     )  # fmt: skip
+    constants = {
+        "ACTIVATION": activation,
+        **product.constants(*tensors),
+        "PART": min(32, product.pixel_block),
+    }
+    large = product.out_block * product.pixel_block >= 8192
     return Launch(
         kernels.forward,
         product.programs,
@@ -41,9 +47,11 @@ def _launch(product: Product, activation: str, arguments: dict, *tensors: Tensor
             **arguments,
             **product.arguments(),
         },
-        {"ACTIVATION": activation, **product.constants(*tensors), "PART": min(32, product.pixel_block)},
-        num_warps=8 if product.out_block * product.pixel_block >= 8192 else 4,
+        constants,
+        num_warps=8 if large else 4,
         num_stages=3,
+        # On an H100 0.205 ms instead of 0.227 in training and 0.114 instead of 0.141 in evaluation (NYUD-v2).
+        hopper_registers=128 if large and product.inner_block == 64 and not constants["INDEX_64"] else None,
     )
 
 

@@ -71,6 +71,8 @@ def plan_forward(problem: Problem, bias: Tensor | None, output: Tensor) -> Launc
 
     while programs() < BUSY_PROGRAMS and block_out > 32:  # small maps: gathering again beats idling
         block_out //= 2
+    layouts = _layouts(problem, output)
+    num_warps = 8 if block_out * block_pixels >= (8192 if wide else 4096) else 4
     return Launch(
         general_kernels.forward,
         programs(),
@@ -83,12 +85,14 @@ def plan_forward(problem: Problem, bias: Tensor | None, output: Tensor) -> Launc
             **sizes,
         },
         {
-            **_layouts(problem, output),
+            **layouts,
             "BLOCK_OUT": block_out,
             "BLOCK_CHANNELS": block_channels,
             "BLOCK_PIXELS": block_pixels,
         },
-        num_warps=8 if block_out * block_pixels >= (8192 if wide else 4096) else 4,
+        num_warps=num_warps,
+        # Two programs hide each other's gathers: 0.69 ms instead of 0.96 on an H100 (256 channels, 100×152).
+        hopper_registers=128 if wide and num_warps == 8 and not layouts["INDEX_64"] else None,
     )
 
 

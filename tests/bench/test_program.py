@@ -159,7 +159,7 @@ runpy.run_module("bench", run_name="__main__")
     assert run.stderr == "bench: interrupted while nothing was being measured\n"
 
 
-def test_the_commit_can_be_said_where_git_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "REPOSITORY", tmp_path)
     monkeypatch.delenv(machine.COMMIT_VARIABLE, raising=False)
     assert (read_machine(CPU).commit, read_machine(CPU).dirty) == ("unknown", None)
@@ -169,6 +169,11 @@ def test_the_commit_can_be_said_where_git_is_not(tmp_path: Path, monkeypatch: py
     (tmp_path / "code.py").write_text("")
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
         subprocess.run([*git, *command], check=True)
+    # Of a copy whose .git is older than its files.
+    assert (read_machine(CPU).commit, read_machine(CPU).dirty) == ("c" * 40, None)
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "not a commit")
+    assert read_machine(CPU).commit == "unknown"
+    monkeypatch.delenv(machine.COMMIT_VARIABLE)
     (tmp_path / "notes.txt").write_text("")
     assert len(read_machine(CPU).commit) == 40
     assert read_machine(CPU).dirty is False

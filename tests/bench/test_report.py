@@ -78,7 +78,7 @@ def put(checkout: Path, results: Results, measured: str = "2030-01-02T03:04:05")
 def test_without_results_one_sentence_says_so(checkout, capsys):
     assert report.main(["--check"]) == 1
     assert report.main([]) == 0
-    assert "no complete result file of a GPU under bench/results" in capsys.readouterr().out
+    assert "no result file of a GPU under bench/results" in capsys.readouterr().out
     text = (checkout / "README.md").read_text("utf-8")
     assert text == f"above\n{report.BEGIN}\n{report.NO_RESULT}\n{report.END}\nbelow\n"
     assert report.main(["--check"]) == 0
@@ -91,10 +91,16 @@ def test_times_of_a_cpu_are_no_result(checkout):
     assert report.NO_RESULT in (checkout / "README.md").read_text("utf-8")
 
 
-def test_an_incomplete_file_is_no_result(checkout):
+def test_an_incomplete_file_says_so_and_a_complete_one_is_preferred(checkout):
     put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=False), "2031-01-01T00:00:00")
     assert report.main([]) == 0
-    assert report.NO_RESULT in (checkout / "README.md").read_text("utf-8")
+    text = (checkout / "README.md").read_text("utf-8")
+    assert "The run was stopped before its end: a baseline that is missing here was not measured." in text
+    put(checkout, Results(MACHINE, CEILINGS, ROWS[:1], complete=True), "2030-12-31T00:00:00")
+    assert report.main([]) == 0
+    text = (checkout / "README.md").read_text("utf-8")
+    assert "stopped before its end" not in text
+    assert "batch_norm" not in text
 
 
 def test_the_newest_result_becomes_tables_and_pictures(checkout):
@@ -125,7 +131,7 @@ def test_goals_stand_beside_what_was_measured(checkout):
     """Ours is 3 times as fast as one baseline, half as fast as another, and at half of the speed of light."""
     report.main([])
     text = (checkout / "bench" / "README.md").read_text("utf-8")
-    assert "| `channel_mix` | at least 1.3× as fast as torch.compile | not measured |  |" in text
+    assert "| `channel_mix` | at least 1.2× as fast as torch.compile | not measured |  |" in text
     shown = replace(ROWS[2], op="deform_mix", impl="torchvision fp16")
     small = replace(ROWS[0], op="deform_mix", shape="launch", timer=LOOP, ms=9.0)
     put(
@@ -135,13 +141,13 @@ def test_goals_stand_beside_what_was_measured(checkout):
     report.main([])
     text = (checkout / "bench" / "README.md").read_text("utf-8")
     compiled = "torch.compile | 0 of 1 | 0.50×: nyud, fwd, torch.compile |"
-    light = "at least 70% of the speed of light | 0 of 2 | 50%: nyud, fwd |"
+    light = "at least 45% of the speed of light | 2 of 2 | 50%: nyud, fwd |"
     memory = "1 of 1 | 33%: nyud b8, training step, eager formula |"
     for line in (
-        f"| `channel_mix` | at least 1.3× as fast as {compiled}",
+        f"| `channel_mix` | at least 1.2× as fast as {compiled}",
         f"| `channel_mix` | {light}",
-        f"| `DeGMix head` | at most 35% of the peak memory of eager formula | {memory}",
-        "| `deform_mix` | at least 8× as fast as torchvision | 0 of 1 | 0.50×: nyud, fwd, torchvision fp16 |",
+        f"| `DeGMix head` | at most 35% of the peak memory of eager formula, training step | {memory}",
+        "| `deform_mix` | at least 5× as fast as torchvision | 0 of 1 | 0.50×: nyud, fwd, torchvision fp16 |",
     ):
         assert line in text.splitlines()
 

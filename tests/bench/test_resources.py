@@ -13,7 +13,7 @@ import torch
 
 from bench import compile_kernels, resources
 from bench.compile_kernels import amd_widths, nvidia_widths
-from bench.compiled import Compiled, faults
+from bench.compiled import SPILLED_UNDER_A_CAP, Compiled, faults, spills
 from bench.resources import by_key, differences, read_baseline, write_baseline
 from bench.shapes import MAPS, QUICK
 from bench.targets import TARGETS, occupancy
@@ -28,6 +28,7 @@ ROW = Compiled(
     tensors={"x_ptr": "bf16", "bias_ptr": None, "sums_ptr": "fp32"},
     warps=8,
     stages=1,
+    capped=None,
     registers=128,
     spilled=0,
     shared=49152,
@@ -104,7 +105,6 @@ def test_a_configuration_names_what_is_set():
 
 def test_faults():
     assert faults(ROW) == []
-    assert faults(replace(ROW, spilled=8)) == ["spills 8"]
     assert faults(replace(ROW, shared=227 * 1024 + 4)) == [
         "needs 232452 bytes of shared memory; sm_90 has 232448"
     ]
@@ -114,6 +114,14 @@ def test_faults():
     older = replace(ROW, matrix="mma.sync")
     assert faults(older) == []
     assert faults(replace(older, op="deform_conv2d (general)")) == ["computes bf16 products with mma.sync"]
+
+
+def test_spills():
+    assert not spills(ROW)
+    assert spills(replace(ROW, spilled=4))
+    capped = replace(ROW, capped=128, spilled=SPILLED_UNDER_A_CAP)
+    assert not spills(capped)
+    assert spills(replace(capped, spilled=SPILLED_UNDER_A_CAP + 4))
 
 
 def test_the_baseline_catches_what_is_lost(tmp_path: Path):
@@ -149,7 +157,9 @@ def test_the_committed_baseline_has_every_target_and_no_spill():
     for target, launches in baseline.items():
         assert launches
         for values in launches.values():
-            assert values["spilled"] == 0
+            # Registers of the launches that have a cap; the compile check knows them by name.
+            at_a_cap = target == "sm_90" and values["registers"] == 128
+            assert values["spilled"] <= (SPILLED_UNDER_A_CAP if at_a_cap else 0)
             assert values["shared"] <= TARGETS[target].shared_of_program
 
 
@@ -187,6 +197,16 @@ def test_the_command_never_records_a_spill(compiled, capsys):
     assert resources.main(["--update"]) == 1
     assert "sm_90: channel_mix forward" in capsys.readouterr().err
     assert not resources.BASELINE.exists()
+
+
+def test_a_spill_fails_with_the_baselines_triton_and_the_pinned_one_alone(compiled, monkeypatch, capsys):
+    assert resources.main(["--update"]) == 0
+    compiled[1] = replace(compiled[1], spilled=16)
+    wrote = resources.version("triton")
+    for triton, code in ((wrote, 1), (resources.PINNED, 1), ("99.0.0", 0)):
+        monkeypatch.setattr(resources, "version", lambda _, triton=triton: triton)
+        assert resources.main([]) == code
+        assert "sm_90: channel_mix forward" in capsys.readouterr().err
 
 
 def test_updating_takes_every_kernel(compiled):

@@ -1,0 +1,40 @@
+"""What a plan hands to Triton."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from degmix_kernels import launch
+from degmix_kernels.launch import Launch
+
+
+class Kernel:
+    """Stands for a ``@triton.jit`` function, and keeps the options that it is launched with."""
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return lambda **given: self.given.append(given)
+
+    def __init__(self) -> None:
+        self.given: list[dict] = []
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "limit", "expected"),
+    [
+        ((9, 0), None, 128, {"maxnreg": 128}),
+        ((9, 0), None, None, {}),
+        ((8, 0), None, 128, {}),
+        ((10, 0), None, 128, {}),
+        ((9, 0), "6.4", 128, {}),  # AMD's gfx90a says 9, 0, too, and its compiler has no such option
+    ],
+)
+def test_registers_are_limited_on_hopper_alone(monkeypatch, capability, hip, limit, expected):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(launch, "_is_hopper", launch._is_hopper.__wrapped__)  # without its memory
+    kernel = Kernel()
+    launch._launch(Launch(kernel, 3, {"size": 5}, {"BLOCK": 8}, 2, 1, limit))
+    assert kernel.given == [{"size": 5, "BLOCK": 8, "num_warps": 2, "num_stages": 1, **expected}]
