@@ -128,7 +128,7 @@ def _roofline(results: Results) -> Figure:
     dtypes, ops = list(dict.fromkeys(row.dtype for row in rows)), list(dict.fromkeys(row.op for row in rows))
     parts = list(dict.fromkeys(row.part for row in rows))
     figure = Figure(
-        figsize=(2.5 + 4.5 * len(dtypes), 4.5 * len(parts)),
+        figsize=(4.0 + 4.5 * len(dtypes), 4.5 * len(parts)),
         layout="constrained",
         label="Roofline: fewest bytes ÷ time, ours",
     )
@@ -184,17 +184,20 @@ def _model_memory(results: Results) -> Figure:
     )
     for panel, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
         listed = [row for row in rows if row.mode == mode]
-        calls = list(dict.fromkeys(f"{row.shape}, {row.dtype}" for row in listed))
+        calls = list(dict.fromkeys(_model_call(row) for row in listed))
         width = 1 / (len(impls) + 1)
         for row in listed:
-            place = calls.index(f"{row.shape}, {row.dtype}") + width * (
-                impls.index(row.impl) - len(impls) / 2 + 0.5
-            )
+            side = impls.index(row.impl) - len(impls) / 2 + 0.5
+            place = calls.index(_model_call(row)) + width * side
             panel.bar(place, row.peak_bytes / MIB, width, color=_colour(impls, row.impl))
         panel.set_xticks(range(len(calls)), calls, rotation=30, ha="right", fontsize=7)
         panel.set(title=mode, ylabel="MiB")
     _legend(figure, impls)
     return figure
+
+
+def _model_call(row: Row) -> str:
+    return f"{row.op}\n{row.shape}, {row.dtype}"
 
 
 def _colour(names: Sequence[str], name: str) -> tuple[float, float, float]:

@@ -1,7 +1,7 @@
 """What a result file says, as the READMEs' tables and as pictures: ``python -m bench.report --help``.
 
-Everything between the two markers of README.md and of bench/README.md is written here, nothing there is typed
-by hand.
+Everything between the two markers of README.md, of bench/README.md and of every op family's README.md is
+written here, nothing there is typed by hand.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from bench.cases import LOOP
 from bench.machine import REPOSITORY
 from bench.results import OURS, PUBLISHED, Machine, Results, Row, machine_of, publish, read
 from bench.speedups import Comparison, model_calls, shown
+from degmix_kernels.registry import OPS
 
 README = REPOSITORY / "README.md"
 BENCH_README = REPOSITORY / "bench" / "README.md"
+PAGES = tuple(sorted((REPOSITORY / "degmix_kernels").glob("*/README.md")))  # one for each family of ops
 PICTURES = Path("docs") / "benchmark"  # below README's folder
 BEGIN = "<!-- benchmark: written by python -m bench.report, not by hand -->"
 END = "<!-- end of benchmark -->"
@@ -47,14 +49,7 @@ def section(results: Results, source: str, pictures: Sequence[str]) -> str:
     lines = [_provenance(results, source), ""]
     ops, model = shown(results), model_calls(results)
     if ops:
-        lines += [
-            "| op | call | ms | of the speed of light | times as fast as |",
-            "|---|---|---:|---:|---|",
-            *(_op_line(call) for call in ops),
-            "",
-            RULE,
-            "",
-        ]
+        lines += [*_op_table(ops), "", RULE, ""]
     if model:
         lines += [
             "| model | call | images/s | peak MiB | times as fast as | of the peak memory of |",
@@ -101,6 +96,32 @@ def _versions(machine: Machine) -> list[str]:
 
 def _device(machine: Machine) -> str:
     return machine.gpu or f"a CPU ({machine.cpu})"
+
+
+def _op_table(calls: Sequence[Comparison]) -> list[str]:
+    return [
+        "| op | call | ms | of the speed of light | times as fast as |",
+        "|---|---|---:|---:|---|",
+        *(_op_line(call) for call in calls),
+    ]
+
+
+def family_section(results: Results | None, family: str, source: str) -> str:
+    """The calls of one family's ops in Markdown.
+
+    Args:
+        results: what was measured, if anything was.
+        family: the name of its folder.
+        source: where the result file is, as the page's reader finds it.
+    """
+    names = {op.name for op in OPS if op.reference.__module__.split(".")[1] == family}
+    calls = [] if results is None else shown(results)
+    calls = [call for call in calls if call.ours.op.partition(" (")[0] in names]
+    if not calls:
+        return "No GPU has timed these ops yet."
+    machine = results.machine
+    where = f"{_device(machine)}, commit {machine.commit[:10]}: [{Path(source).name}]({source})"
+    return "\n".join([f"`python -m bench`, {where}.", "", *_op_table(calls)])
 
 
 def _op_line(call: Comparison) -> str:
@@ -201,18 +222,21 @@ def _write_tables(results: Results, source: str, pictures: Sequence[str], target
 
 
 def report(check: bool) -> int:
-    """Bring both READMEs and the pictures up to date, or only say whether the READMEs are."""
+    """Bring all pages and the pictures up to date, or only say whether the pages are."""
     found = newest_of_a_gpu(PUBLISHED)
     if found is None:
+        results, source = None, ""
         generated, lines = NO_RESULT, goals.table(None)
     else:
         from bench import plots
 
         path, results = found
         pictures = [(PICTURES / name).as_posix() for name in plots.names(results)]
-        generated = section(results, path.relative_to(README.parent).as_posix(), pictures)
+        source = path.relative_to(README.parent).as_posix()
+        generated = section(results, source, pictures)
         lines = [*goals.table(results), *predicted.table(results), *_on_the_same_gpu(path.parent)]
     texts = {README: generated, BENCH_README: "\n".join(lines)}
+    texts |= {page: family_section(results, page.parent.name, f"../../{source}") for page in PAGES}
     changed = {path: new for path in texts for old, new in [replaced(path, texts[path])] if new != old}
     if check:
         for path in changed:
@@ -225,7 +249,7 @@ def report(check: bool) -> int:
         )
     else:
         drawn = plots.draw(results, README.parent / PICTURES)
-        print(f"{path.name}: {README.name} and {len(drawn)} pictures in {PICTURES}")
+        print(f"{path.name}: {len(texts)} pages, and {len(drawn)} pictures in {PICTURES}")
     for path, new in changed.items():
         path.write_text(new, encoding="utf-8")
     return 0
@@ -235,11 +259,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 1 if ``--check`` finds a README stale, 2 for a file that is no result file."""
     parser = argparse.ArgumentParser(
         prog=COMMAND,
-        description="Write the benchmark tables of README.md and bench/README.md, and draw the pictures, "
+        description="Write the benchmark tables of all README.md, and draw the pictures, "
         "from the newest result file of a GPU under bench/results, a complete one if there is one.",
     )
     parser.add_argument(
-        "file", nargs="?", type=Path, help="report this file instead, beside it; the READMEs stay as they are"
+        "file", nargs="?", type=Path, help="report this file instead, beside it; the pages stay as they are"
     )
     parser.add_argument("--check", action="store_true", help="only say whether they are up to date")
     parser.add_argument(

@@ -75,3 +75,13 @@ def test_memory_is_in_mebibytes() -> None:
     (bar,) = panel.patches
     assert bar.get_height() == 3
     assert panel.get_ylabel() == "MiB"
+
+
+def test_the_head_and_the_whole_model_have_bars_of_their_own() -> None:
+    whole = replace(MODEL, op="whole model", peak_bytes=5 * 2**20)
+    rows = [replace(row, impl=impl) for row in (MODEL, whole) for impl in (OURS, "formula")]
+    (panel,) = panels("model-memory.png", replace(RESULTS, rows=tuple(rows)))
+    assert [bar.get_height() for bar in panel.patches] == [3, 3, 5, 5]
+    assert len({bar.get_x() for bar in panel.patches}) == 4
+    labels = [label.get_text() for label in panel.get_xticklabels()]
+    assert labels == ["model\nnyud, bf16", "whole model\nnyud, bf16"]

@@ -62,8 +62,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
     monkeypatch.setattr(report, "PUBLISHED", tmp_path / "bench" / "results")
     monkeypatch.setattr(report, "BENCH_README", tmp_path / "bench" / "README.md")
-    (tmp_path / "bench").mkdir()
-    for path in (report.README, report.BENCH_README):
+    monkeypatch.setattr(report, "PAGES", (tmp_path / "degmix_kernels" / "channel_mix" / "README.md",))
+    for path in (report.README, report.BENCH_README, *report.PAGES):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"above\n{report.BEGIN}\n{report.END}\nbelow\n", "utf-8")
     return tmp_path
 
@@ -81,6 +82,8 @@ def test_without_results_one_sentence_says_so(checkout, capsys):
     assert "no result file of a GPU under bench/results" in capsys.readouterr().out
     text = (checkout / "README.md").read_text("utf-8")
     assert text == f"above\n{report.BEGIN}\n{report.NO_RESULT}\n{report.END}\nbelow\n"
+    (page,) = report.PAGES
+    assert "No GPU has timed these ops yet." in page.read_text("utf-8")
     assert report.main(["--check"]) == 0
     assert not (checkout / "docs").exists()
 
@@ -125,6 +128,20 @@ def test_the_newest_result_becomes_tables_and_pictures(checkout):
     for name in ("speed-up", "roofline", "model-memory"):
         assert f"(docs/benchmark/{name}.png)" in text
         assert (checkout / "docs" / "benchmark" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_page_has_its_own_ops_alone(checkout):
+    put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=True))
+    report.main([])
+    (page,) = report.PAGES
+    lines = page.read_text("utf-8").splitlines()
+    source = "[7969.json](../../bench/results/made-up/7969.json)"
+    assert f"`python -m bench`, Made-up GPU, commit 0123456789: {source}." in lines
+    assert [line.partition(", bf16")[0] for line in lines if line.startswith("| `")] == [
+        "| `channel_mix` | nyud",
+        "| `channel_mix` | nyud",
+    ]
+    assert report.main(["--check"]) == 0
 
 
 def test_goals_stand_beside_what_was_measured(checkout):
