@@ -8,7 +8,7 @@ from typing import Any
 from bench.targets import TARGETS, Occupancy, Target, occupancy
 
 # Launches of these sizes were measured to be faster on an H100 with a cap than without it.
-SPILLED_UNDER_A_CAP = 72  # bytes
+SPILLED_UNDER_A_CAP = 88  # bytes, the most that any of them spills
 
 
 @dataclass(frozen=True)
