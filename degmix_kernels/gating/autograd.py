@@ -168,7 +168,6 @@ def _mlp_forward(
         gate_bias, fc2_weight, fc2_bias,
     )  # fmt: skip
     norm, gate_norm = (norm_weight, norm_bias, eps), (gate_norm_weight, gate_norm_bias, eps)
-    output = torch.empty_like(x)
     hidden = x.new_empty((*x.shape[:2], fc1_weight.shape[0]))
     pre = torch.empty_like(hidden) if keep else x.new_empty(0)
     run(
@@ -179,6 +178,8 @@ def _mlp_forward(
         x.device,
     )  # fmt: skip
     gated = gate_forward(*hidden.chunk(2, dim=2), gate_norm, gate_weight, gate_bias, mode)
+    del hidden  # as large as two maps; its memory is free for the result
+    output = torch.empty_like(x)
     run(plan_linear(gated, fc2_weight, fc2_bias, residual=x, output=output), x.device)
     return output, pre
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from allocations import Allocations
 from launches import recorded_launches
 
 from degmix_kernels import GatedMLP, SpatialGatingUnit, gated_mlp, spatial_gating_unit, use_backend
@@ -209,6 +210,16 @@ def test_many_programs_share_statistics(device):
     with recorded_launches() as seen:
         assert_exact(gated_mlp, arguments, "channel", 99999)
     assert names(seen)[:5] == ["normalise", "linear", "normalise", "linear", "linear"]
+
+
+@both_modes
+def test_memory_of_inference(device, mode):
+    """fc1's result, twice as wide, and the gate's; LayerNorm(v) in token mode. The result comes later."""
+    arguments = mlp_arguments(device, torch.bfloat16, 4, 64, 128, 128, mode)
+    with torch.no_grad(), recorded_launches(execute=False), Allocations(*arguments) as memory:
+        output = gated_mlp(*arguments, mode)
+    assert memory.alive() == output.nbytes
+    assert memory.peak()[0] == (3 if mode == "channel" else 4) * output.nbytes
 
 
 @both_modes
