@@ -17,7 +17,7 @@ from degmix_kernels.gating.passes import (
     statistics_for,
     vector_gradient,
 )
-from degmix_kernels.gating.plan import as_rows, can_fuse, plan_fused, plan_linear
+from degmix_kernels.gating.plan import as_rows, plan_linear
 from degmix_kernels.launch import run
 from degmix_kernels.registered import RegisteredOp
 
@@ -160,31 +160,26 @@ def _mlp_forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """The result, and what fc1 gave, before its activation, empty if not to be kept."""
-    parameters = _contiguous(
-        norm_weight, norm_bias, fc1_weight, fc1_bias, gate_norm_weight, gate_norm_bias, gate_weight,
-        gate_bias, fc2_weight, fc2_bias,
-    )  # fmt: skip
-    x = x.contiguous()
-    batch, tokens, _ = x.shape
-    columns = fc1_weight.shape[0]
-    output = torch.empty_like(x)
-    pre = x.new_empty((batch, tokens, columns) if keep else 0)
-    if not keep and can_fuse(x, columns // 2, mode):
-        run(plan_fused(x, parameters, eps, output), x.device)
-        return output, pre
     (
-        norm_weight, norm_bias, fc1_weight, fc1_bias, gate_norm_weight, gate_norm_bias, gate_weight,
+        x, norm_weight, norm_bias, fc1_weight, fc1_bias, gate_norm_weight, gate_norm_bias, gate_weight,
         gate_bias, fc2_weight, fc2_bias,
-    ) = parameters  # fmt: skip
-    norm = (norm_weight, norm_bias, eps)
-    hidden = x.new_empty((batch, tokens, columns))
-    launch = plan_linear(
-        x, fc1_weight, fc1_bias, norm, statistics_for(x, norm, columns), "gelu", pre=pre if keep else None,
-        output=hidden,
+    ) = _contiguous(
+        x, norm_weight, norm_bias, fc1_weight, fc1_bias, gate_norm_weight, gate_norm_bias, gate_weight,
+        gate_bias, fc2_weight, fc2_bias,
     )  # fmt: skip
-    run(launch, x.device)
-    u, v = hidden.chunk(2, dim=2)
-    gated = gate_forward(u, v, (gate_norm_weight, gate_norm_bias, eps), gate_weight, gate_bias, mode)
+    norm, gate_norm = (norm_weight, norm_bias, eps), (gate_norm_weight, gate_norm_bias, eps)
+    hidden = x.new_empty((*x.shape[:2], fc1_weight.shape[0]))
+    pre = torch.empty_like(hidden) if keep else x.new_empty(0)
+    run(
+        plan_linear(
+            x, fc1_weight, fc1_bias, norm, statistics_for(x, norm, hidden.shape[2]), "gelu",
+            pre=pre if keep else None, output=hidden,
+        ),
+        x.device,
+    )  # fmt: skip
+    gated = gate_forward(*hidden.chunk(2, dim=2), gate_norm, gate_weight, gate_bias, mode)
+    del hidden  # as large as two maps; its memory is free for the result
+    output = torch.empty_like(x)
     run(plan_linear(gated, fc2_weight, fc2_bias, residual=x, output=output), x.device)
     return output, pre
 

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from degmix_kernels.batch_norm.plan import ceil_div
-from degmix_kernels.gating import fused_kernels, kernels
+from degmix_kernels.gating import kernels
 from degmix_kernels.launch import Launch, needs_64_bit
 from degmix_kernels.product import precision
 
 _WIDEST, _STEP = 4096, 1024  # columns that one tile holds, and of wider rows at a time
-_WIDEST_FUSED = 256  # channels, hidden or not, that the fused kernel holds
 _ELEMENTS_PER_WARP = 512  # 16 per thread
 _MULTIPROCESSORS = 132  # below this many programs, smaller ones are better
 
@@ -273,54 +272,4 @@ def plan_mix_tokens(
         },
         {"TOKENS_UNIT": unit_of(tokens), **tiles.constants(normed.dtype, weight, normed, multiplier, output)},
         **tiles.resources,
-    )
-
-
-def can_fuse(x: Tensor, hidden: int, mode: str) -> bool:
-    """Whether ``plan_fused`` can do the whole forward pass, which then leaves nothing but its result.
-
-    In fp32 the products take longer than all memory traffic, so there is nothing to win.
-    """
-    return mode == "channel" and x.dtype != torch.float32 and max(x.shape[2], hidden) <= _WIDEST_FUSED
-
-
-def plan_fused(x: Tensor, parameters: tuple[Tensor, ...], eps: float, output: Tensor) -> Launch:
-    """The forward pass of ``gated_mlp``, mode ``"channel"``.
-
-    Args:
-        x: (B, N, C), contiguous like all.
-        parameters: those of the public function, in its order.
-        eps: of both LayerNorms.
-        output: filled with the result.
-    """
-    names = (
-        "norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "gate_norm_weight", "gate_norm_bias",
-        "gate_weight", "gate_bias", "fc2_weight", "fc2_bias",
-    )  # fmt: skip
-    batch, tokens, channels = x.shape
-    hidden = parameters[-2].shape[1]
-    # 64 rows are the fewest that Hopper's own products take, and the most that gfx942 has registers for.
-    block = 64
-    return Launch(
-        fused_kernels.gated_mlp,
-        ceil_div(batch * tokens, block),
-        {
-            "x_ptr": x,
-            **{f"{name}_ptr": tensor for name, tensor in zip(names, parameters, strict=True)},
-            "output_ptr": output,
-            "eps": eps,
-            "rows": batch * tokens,
-            "channels": channels,
-            "hidden": hidden,
-        },
-        {
-            "PRECISION": precision(x.dtype),
-            "INDEX_64": needs_64_bit(x),
-            "BLOCK_ROWS": block,
-            "CHANNELS": power_of_two(channels, 32),
-            "HIDDEN": power_of_two(hidden, 32),
-            "BLOCK_CHANNELS": 32,
-            "BLOCK_HIDDEN": 16,
-        },
-        num_warps=8,
     )

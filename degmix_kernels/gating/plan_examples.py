@@ -10,8 +10,6 @@ from torch import Tensor
 
 from degmix_kernels.gating.backward_plan import plan_gate_backward, plan_norm_backward, plan_token_weight
 from degmix_kernels.gating.plan import (
-    can_fuse,
-    plan_fused,
     plan_linear,
     plan_mix_tokens,
     plan_normalise,
@@ -79,7 +77,7 @@ def _gate(call: tuple[int, int, int, int, str], dtype: torch.dtype, activation: 
 
 
 def _mlp(call: tuple[int, int, int, int, str], dtype: torch.dtype) -> Iterator[Launch]:
-    batch, tokens, channels, hidden, mode = call
+    batch, tokens, channels, hidden, _ = call
     empty = partial(_empty, dtype=dtype)
     x, pre = empty(batch, tokens, channels), empty(batch, tokens, 2 * hidden)
     norm = _norm(channels)
@@ -89,13 +87,9 @@ def _mlp(call: tuple[int, int, int, int, str], dtype: torch.dtype) -> Iterator[L
         statistics = _empty(2, batch * tokens, dtype=torch.float32)
         yield plan_normalise(x, *norm, "identity", statistics, None)
     yield plan_linear(x, weight, bias, norm, statistics, "gelu", pre=pre, output=pre)
+    yield plan_linear(x, weight, bias, norm, statistics, "gelu", output=pre)  # in inference
     yield plan_linear(x, weight, bias, norm, statistics, pre=pre)
     gated = empty(batch, tokens, hidden)
     yield plan_linear(gated, empty(channels, hidden), empty(channels), residual=x, output=x)
     yield from _gate(call, dtype, "gelu")
     yield from plan_norm_backward(x, x, norm, "identity", x, x, x, True)[0]
-    if can_fuse(x, hidden, mode):
-        gate_norm = _norm(hidden)
-        fc2_weight, fc2_bias = empty(channels, hidden), empty(channels)
-        gate = empty(hidden, hidden), empty(hidden)
-        yield plan_fused(x, (*norm[:2], weight, bias, *gate_norm[:2], *gate, fc2_weight, fc2_bias), _EPS, x)

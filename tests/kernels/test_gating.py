@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from allocations import Allocations
 from launches import recorded_launches
 
 from degmix_kernels import GatedMLP, SpatialGatingUnit, gated_mlp, spatial_gating_unit, use_backend
@@ -184,27 +185,41 @@ def test_rows_wider_than_a_tile(device, monkeypatch):
         assert names(seen).count("norm_sums") == 2
 
 
-@pytest.mark.parametrize("dtype", half, ids=str)
-def test_fused_forward(device, dtype):
-    """Nothing has to be kept: one launch. What recomputing gives is what the separate steps give."""
-    arguments = mlp_arguments(device, dtype, 2, 41, 37, 45, "channel")
+@every_dtype
+@both_modes
+def test_where_nothing_is_kept(device, dtype, mode):
+    """Inference makes the launches of training. What recomputing gives is what keeping gives."""
+    arguments = mlp_arguments(device, dtype, 2, 41, 37, 45, mode)
     with use_backend("reference"):
-        expected = gated_mlp(*(tensor.detach().double() for tensor in arguments))
-    with torch.no_grad(), recorded_launches() as seen, poisoned_empty():
-        output = gated_mlp(*arguments)
-    assert names(seen) == ["gated_mlp"]
+        expected = gated_mlp(*(tensor.detach().double() for tensor in arguments), mode)
+    with torch.no_grad(), recorded_launches() as inference, poisoned_empty():
+        output = gated_mlp(*arguments, mode)
     assert_close(output, expected, 999)
-    recomputed = assert_exact(gated_mlp, arguments, "channel", 99999, recompute=True)
-    kept = assert_exact(gated_mlp, arguments, "channel", 99999)
+    with recorded_launches(execute=False) as training:
+        gated_mlp(*arguments, mode)
+    assert names(inference) == names(training)
+    recomputed = assert_exact(gated_mlp, arguments, mode, 99999, recompute=True)
+    kept = assert_exact(gated_mlp, arguments, mode, 99999)
     for one, other in zip(recomputed, kept, strict=True):  # a GPU may contract the two to other FMAs
         assert_close(one, other.double(), 999)
 
 
-def test_rows_too_wide_to_fuse_take_separate_steps(device):
+def test_many_programs_share_statistics(device):
+    """Rows that more than two programs read have their statistics computed beforehand."""
     arguments = mlp_arguments(device, torch.bfloat16, 1, 3, 5, 257, "channel")
-    with torch.no_grad(), recorded_launches(execute=False) as seen:
-        gated_mlp(*arguments)
-    assert names(seen) == ["normalise", "linear", "normalise", "linear", "linear"]
+    with recorded_launches() as seen:
+        assert_exact(gated_mlp, arguments, "channel", 99999)
+    assert names(seen)[:5] == ["normalise", "linear", "normalise", "linear", "linear"]
+
+
+@both_modes
+def test_memory_of_inference(device, mode):
+    """fc1's result, twice as wide, and the gate's; LayerNorm(v) in token mode. The result comes later."""
+    arguments = mlp_arguments(device, torch.bfloat16, 4, 64, 128, 128, mode)
+    with torch.no_grad(), recorded_launches(execute=False), Allocations(*arguments) as memory:
+        output = gated_mlp(*arguments, mode)
+    assert memory.alive() == output.nbytes
+    assert memory.peak()[0] == (3 if mode == "channel" else 4) * output.nbytes
 
 
 @both_modes
