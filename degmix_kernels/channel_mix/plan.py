@@ -36,6 +36,8 @@ def _launch(product: Product, activation: str, arguments: dict, *tensors: Tensor
         "PART": min(32, product.pixel_block),
     }
     large = product.out_block * product.pixel_block >= 8192
+    # On an H100, bf16: 0.205 ms instead of 0.227 in training, 0.114 instead of 0.141 in evaluation (NYUD-v2).
+    capped = large and product.inner_block == 64 and product.groups == 1 and not constants["INDEX_64"]
     return Launch(
         kernels.forward,
         product.programs,
@@ -50,8 +52,7 @@ def _launch(product: Product, activation: str, arguments: dict, *tensors: Tensor
         constants,
         num_warps=8 if large else 4,
         num_stages=3,
-        # On an H100 0.205 ms instead of 0.227 in training and 0.114 instead of 0.141 in evaluation (NYUD-v2).
-        hopper_registers=128 if large and product.inner_block == 64 and not constants["INDEX_64"] else None,
+        hopper_registers=128 if capped else None,
     )
 
 
