@@ -4,7 +4,7 @@
 #     bash bench/gpu_check.sh [--quick] [FOLDER]      FOLDER: $OUT, or gpu_check/, if not given
 #     PYTHON=.venv/bin/python bash bench/gpu_check.sh
 #     RESUME=results.json bash bench/gpu_check.sh     continues the benchmark of a call before, of the same commit
-#     BENCH_COMMIT=<40 digits> bash …                 says the commit to a copy without .git
+#     BENCH_COMMIT=<40 digits> bash …                 says the commit of a copy without its own .git
 #     TESTS=0 MEMCHECK=200 BENCH=100 bash …           seconds of a stage instead of its own; 0 leaves it out.
 #                                                     HUGE and RACECHECK likewise; DEADLINE for everything
 #
