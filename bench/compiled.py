@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.targets import TARGETS, Occupancy, Target, occupancy
 
-# What was measured to be faster on an H100 with a cap than without it spills up to 32; fp16 and other sizes more.
+# What gained by a cap on an H100 spills up to 32 with it, in bf16; fp16 and other sizes spill more.
 SPILLED_UNDER_A_CAP = 88  # bytes, the most that any of them spills
 
 

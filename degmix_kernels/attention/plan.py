@@ -136,9 +136,10 @@ def plan_forward(
     steps, unit = strides(query=query, key=key, value=value, output=output)
     query_blocks = ceil_div(queries, blocks.queries)
     large = needs_64_bit(query, key, value, output)
-    # 136 registers with Triton 3.6: capped, 2.11 ms instead of 2.62 on an H100 (bf16, 14 980 tokens). What saves
-    # nothing for a backward pass gains nothing.
-    capped = query.dtype != torch.float32 and head_dim == 128 and attended is not None and residual is None
+    # 136 registers with Triton 3.6: capped, 2.11 ms instead of 2.62 on an H100 (bf16, 14 980 tokens). A call
+    # that saves nothing for a backward pass gains nothing.
+    saves = log_sum is not None
+    capped = query.dtype != torch.float32 and head_dim == 128 and saves and residual is None
     return Launch(
         kernels.forward,
         batch * heads * query_blocks,
