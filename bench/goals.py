@@ -28,7 +28,7 @@ class Goal:
         bound: a ratio.
         against: what the names of the baselines begin with; of LIGHT empty.
         modes: of the rows that it is about.
-        dtype: likewise.
+        dtype: of the rows that it is about.
         launches: whether it is about small calls one after the other, and not about the large ones.
     """
 
