@@ -330,6 +330,8 @@ def test_autocast_takes_maps_of_several_dtypes(device, attention):
     """A GPU's autocast leaves Swin's first map, behind a LayerNorm, in fp32 and the others in bf16."""
     head = small_head(attention).float().to(device).eval()
     features = [feature.float().to(device) for feature in small_features()]
+    embedded = []  # one dtype, so that concatenated maps are not widened to fp32
+    head.embed.register_forward_pre_hook(lambda _, maps: embedded.extend(each.dtype for each in maps[0]))
     with torch.autocast(device.type, torch.bfloat16):
         expected = head([feature.bfloat16() for feature in features], (14, 18))
         mixed = head([features[0], *(feature.bfloat16() for feature in features[1:])], (14, 18))
@@ -337,6 +339,7 @@ def test_autocast_takes_maps_of_several_dtypes(device, attention):
             head([features[0], *(feature.double() for feature in features[1:])], (14, 18))
     with pytest.raises(TypeError, match=r"features\[1\]: expected torch.float32, got torch.bfloat16"):
         head([features[0], *(feature.bfloat16() for feature in features[1:])], (14, 18))
+    assert set(embedded) == {torch.bfloat16}
     for task, prediction in mixed.items():
         assert torch.equal(prediction, expected[task])
 
