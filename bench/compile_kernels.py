@@ -16,60 +16,33 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import CompiledKernel
 
 from bench import model
-from bench.cases import Case
+from bench.cases import DTYPES, Case
 from bench.compiled import Compiled
 from bench.deform_conv import IN_THE_KERNEL
+from bench.gpu.trace import NAMES, Specialised, specialise, traced
 from bench.results import OURS
 from bench.run import CASES
 from bench.shapes import QUICK
 from bench.targets import TARGETS, Target
-from degmix_kernels import backend
-from degmix_kernels import launch as launching
 from degmix_kernels.deform_conv import computed_offsets_plans
-from degmix_kernels.launch import INT32_MAX, Launch
+from degmix_kernels.launch import Launch
 from degmix_kernels.registry import OPS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "i64", torch.int32: "i32"}
 # What plans the launches of a dtype: of the registry's ops, and of one that the benchmark alone calls.
 PLANS: dict[str, Callable[[torch.dtype], Sequence[Launch]]] = {
     **{op.label: op.kernels for op in OPS if op.kernels is not None},
     f"deform_mix ({IN_THE_KERNEL})": computed_offsets_plans.plan_examples,
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-def source(launch: Launch) -> ASTSource:
-    """The specialisation that Triton's launcher would make of these arguments."""
-    names = launch.kernel.arg_names
-    signature, constants, attributes = {}, dict(launch.constants), {}
-    for name in names:
-        value = launch.arguments.get(name)
-        position = (names.index(name),)
-        if name in launch.constants or value is None or (isinstance(value, int) and value == 1):
-            signature[name] = "constexpr"
-            constants.setdefault(name, value)
-        elif isinstance(value, Tensor):
-            signature[name] = "*" + NAMES[value.dtype]
-            attributes[position] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if value <= INT32_MAX else "i64"
-            if value % 16 == 0:
-                attributes[position] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, attributes)
-
 
 Labelled = tuple[str, str, Launch]
 """Label of an op, dtype, launch."""
@@ -95,16 +68,7 @@ def benchmarked(op_part: str, dtypes: Sequence[str]) -> Iterator[Labelled]:
 def _launches(case: Case, dtype: torch.dtype) -> list[Launch]:
     """What a call, in inference and in training, and its backward pass would launch."""
     seen: list[Launch] = []
-
-    def can_run(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-        return dtype in backend.KERNEL_DTYPES, ""
-
-    with (
-        FakeTensorMode(),
-        backend.use_backend("triton"),
-        patch.object(launching, "_launch", seen.append),
-        patch.object(backend, "can_run", can_run),
-    ):
+    with FakeTensorMode(), traced(seen.append):
         run = case.prepare(torch.device("cpu"), dtype).runs[OURS]()
         with torch.no_grad():
             run.forward()
@@ -114,14 +78,13 @@ def _launches(case: Case, dtype: torch.dtype) -> list[Launch]:
     return seen
 
 
-def specialised(launches: Iterable[Labelled]) -> Iterator[tuple[str, str, Launch, ASTSource]]:
+def specialised(launches: Iterable[Labelled]) -> Iterator[tuple[str, str, Launch, Specialised]]:
     """The same with the specialisation of each; of equal ones, the first."""
     done = set()
     for label, dtype, launch in launches:
-        specialisation = source(launch)
-        key = (specialisation.hash(), launch.num_warps, launch.num_stages, launch.hopper_registers)
-        if key not in done:
-            done.add(key)
+        specialisation = specialise(launch)
+        if specialisation.key not in done:
+            done.add(specialisation.key)
             yield label, dtype, launch, specialisation
 
 
@@ -202,10 +165,7 @@ def main() -> None:
     launches = list(specialised(which(arguments.op, dtypes)))
     print(json.dumps(len(launches)), flush=True)
     for op, dtype, launch, specialisation in launches:
-        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        capped = launch.hopper_registers if (target.backend, target.arch) == ("cuda", 90) else None
-        if capped is not None:
-            options["maxnreg"] = capped
+        compiled = triton.compile(specialisation.source, target=gpu, options=specialisation.options(gpu))
         row = Compiled(
             op=op,
             kernel=launch.kernel.__name__,
@@ -220,8 +180,8 @@ def main() -> None:
             },
             warps=launch.num_warps,
             stages=launch.num_stages,
-            capped=capped,
-            **measure(triton.compile(specialisation, target=gpu, options=options), target),
+            capped=specialisation.capped(gpu),
+            **measure(compiled, target),
         )
         print(json.dumps(asdict(row)), flush=True)
 
