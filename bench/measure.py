@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 
 from bench.cases import CLOCK, EVENTS, GRAPH, LOOP, Case, Run
@@ -129,7 +130,7 @@ def peak_bytes(call: Call, own_bytes: int) -> int:
 
 
 def _quantiles(samples: list[float]) -> list[float]:
-    return torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor(QUANTILES).double()).tolist()
+    return numpy.quantile(samples, QUANTILES).tolist()
 
 
 def _repetitions(seconds: float, one: float) -> int:

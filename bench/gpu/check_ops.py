@@ -1,0 +1,167 @@
+"""Every op in every dtype at the contract's samples, against fp64: ``python -m bench.gpu.check_ops FILE``.
+
+Output and gradients, Triton forced, on a GPU. Each op has a process of its own, so an error of the GPU ends
+that op alone. Each line of the file is a check: ``op``, ``dtype``, ``sample``, ``worst`` (the output or
+gradient that is furthest off), its relative L2 ``error`` and the ``tolerance``, or what ``failed``; ``ok``;
+``seconds``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.cases import DTYPES, SEED
+from bench.program import FAILURE, USER_ERROR
+from degmix_kernels import use_backend
+from degmix_kernels.contract import Op, Sample
+from degmix_kernels.registry import OPS
+from degmix_kernels.testing import relative_l2, tolerance
+
+MOST_ARE_WRONG = 4  # exit code: nothing measured on this GPU would be worth its time
+SECONDS = 90.0
+
+
+def differentiated(
+    op: Op, function: Callable[..., Tensor], arguments: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output of a call, and the gradients of its arguments, by name, for random ones of the output."""
+    own = {
+        name: value.detach().clone() if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    names = [name for name in op.differentiable if isinstance(own.get(name), Tensor)]
+    leaves = {name: own[name].requires_grad_() for name in names}
+    output = function(**own)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(SEED)).to(output)
+    if not output.numel():
+        return output, {}
+    found = torch.autograd.grad(output, list(leaves.values()), grad)
+    return output, dict(zip(leaves, found, strict=True))
+
+
+def compare(op: Op, sample: Sample, dtype: torch.dtype) -> dict[str, Any]:
+    """One check."""
+    exact = {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in sample.arguments.items()
+    }
+    with use_backend("triton"):
+        output, gradients = differentiated(op, op.function, sample.arguments)
+    torch.cuda.synchronize()
+    expected, expected_gradients = differentiated(op, op.reference, exact)
+    errors = {"output": relative_l2(output, expected)}
+    for name, gradient in gradients.items():
+        errors[f"gradient of {name}"] = relative_l2(gradient, expected_gradients[name])
+    limit = tolerance(dtype, sample.reduction)
+    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))  # a NaN is the worst
+    return {"worst": worst, "error": errors[worst], "tolerance": limit, "ok": errors[worst] <= limit}
+
+
+def check_op(op: Op, write: Callable[[dict[str, Any]], None]) -> None:
+    """All checks of an op.
+
+    Raises:
+        RuntimeError: if the GPU answers no more, after the line of the check that lost it.
+    """
+    device = torch.device("cuda")
+    torch.backends.cudnn.allow_tf32 = False  # references in fp32 are to be exact
+    for name, dtype in DTYPES.items():
+        for index, sample in enumerate(op.samples(device, dtype, torch.Generator().manual_seed(SEED))):
+            line: dict[str, Any] = {"op": op.label, "dtype": name, "sample": index}
+            began = time.monotonic()
+            try:
+                line |= compare(op, sample, dtype)
+            except Exception as error:  # whatever it is, it is that check's
+                words = " ".join(str(error).split())
+                line |= {"failed": f"{type(error).__name__}: {words[-600:]}", "ok": False}
+            write(line | {"seconds": round(time.monotonic() - began, 2)})
+            torch.cuda.synchronize()
+
+
+def check_all(out: Path, seconds: float, processes: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines of all ops, and what to say of processes that did not come to their end."""
+    began, notes, running = time.monotonic(), [], {}
+    with tempfile.TemporaryDirectory() as work:
+        parts = {op.label: Path(work) / f"{index}.jsonl" for index, op in enumerate(OPS)}
+        waiting = list(parts)
+        while waiting or running:
+            while waiting and len(running) < processes:
+                label = waiting.pop(0)
+                errors = parts[label].with_suffix(".err").open("w")
+                command = [sys.executable, "-m", "bench.gpu.check_ops", str(parts[label]), "--op", label]
+                running[label] = subprocess.Popen(command, stdout=errors, stderr=errors)
+                errors.close()
+            late = time.monotonic() - began > seconds
+            for label, process in list(running.items()):
+                if late and process.poll() is None:
+                    process.kill()
+                    process.wait()
+                    notes.append(f"{label}: not done within {seconds:.0f} s")
+                elif process.poll():
+                    tail = parts[label].with_suffix(".err").read_text().strip()[-700:]
+                    notes.append(f"{label}: ended with {process.returncode}: {tail}")
+                if process.poll() is not None:
+                    del running[label]
+            if late:
+                notes += [f"{label}: not begun" for label in waiting]
+                waiting.clear()
+            time.sleep(0.05)
+        text = "".join(part.read_text() for part in parts.values() if part.exists())
+    out.write_text(text)
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")], notes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check; 0 if all is right, 1 if not, 4 if most is wrong, 2 without a GPU."""
+    parser = argparse.ArgumentParser("python -m bench.gpu.check_ops", description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="FILE")
+    parser.add_argument("--op", choices=[op.label for op in OPS], help="only this one, in this process")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all (default: {SECONDS:.0f})")
+    parser.add_argument("--processes", type=int, default=min(len(OPS), os.cpu_count() or 1))
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("check_ops: needs a GPU", file=sys.stderr)
+        return USER_ERROR
+    if options.op is not None:
+        (op,) = (op for op in OPS if op.label == options.op)
+        with options.out.open("w", buffering=1) as file:
+            try:
+                check_op(op, lambda line: print(json.dumps(line), file=file))
+            except RuntimeError:
+                traceback.print_exc()
+                os._exit(FAILURE)  # a lost GPU can hold up an orderly end
+        return 0
+    began = time.monotonic()
+    lines, notes = check_all(options.out, options.seconds, options.processes)
+    bad = [line for line in lines if not line["ok"]]
+    for line in bad[:40]:
+        what = (
+            line.get("failed") or f"{line['worst']}: {line['error']:.2e}, tolerance {line['tolerance']:.2e}"
+        )
+        print(f"WRONG {line['op']}, {line['dtype']}, sample {line['sample']}: {what[:200]}")
+    for note in notes:
+        print(note)
+    ops = len({line["op"] for line in lines})
+    print(
+        f"{len(lines) - len(bad)} of {len(lines)} checks right, {ops} ops, {time.monotonic() - began:.0f} s"
+    )
+    if not lines or len(bad) > len(lines) / 2:
+        return MOST_ARE_WRONG
+    return FAILURE if bad or notes else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

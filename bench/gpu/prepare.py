@@ -1,0 +1,119 @@
+"""``make gpu-ready``: compile whatever a visit will launch, without a GPU, and pack it into ``.gpu``.
+
+The stages of the visits run on this machine as on one with an H100 (:mod:`bench.gpu.pretend`), without a limit
+of time. They leave a cache in which the visit finds every kernel and every launcher under its own name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+from rich.console import Console
+
+from bench.deform_conv import IN_THE_KERNEL
+from bench.gpu import pretend, visit
+from bench.gpu.prepared import ARCHIVE, CACHE, FOLDER, REPOSITORY, WHEELS, pack
+from bench.program import FAILURE, LOG_WIDTH, USER_ERROR
+from degmix.progress import stage
+
+STACK = {"Python": "3.12", "torch": "2.11.0", "triton": "3.6.0"}  # of the machines that are visited
+CARRIED = ("deformops",)  # packages that such a machine lacks
+
+
+def commands() -> dict[str, tuple[str, ...]]:
+    """What a visit runs, by the names of its stages; of the benchmark every shape, with our kernels alone."""
+    first = visit.VISITS["first"].stages
+    stages = [each for one in (*first, *visit.VISITS["decide"].stages) for each in (one, *one.beside)]
+    found = {each.name: each.command for each in stages if each.name not in ("racecheck", "initcheck")}
+    found["bench"] = ("-m", "bench", "--json", "{out}/results.json", "--baseline", IN_THE_KERNEL)
+    found["tests"] = tuple(word for word in found["tests"] if not word.startswith("-n"))
+    return found
+
+
+def fill(work: Path, console: Console) -> list[dict]:
+    """Run everything; returns what each process launched."""
+    environment = os.environ | pretend.environment(work, CACHE) | {"OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    values = {"out": work, "logs": work, "seconds": 3600}
+
+    def run(name: str, command: tuple[str, ...]) -> None:
+        with (work / f"{name}.log").open("w") as log:
+            words = [sys.executable, *(word.format(**values) for word in command)]
+            subprocess.run(words, cwd=REPOSITORY, env=environment, stdout=log, stderr=log, check=False)
+
+    planned = commands()
+    with ThreadPoolExecutor(os.cpu_count()) as pool, stage(console, "stages", len(planned)) as advance:
+        running: dict[str, Future] = {name: pool.submit(run, name, each) for name, each in planned.items()}
+        while any(not each.done() for each in running.values()):
+            left = [name for name, each in running.items() if not each.done()]
+            kernels = sum(1 for _ in CACHE.glob("*/__grp__*.json"))
+            advance(len(planned) - len(left), f"{kernels} kernels; still: {', '.join(left)}")
+            time.sleep(1)
+        for each in running.values():
+            each.result()
+    return [json.loads(line) for line in (work / "launches.jsonl").read_text().splitlines()]
+
+
+def carry(console: Console) -> None:
+    """Packages that the machine lacks, as wheels."""
+    shutil.rmtree(FOLDER / WHEELS, ignore_errors=True)
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+    done = subprocess.run([*command, "-d", FOLDER / WHEELS, *CARRIED], capture_output=True, text=True)
+    if done.returncode != 0:
+        console.print(f"Not carried: {', '.join(CARRIED)}: {done.stderr.strip()[-300:]}", highlight=False)
+
+
+def main() -> int:
+    """Prepare the folder; 1 if a kernel was refused, 2 where it cannot be made."""
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    here = {"Python": python, "torch": torch.__version__.partition("+")[0], "triton": triton.__version__}
+    if here != STACK:
+        wanted, found = (", ".join(f"{name} {each[name]}" for name in STACK) for each in (STACK, here))
+        print(f"gpu-ready: the cache is of use to {wanted} only, here is {found}", file=sys.stderr)
+        return USER_ERROR
+    git = ["git", "-C", str(REPOSITORY)]
+    changed = subprocess.run(
+        [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+    ).stdout
+    if changed:
+        print("gpu-ready: commit first, so that results can say what they are of", file=sys.stderr)
+        return USER_ERROR
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    began = time.monotonic()
+    shutil.rmtree(CACHE, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as work:
+        try:
+            processes = fill(Path(work), console)
+        except RuntimeError as error:
+            print(f"gpu-ready: {error}", file=sys.stderr)
+            return USER_ERROR
+        for name in commands():
+            lines = (Path(work) / f"{name}.log").read_text(errors="replace").splitlines()
+            console.print(f"{name}: {lines[-1] if lines else 'nothing said'}", soft_wrap=True, markup=False)
+    facts = pack(CACHE, FOLDER, commit.strip())
+    carry(console)
+    refused = sorted({each for process in processes for each in process["refused"]})
+    for each in refused:
+        console.print(f"REFUSED {each}", soft_wrap=True, markup=False)
+    size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) / 2**20
+    console.print(
+        f"{FOLDER}: {size:.1f} MiB ({ARCHIVE} and {len(CARRIED)} wheel), {facts.kernels} kernels,"
+        f" {facts.launchers} launchers, {len(refused)} refused, {time.monotonic() - began:.0f} s",
+        soft_wrap=True,
+    )
+    return FAILURE if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

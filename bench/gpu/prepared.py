@@ -1,0 +1,124 @@
+"""The prepared folder, ``.gpu``: what ``make gpu-ready`` leaves and a visit finds there.
+
+cache.tar.xz    Triton's cache for sm_90: kernels, their metadata, launchers; its path is part of the metadata
+facts.json      for whom it was made: commit, sources, Triton, Python; how many kernels
+wheels/         packages that a GPU machine without a network may lack
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tarfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+FOLDER = REPOSITORY / ".gpu"
+CACHE = Path("/tmp/degmix-triton-cache")  # the same on both machines
+ARCHIVE, FACTS, WHEELS = "cache.tar.xz", "facts.json", "wheels"
+PACKAGES = ("bench", "degmix", "degmix_kernels", "tests")
+CAPABILITY = (9, 0)
+PRESET = 6  # of xz: 9 takes four times as long for 3 % less
+
+
+@dataclass(frozen=True)
+class Facts:
+    """For whom a folder was prepared.
+
+    Attributes:
+        commit: all 40 digits.
+        sources: of :func:`sources`.
+        triton: of :func:`triton_key`.
+        python: "3.12".
+        kernels: in the cache.
+        launchers: likewise.
+    """
+
+    commit: str
+    sources: str
+    triton: str
+    python: str
+    kernels: int
+    launchers: int
+
+
+def sources() -> str:
+    """A hash of every Python file that takes part."""
+    total = hashlib.sha256()
+    for package in PACKAGES:
+        for path in sorted((REPOSITORY / package).rglob("*.py")):
+            total.update(f"{path.relative_to(REPOSITORY)}\n".encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def triton_key() -> str:
+    """A hash of everything that Triton's cache depends on beside the kernels."""
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+    from triton.runtime.cache import triton_key
+
+    known = f"{triton_key()} {sorted(get_cache_invalidating_env_vars().items())}"
+    return hashlib.sha256(known.encode()).hexdigest()
+
+
+def python_version() -> str:
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def pack(cache: Path, folder: Path, commit: str) -> Facts:
+    """Write the archive and the facts of a cache; entries that are not complete are left out."""
+    kernels = launchers = 0
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / ARCHIVE, "w:xz", preset=PRESET) as tar:
+        for entry in sorted(path for path in cache.iterdir() if path.is_dir()):
+            names = {path.name for path in entry.iterdir()}
+            group = next((name for name in names if name.startswith("__grp__")), None)
+            wanted = {name for name in names if name.endswith(".so")}
+            if group is not None:
+                kernel = group.removeprefix("__grp__").removesuffix(".json")
+                wanted = {group, f"{kernel}.json", f"{kernel}.cubin"}
+                if not wanted <= names:
+                    continue
+                kernels += 1
+            else:
+                launchers += len(wanted)
+            for name in sorted(wanted):
+                tar.add(entry / name, arcname=f"{entry.name}/{name}")
+    facts = Facts(commit, sources(), triton_key(), python_version(), kernels, launchers)
+    (folder / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n")
+    return facts
+
+
+def read_facts(folder: Path = FOLDER) -> Facts | None:
+    """The facts, None where nothing was prepared."""
+    path = folder / FACTS
+    return Facts(**json.loads(path.read_text())) if path.exists() else None
+
+
+def misfit(facts: Facts | None, capability: tuple[int, int] | None, triton: str) -> str:
+    """Why the cache is of no use here, in words; "" if it is.
+
+    Args:
+        facts: of the folder.
+        capability: of the GPU; None for one that is not Nvidia's.
+        triton: :func:`triton_key` of the machine.
+    """
+    if facts is None:
+        return "there is none; make gpu-ready makes one"
+    if capability != CAPABILITY:
+        return "it is for compute capability 9.0"
+    if facts.triton != triton:
+        return "it is for another version of Triton"
+    if facts.python != python_version():
+        return f"its launchers are for Python {facts.python}"
+    if facts.sources != sources():
+        return "the sources have changed since; make gpu-ready makes another one"
+    return ""
+
+
+def unpack(folder: Path = FOLDER, cache: Path = CACHE) -> None:
+    """Put the archive where it was made."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / ARCHIVE) as tar:
+        tar.extractall(cache, filter="data")

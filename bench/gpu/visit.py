@@ -1,0 +1,492 @@
+"""A visit to a GPU machine: tests, sanitizers, benchmark, profile, each within its time; results in a folder.
+
+``bash bench/gpu_check.sh`` runs it. Nothing here imports torch: what it may break is in the stages, which are
+processes of their own, each ended when its time is up. A stage that fails stops no other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from bench.gpu import prepared
+from bench.gpu.prepared import REPOSITORY
+from bench.results import OURS, read
+
+OK, FAILED, USER_ERROR, NO_GPU = 0, 1, 2, 3  # exit codes
+LOST = 3  # of the benchmark: the GPU answers no more, another process can go on
+MOST_ARE_WRONG = 4  # of bench.gpu.check_ops
+TO_KILL = 12  # seconds that a stage may take until it is gone; pytest waits 10 for its workers
+TO_FINISH = 3  # seconds for the summary
+WORTHWHILE = 15  # with less left, a stage would hardly have loaded torch
+SHOWN = 30  # lines of a stage's log
+KEPT = ("results.json", "results.json.begun", "results.md", "profile.md", "decide.jsonl", "training.json")
+STATE = Path(tempfile.gettempdir()) / "degmix-visit"  # what one command leaves to the next on the machine
+
+HUGE = "tests/kernels/test_deform_conv_gpu.py::test_beyond_32_bits"  # 24 to 34 GB each: one at a time
+# Compile checks need no GPU, and each of the random calls would have to be compiled.
+LEFT_TO_MAKE_TEST = (
+    "tests/kernels/test_compile.py",
+    "tests/kernels/test_front_end.py",
+    "tests/kernels/test_deform_conv_compile.py",
+    "tests/kernels/test_deform_conv_properties.py",
+)
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu.synchronise", "-o", "addopts=")
+PYTEST += ("--tb=short", "--timeout=120", "--timeout-method=thread", "--durations=15", "-rfE")
+WORKERS = 8  # with more, a warm cache is read no faster
+# PyTorch's own kernels are not what is to be checked, and are most of the work.
+SANITIZER = ("--error-exitcode=9", "--kernel-name-exclude=kns=at6native", "--kernel-name-exclude=kns=cublas")
+SANITIZER += ("--kernel-name-exclude=kns=cutlass",)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process of a visit.
+
+    Attributes:
+        name: in the summary, and of its log.
+        seconds: it gets at most.
+        command: what Python, or the sanitizer, is given; {out}, {logs} and {seconds} are filled in.
+        sanitizer: the tool of compute-sanitizer under which it runs, if one.
+        environment: variables.
+        beside: stages that run at the same time, one after the other.
+        repeated: whether it is begun again after the GPU was lost.
+    """
+
+    name: str
+    seconds: int
+    command: tuple[str, ...]
+    sanitizer: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    beside: tuple[Stage, ...] = ()
+    repeated: bool = False
+
+
+def _tests(seconds: int, *which: str, beside: tuple[Stage, ...] = ()) -> Stage:
+    left = (f"--ignore={path}" for path in LEFT_TO_MAKE_TEST)
+    command = (*PYTEST, f"-n{WORKERS}", f"--deselect={HUGE}", *left, *which)
+    return Stage("tests", seconds, command, environment={"OMP_NUM_THREADS": "1"}, beside=beside)
+
+
+def _sanitized(tool: str, seconds: int, *options: str) -> Stage:
+    # Without PyTorch's cache every tensor is an allocation of its own, so its ends are known.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Stage(tool, seconds, ("-m", "bench.gpu.small_calls", *options), tool, environment)
+
+
+BENCH = ("-m", "bench", "--resume", "{out}/results.json")
+OPS = Stage("ops", 70, ("-m", "bench.gpu.check_ops", "{logs}/ops.jsonl", "--seconds", "{seconds}"))
+COMPILED = ("--op", "channel_mix", "gated_mlp", "spatial_gating_unit", "--shapes", "nyud", "--dtype", "bf16")
+TRAINING = ("-m", "bench.training", "--out", "{out}/training", "--rooms", "64", "--seconds", "{seconds}")
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What one command does.
+
+    Attributes:
+        what: for the help.
+        deadline: seconds for all of it.
+        stages: in their order: what has no time left is at the end.
+    """
+
+    what: str
+    deadline: int
+    stages: tuple[Stage, ...]
+
+
+VISITS = {
+    "first": Visit(
+        "every op, the kernels' tests and sanitizers, the headline of the benchmark, a profile",
+        560,
+        (
+            OPS,
+            _tests(
+                150,
+                "tests/test_contract.py",
+                "tests/kernels",
+                beside=(
+                    _sanitized("memcheck", 90),
+                    _sanitized("racecheck", 40, "--first"),
+                    _sanitized("initcheck", 40, "--first"),
+                ),
+            ),
+            Stage("bench", 190, BENCH, repeated=True),
+            Stage("profile", 45, ("-m", "bench.profile_step", "--out", "{out}/profile.md")),
+            Stage("huge", 55, (*PYTEST, HUGE)),
+        ),
+    ),
+    "decide": Visit(
+        "ways to compute the same, side by side (python -m bench.gpu.decide)",
+        200,
+        (Stage("decide", 180, ("-m", "bench.gpu.decide", "{out}/decide.jsonl", "--seconds", "{seconds}")),),
+    ),
+    "compare": Visit(
+        "torch.compile beside ours, and training with ours and with the formula",
+        200,
+        (
+            Stage("compiled", 95, (*BENCH, *COMPILED, "--baseline", "torch.compile")),
+            Stage("training", 85, TRAINING),
+        ),
+    ),
+    "quick": Visit(
+        "within four minutes: tests of values and determinism, memcheck, the benchmark at small sizes",
+        230,
+        (
+            _tests(
+                75,
+                "tests/test_contract.py",
+                "-k=values_and_gradients or deterministic",
+                beside=(_sanitized("memcheck", 75),),
+            ),
+            Stage("bench", 110, ("-m", "bench", "--quick", "--json", "{out}/results.json")),
+        ),
+    ),
+}
+WITHOUT_GPU = Stage("bench", 200, VISITS["quick"].stages[-1].command)
+AFTER_STAGE = 5  # seconds before the end of its time that a stage with {seconds} should be done by itself
+
+PROBE = """
+import json, torch
+gpu = torch.cuda.is_available()
+key = ""
+try:
+    from bench.gpu.prepared import triton_key
+    key = triton_key()
+except ImportError:
+    pass
+print(json.dumps({
+    "gpu": torch.cuda.get_device_name() if gpu else "",
+    "capability": torch.cuda.get_device_capability() if gpu and torch.version.hip is None else None,
+    "triton": key,
+}))
+"""
+
+
+class Call:
+    """One command of a visit, from its first second to its summary."""
+
+    def __init__(self, out: Path, deadline: float, python: str, folder: Path, cache: Path) -> None:
+        self.began = time.monotonic()
+        self.out, self.deadline, self.python = out, deadline, python
+        self.folder, self.cache = folder, cache
+        self.logs = Path(tempfile.mkdtemp(prefix="visit-logs-"))
+        self.others = set(out.rglob("*"))  # files of somebody else
+        self.summary: list[str] = []
+        self.failed = self.interrupted = False
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.environment = dict(os.environ, PYTHONUNBUFFERED="1")  # what is killed leaves a whole log
+        self.environment.pop("TRITON_INTERPRET", None)  # the real compiler
+        self.environment["DEGMIX_CRASHES"] = str(self.logs / "crashes.txt")
+        self._add_to_path(REPOSITORY)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self.began
+
+    def note(self, name: str, outcome: str) -> None:
+        """A line of the summary."""
+        self.summary.append(f"{name:12} {outcome}")
+        print(f"== [{self.elapsed:.0f} s] {name}: {outcome}", flush=True)
+
+    def fail(self, name: str, outcome: str) -> None:
+        """A line of the summary that is a failure."""
+        self.failed = True
+        self.note(name, f"FAILED: {outcome}")
+
+    def interrupt(self, *_: object) -> None:
+        """End what runs, begin nothing more, and still write the summary."""
+        self.interrupted = True
+        for process in list(self.running):
+            process.send_signal(signal.SIGINT)
+
+    def probe(self) -> str:
+        """The GPU's name, "" without one; makes the machine ready.
+
+        Raises:
+            RuntimeError: if torch does not load.
+        """
+        command = [self.python, "-c", PROBE]
+        try:
+            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=90)
+            found = json.loads(done.stdout.strip().splitlines()[-1])
+        except (subprocess.TimeoutExpired, IndexError, ValueError):
+            raise RuntimeError("torch does not load, or not within 90 s") from None
+        self.note("GPU", found["gpu"] or "none")
+        if found["gpu"]:
+            self._warm(tuple(found["capability"] or ()) or None, found["triton"])
+            self._install()
+            self._say_clocks()
+        return found["gpu"]
+
+    def _warm(self, capability: tuple[int, int] | None, triton: str) -> None:
+        facts = prepared.read_facts(self.folder)
+        why = prepared.misfit(facts, capability, triton)
+        if facts is not None and facts.sources == prepared.sources():
+            self.environment.setdefault(
+                "BENCH_COMMIT", facts.commit
+            )  # a copy may have no .git, or an older one
+        if why:
+            self.note("cache", f"cold, every kernel has to be compiled: {why}")
+            return
+        prepared.unpack(self.folder, self.cache)
+        self.environment["TRITON_CACHE_DIR"] = str(self.cache)
+        self.note("cache", f"warm: {facts.kernels} kernels, {facts.launchers} launchers")
+
+    def _install(self) -> None:
+        """Put carried packages beside those of the machine."""
+        wheels = sorted(str(path) for path in (self.folder / prepared.WHEELS).glob("*.whl"))
+        if wheels:
+            site = self.logs.with_name(self.logs.name + "-site")
+            command = [self.python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target"]
+            done = subprocess.run([*command, str(site), *wheels], capture_output=True, text=True)
+            self._add_to_path(site)
+            if done.returncode != 0:
+                self.note("wheels", f"not installed: {done.stderr.strip()[-300:]}")
+        wanted = ("deformops", "timm", "fvcore", "pytest_timeout", "xdist")
+        code = f"import importlib.util as u; print(*[n for n in {wanted} if u.find_spec(n) is None])"
+        done = subprocess.run([self.python, "-c", code], env=self.environment, capture_output=True, text=True)
+        if done.stdout.strip():
+            self.note("packages", f"not installed, what needs them is left out: {done.stdout.strip()}")
+
+    def _say_clocks(self) -> None:
+        for tool, *options in (("nvidia-smi", "-q", "-d", "CLOCK,POWER"), ("rocm-smi",)):
+            if shutil.which(tool):
+                with (self.logs / f"{tool}.txt").open("w") as file:
+                    subprocess.run([tool, *options], stdout=file, stderr=file, timeout=20, check=False)
+
+    def _add_to_path(self, folder: Path) -> None:
+        before = self.environment.get("PYTHONPATH")
+        self.environment["PYTHONPATH"] = f"{folder}{os.pathsep}{before}" if before else str(folder)
+
+    def run(self, stages: Sequence[Stage]) -> None:
+        """One stage after the other, each with what runs beside it."""
+        wrong = False
+        for stage in stages:
+            if wrong:
+                self.fail(stage.name, "left out: most ops are wrong, which ops.log shows")
+                continue
+            lane = threading.Thread(target=lambda each=stage: [self._stage(other) for other in each.beside])
+            lane.start()
+            wrong = self._stage(stage) == MOST_ARE_WRONG
+            lane.join()
+            self.keep()
+
+    def _stage(self, stage: Stage) -> int | None:
+        """Its exit code; None if it did not run."""
+        began, left = self.elapsed, self.deadline - self.elapsed - TO_KILL - TO_FINISH
+        seconds = min(stage.seconds, int(left))
+        if stage.seconds == 0:
+            self.note(stage.name, f"left out; --seconds {stage.name}=60 gives it 60 s")
+            return None
+        if self.interrupted or seconds < min(stage.seconds, WORTHWHILE):
+            self.fail(
+                stage.name, f"left out, {'interrupted' if self.interrupted else 'no time is left for it'}"
+            )
+            return None
+        command, why = self._command(stage, seconds)
+        if why:
+            self.note(stage.name, f"not run: {why}")
+            return None
+        print(f"== [{began:.0f} s] {stage.name}: at most {seconds} s", flush=True)
+        code, again = self._limited(stage, seconds, command), 0
+        while stage.repeated and code == LOST and not self.interrupted:
+            remaining = int(began + seconds - self.elapsed)
+            if remaining < WORTHWHILE:
+                break
+            again += 1
+            code = self._limited(stage, remaining, command)
+        took = self.elapsed - began
+        tail = (self.logs / f"{stage.name}.log").read_text(errors="replace").splitlines()[-SHOWN:]
+        print("\n".join(f"   {line}" for line in tail), flush=True)
+        detail, good = self._measured() if stage.command[:2] == BENCH[:2] else ("", True)
+        if again:
+            detail = f"; the GPU was lost {again} times, and it went on{detail}"
+        if self.interrupted:
+            self.fail(stage.name, f"interrupted after {took:.0f} s{detail}")
+        elif code == OK and good:
+            self.note(stage.name, f"ok ({took:.0f} s){detail}")
+        elif took >= seconds and good and stage.repeated:  # the next command goes on
+            self.note(stage.name, f"stopped when its {seconds} s were over{detail}")
+        elif took >= seconds:
+            self.fail(stage.name, f"not done within {seconds} s{detail}")
+        else:
+            self.fail(stage.name, f"code {code} after {took:.0f} s{detail}")
+        return code
+
+    def _command(self, stage: Stage, seconds: int) -> tuple[list[str], str]:
+        """What to run, or why it cannot be."""
+        values = {"out": self.out, "logs": self.logs, "seconds": max(1, seconds - AFTER_STAGE)}
+        command = [self.python, *(word.format(**values) for word in stage.command)]
+        if not stage.sanitizer:
+            return command, ""
+        path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+        sanitizer = shutil.which("compute-sanitizer", path=path)
+        if sanitizer is None:
+            return [], "compute-sanitizer, Nvidia's, is not installed"
+        options = [sanitizer, "--tool", stage.sanitizer, *SANITIZER]
+        probe = [*options, self.python, "-c", "import torch; torch.ones(1, device='cuda')"]
+        try:
+            works = subprocess.run(probe, env=self.environment, capture_output=True, text=True, timeout=30)
+        except subprocess.TimeoutExpired:
+            return [], "compute-sanitizer does not end on this machine"
+        if works.returncode != 0:
+            said = " ".join(works.stdout.split())[-200:]
+            return [], f"this machine refuses compute-sanitizer: {said}"
+        return [*options, *command], ""
+
+    def _limited(self, stage: Stage, seconds: int, command: Sequence[str]) -> int:
+        """Interrupted when its time is up, so that it shows what it has; killed if it does not hear."""
+        limited = [sys.executable, "-m", "bench.limited", str(seconds), str(TO_KILL), *command]
+        with (self.logs / f"{stage.name}.log").open("ab") as log:
+            environment = {**self.environment, **stage.environment}
+            process = subprocess.Popen(limited, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+            self.running.add(process)
+            code = process.wait()
+            self.running.discard(process)
+        return code
+
+    def _measured(self) -> tuple[str, bool]:
+        """What the benchmark has left, in words, and whether there is something and none of ours failed."""
+        path = self.out / "results.json"
+        try:
+            rows = read(path).rows
+        except (OSError, ValueError):
+            return "; nothing was measured", False
+        failed = sum(row.impl == OURS and row.failed for row in rows)
+        words = f"; results.json has {len(rows)} rows; {failed} of ours failed"
+        begun = path.with_name(f"{path.name}.begun")
+        if begun.exists():
+            words += f"; killed while it measured {begun.read_text().strip()}"
+        return words, bool(rows) and not failed
+
+    def keep(self) -> None:
+        """Leave at most eight files, whole at any time: results, the summary, and all else in one archive."""
+        lines = [f"{self.elapsed:.0f} s", *(f"  {line}" for line in self.summary)]
+        (self.out / "summary.txt").write_text("\n".join(lines) + "\n")
+        for path in sorted(set(self.out.rglob("*")) - self.others):
+            if path.is_file() and path.name not in (*KEPT, "summary.txt", "logs.tgz"):
+                shutil.move(path, self.logs / path.name)
+            elif path.is_file() and path.parent != self.out:
+                path.replace(self.out / path.name)
+        with tarfile.open(self.out / ".logs.tgz", "w:gz") as tar:
+            for path in sorted(self.logs.iterdir()):
+                tar.add(path, arcname=path.name)
+        (self.out / ".logs.tgz").replace(self.out / "logs.tgz")
+        if (self.out / "results.json").exists():
+            STATE.mkdir(exist_ok=True)
+            for path in self.out.glob("results.json*"):
+                shutil.copy(path, STATE / path.name)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    epilog = "\n".join(f"  {name:8} {visit.what}; {visit.deadline} s" for name, visit in VISITS.items())
+    parser = argparse.ArgumentParser(
+        "bash bench/gpu_check.sh",
+        description=__doc__.splitlines()[0],
+        epilog=f"visits:\n{epilog}\n\nExit code: 0 if nothing failed, 1 if something did, 3 without a GPU.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("visit", nargs="?", choices=VISITS, default="first", help="default: first")
+    default = os.environ.get("OUT", "gpu_check")
+    parser.add_argument(
+        "--out", type=Path, default=Path(default), metavar="FOLDER", help=f"default: {default}"
+    )
+    parser.add_argument("--deadline", type=int, metavar="S", help="seconds for everything")
+    parser.add_argument(
+        "--seconds", nargs="+", default=[], metavar="STAGE=S", help="for a stage; 0 leaves the stage out"
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="FILE", help="continue the benchmark of an earlier call"
+    )
+    options = parser.parse_args(arguments)
+    names = {each.name for stage in VISITS[options.visit].stages for each in (stage, *stage.beside)}
+    budgets = {}
+    for word in options.seconds:
+        name, _, seconds = word.partition("=")
+        if name not in names or not seconds.isdigit():
+            parser.error(f"--seconds {word}: expected STAGE=S, a stage of {', '.join(sorted(names))}")
+        budgets[name] = int(seconds)
+    if options.resume is not None and not options.resume.is_file():
+        parser.error(f"--resume {options.resume}: no such file")
+    if options.resume is not None and options.visit == "quick":
+        parser.error("--resume: expected another visit than quick, whose results are no part of another run")
+    options.seconds = budgets
+    return options
+
+
+def stages_of(visit: Visit, budgets: Mapping[str, int]) -> list[Stage]:
+    """The stages with the seconds that were asked for."""
+    return [
+        replace(
+            stage,
+            seconds=budgets.get(stage.name, stage.seconds),
+            beside=tuple(
+                replace(each, seconds=budgets.get(each.name, each.seconds)) for each in stage.beside
+            ),
+        )
+        for stage in visit.stages
+    ]
+
+
+def lay_out(options: argparse.Namespace, out: Path) -> None:
+    """The folder, with the results that this call goes on with, if it goes on with some."""
+    out.mkdir(parents=True, exist_ok=True)
+    results = out / "results.json"
+    before = options.resume
+    if before is None and options.visit == "compare" and (STATE / results.name).exists():
+        before = STATE / results.name
+    if before is None or before.resolve() != results.resolve():
+        if results.exists():
+            results.replace(out / "earlier.json")
+        for name in (results, results.with_name("results.json.begun")):
+            name.unlink(missing_ok=True)
+            if before is not None and (source := before.with_name(before.name + name.name[12:])).exists():
+                shutil.copy(source, name)
+
+
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    python: str = sys.executable,
+    folder: Path = prepared.FOLDER,
+    cache: Path = prepared.CACHE,
+) -> int:
+    """The visit; the exit code as the help has it."""
+    options = parse(arguments)
+    visit, out = VISITS[options.visit], options.out.resolve()
+    lay_out(options, out)
+    call = Call(out, options.deadline or visit.deadline, python, folder, cache)
+    signal.signal(signal.SIGINT, call.interrupt)
+    signal.signal(signal.SIGTERM, call.interrupt)
+    try:
+        gpu = call.probe()
+    except RuntimeError as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        return USER_ERROR
+    if gpu:
+        call.run(stages_of(visit, options.seconds))
+    else:
+        print("The benchmark runs at small sizes on the CPU; its times say nothing about the kernels.")
+        call.run([WITHOUT_GPU] if options.resume is None else [])
+    call.keep()
+    print(f"\n{(out / 'summary.txt').read_text()}Everything is in {out}")
+    return NO_GPU if not gpu and not call.failed else FAILED if call.failed else OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
