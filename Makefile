@@ -10,12 +10,13 @@ PINNED := torch==2.11.0 torchvision==0.26.0 triton==3.6.0
 # One thread per test worker: two workers with two threads each would fight over two cores.
 PYTEST := -m pytest -n $(WORKERS)
 
-.PHONY: help demo test test-pinned lint format clean
+.PHONY: help demo test test-full test-pinned lint format clean
 
 help:
 	@echo "make demo         train a small DeGMix on synthetic rooms; results in runs/demo/"
 	@echo "make test         run every test this machine can run"
 	@echo "make test-pinned  the same on $(PINNED)"
+	@echo "make test-full    the same as make test, and the tests that take many minutes"
 	@echo "make lint         ruff check and ruff format --check"
 	@echo "make format       rewrite the sources as ruff format wants them"
 	@echo "make clean        remove the virtual environments and everything the commands above made"
@@ -25,6 +26,9 @@ demo: .venv/demo.installed
 
 test: .venv/test.installed
 	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST)
+
+test-full: .venv/test.installed
+	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) --full
 
 test-pinned: .venv-pinned/test.installed
 	OMP_NUM_THREADS=1 .venv-pinned/bin/python $(PYTEST)

@@ -16,6 +16,24 @@ if not HAS_GPU:  # before anything imports triton: the choice is made when a ker
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+FULL = "--full"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(FULL, action="store_true", help="run the tests that take many minutes, too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"full: takes many minutes; runs only with {FULL}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption(FULL):
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason=f"takes many minutes: run it with {FULL}"))
+
+
 @pytest.fixture
 def device() -> torch.device:
     """The GPU if there is one, else the CPU."""

@@ -1,7 +1,7 @@
 """``make gpu-ready``: compile whatever a visit will launch, without a GPU, and pack it into ``.gpu``.
 
-The stages of the visits run on this machine as on one with an H100 (:mod:`bench.gpu.pretend`), without a limit
-of time. They leave a cache in which the visit finds every kernel and every launcher under its own name.
+The stages of the visits run on this machine as on one with an H100 (:mod:`bench.gpu.pretend`), without a
+limit of time. They leave a cache in which the visit finds every kernel and every launcher under its own name.
 """
 
 from __future__ import annotations

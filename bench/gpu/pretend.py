@@ -196,7 +196,7 @@ def _pretend_driver() -> None:
     build = nvidia.compile_module_from_src
 
     def build_for_both(src: str, name: str, **options: Any) -> Any:
-        """A launcher's name depends on ``platform.architecture()``, which not every machine has a tool for."""
+        """Launchers are named after ``platform.architecture()``, which needs a tool that may be missing."""
         module = build(src=src, name=name, **options)
         file = name + sysconfig.get_config_var("EXT_SUFFIX")
         for linkage in ("ELF", ""):

@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -26,6 +27,9 @@ from degmix_kernels.launch import INT32_MAX, Launch
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "i64", torch.int32: "i32"}
 ALIGNED = 16  # an address, or an integer, that is a multiple of it has a specialisation of its own
 MULTIPLE = [["tt.divisibility", ALIGNED]]
+# From 3.7 on the launcher gives every constant an empty list of attributes, before only a constant that is a
+# string. It makes no difference to the code, but to the hash.
+LISTS_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Specialised:
     @property
     def key(self) -> str:
         """The same for two that are compiled to the same."""
-        return repr(self)
+        return repr(replace(self, constants=dict(sorted(self.constants.items()))))
 
     def capped(self, gpu: GPUTarget) -> int | None:
         """Most registers per lane on this GPU, None for any number."""
@@ -87,11 +91,12 @@ def specialise(launch: Launch) -> Specialised:
         if name in launch.constants or value is None or (isinstance(value, int) and value == 1):
             signature[name] = "constexpr"
             value = constants.setdefault(name, value)
-            if isinstance(value, str):  # which the launcher takes for what it has found out of an argument
+            if LISTS_CONSTANTS or isinstance(value, str):
                 attributes[position,] = []
         elif isinstance(value, Tensor):
             signature[name] = "*" + NAMES[value.dtype]
-            offset = value.storage_offset() * value.element_size()
+            # The address of nothing is 0.
+            offset = value.storage_offset() * value.element_size() if value.numel() > 0 else 0
             attributes[position,] = MULTIPLE if offset % ALIGNED == 0 else []
         elif isinstance(value, float):
             signature[name] = "fp32"

@@ -1,0 +1,60 @@
+"""Print two hashes of each launch of bench.gpu.front_end: trace.specialise's, and that of Triton's runtime.
+
+To be run without TRITON_INTERPRET. A stub stands for the driver of an H100. The runtime's own hook reports
+what would be compiled, and prevents it.
+"""
+
+from __future__ import annotations
+
+import json
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bench.gpu.front_end import launches
+from bench.gpu.trace import specialise
+from degmix_kernels.launch import Launch
+
+
+class Driver:
+    """What the runtime asks a driver for before it compiles."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def of_runtime(launch: Launch) -> str:
+    """The hash of the source that the runtime would compile for these arguments."""
+    hashes: list[str] = []
+
+    def report(*, fn, compile, **_) -> bool:
+        constants, attributes = compile["constants"], compile["configs"][0]
+        hashes.append(ASTSource(fn.jit_function, compile["signature"], constants, attributes).hash())
+        return True  # as if it were compiled already
+
+    triton.knobs.runtime.jit_cache_hook = report
+    launch.kernel.run(
+        grid=(launch.programs,),
+        warmup=True,
+        **launch.arguments,
+        **launch.constants,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    (found,) = hashes
+    return found
+
+
+if __name__ == "__main__":
+    triton.runtime.driver.set_active(Driver())
+    for _, launch in launches():
+        ours = specialise(launch)
+        row = {"module": ours.module, "kernel": ours.kernel, "ours": ours.source.hash()}
+        print(json.dumps(row | {"runtime": of_runtime(launch)}))
