@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
@@ -47,12 +47,19 @@ def backward(
     grads: Sequence[Tensor],
     dtype: torch.dtype | None = None,
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """A backward pass that can be repeated: the gradients of the wanted arguments."""
-    own = with_grad(arguments, wanted, dtype)
-    outputs = function(**own)
-    grads = [grad.to(output.dtype) for grad, output in zip(grads, listed(outputs), strict=False)]
-    leaves = [own[name] for name in wanted]
-    return lambda: torch.autograd.grad(listed(outputs)[: len(grads)], leaves, grads, retain_graph=True)
+    """A backward pass that can be repeated: the gradients of the wanted arguments.
+
+    Its forward pass runs when the first gradients are asked for, so what fails there fails as the step does.
+    """
+
+    @cache
+    def graph() -> tuple[list[Tensor], ...]:
+        own = with_grad(arguments, wanted, dtype)
+        outputs = listed(function(**own))[: len(grads)]
+        arriving = [grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=True)]
+        return outputs, [own[name] for name in wanted], arriving
+
+    return lambda: torch.autograd.grad(*graph(), retain_graph=True)
 
 
 def exact(function: Callable[..., Any], arguments: Arguments) -> list[Tensor]:
@@ -90,12 +97,10 @@ def torchvision_rows(
         print(f"{name}: {missing}")
         return
     for label, dtype in ({"fp32": FP32} if meter.dry else {"fp16": FP16, "fp32": FP32}).items():
-        if grad is None:
-            cast = with_grad(arguments, (), dtype)
-            meter.row(name, f"torchvision {label}", torch.no_grad()(lambda cast=cast: theirs(**cast)))
-        else:
+        step = partial(theirs, **with_grad(arguments, (), dtype))
+        if grad is not None:
             step = backward(theirs, arguments, wanted, [grad], dtype)
-            meter.row(name, f"torchvision {label}, all", step)
+        meter.row(name, f"torchvision {label}", step)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -143,8 +148,3 @@ def capped(registers: int | None, step: Callable[[], Any]) -> Callable[[], Any]:
             yield
 
     return cap()(step)
-
-
-def scaled(tensor: Tensor, terms: int) -> Tensor:
-    """A random weight such that sums of so many terms have about the size of one."""
-    return tensor / math.sqrt(terms)

@@ -6,6 +6,7 @@ are then products with the windows of the narrow side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.deform_conv import POSITIONS
-from bench.gpu.decide.common import BF16, FP32, LAST, TF32, multiply_fp32, product, scaled
+from bench.gpu.decide.common import BF16, FP32, LAST, TF32, multiply_fp32, product
 from bench.gpu.decide.meter import Meter
 from bench.shapes import NYUD, QUICK_MAP
 
@@ -34,7 +35,7 @@ def rows(meter: Meter) -> None:
     ):
         draw = partial(torch.randn, device=meter.device)
         x = draw(shape.batch, inner, shape.height, shape.width)
-        weight = scaled(draw(outer, inner // groups, 3, 3), TAPS * inner // groups)
+        weight = draw(outer, inner // groups, 3, 3) / math.sqrt(TAPS * inner // groups)
         grad = draw(shape.batch, outer, shape.height, shape.width)
         if not narrow_in:
             x = x.to(BF16).float()  # as the model's maps are
@@ -102,15 +103,9 @@ class Convolution:
     def exact(self, direction: str) -> Tensor:
         """The first group's results in fp64, of the first image where it is by images."""
         images = slice(None) if direction == "grad weight" else slice(0, 1)
-        x, weight, grad = (
-            each.double()
-            for each in (
-                self.x[images, : self.weight.shape[1]],
-                self.weight[: self.weight.shape[0] // self.groups],
-                self.grad[images, : self.weight.shape[0] // self.groups],
-            )
-        )
-        return Convolution(x, weight, grad, 1, self.narrow_in).cudnn(direction, False)()
+        outer, inner = self.weight.shape[0] // self.groups, self.weight.shape[1]
+        part = self.x[images, :inner], self.weight[:outer], self.grad[images, :outer]
+        return Convolution(*(each.double() for each in part), 1, self.narrow_in).cudnn(direction, False)()
 
 
 def convolution_backward(direction: str, x: Tensor, weight: Tensor, grad: Tensor, groups: int) -> Tensor:

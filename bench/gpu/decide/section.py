@@ -22,13 +22,17 @@ def tell(message: dict) -> None:
 
 def main(module: str) -> None:
     """Run every row once, if asked to, and time every row once told to go."""
-    from bench.gpu.decide.meter import TIME, WARM, Meter  # after standard output is safe
+    import torch  # after standard output is safe
+
+    from bench.gpu.decide.meter import TIME, WARM, Meter
 
     order = json.loads(sys.stdin.readline())
     rows = import_module(module).rows
     done = {tuple(key) for key in order["done"]}
     if order["warm"]:
         rows(Meter(WARM, tell, done))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # others run before this one goes on
     tell({"ready": True})
     if sys.stdin.readline() == "go\n":
         rows(Meter(TIME, tell, done, order["seconds"]))
