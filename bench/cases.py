@@ -203,12 +203,12 @@ def op_case(
     def prepare(device: torch.device, dtype: torch.dtype) -> Problem:
         drawn = sample(Draw(device, dtype))
         arguments = drawn.arguments
-        runs = {OURS: lambda: _op_run(op, op.function, arguments)}
+        runs = {OURS: lambda: op_run(op, op.function, arguments)}
         for other in others:
             runs[other.name] = lambda other=other: _baseline_run(op, other, device, arguments)
         forward, backward = op.forward_work(arguments), op.backward_work(arguments)
         return Problem(
-            exact=lambda: _op_run(op, op.reference, _part(arguments, part), torch.float64),
+            exact=lambda: op_run(op, op.reference, _part(arguments, part), torch.float64),
             runs=runs,
             limit=lambda checker, gradients: tolerance(dtype, drawn.reduction),
             work={"fwd": forward, "bwd": backward, "fwdbwd": forward + backward},
@@ -226,17 +226,17 @@ def _part(arguments: Mapping[str, Any], part: tuple[slice, ...]) -> dict[str, An
 
 
 def _baseline_run(op: Op, other: Baseline, device: torch.device, arguments: Mapping[str, Any]) -> Run:
-    run, plain = _op_run(op, other.load(device), arguments, other.dtype), other.load_without_graphs
+    run, plain = op_run(op, other.load(device), arguments, other.dtype), other.load_without_graphs
     if plain is None:
         return run
     return replace(
         run,
         capturable=False,
-        without_graphs=cache(lambda: _op_run(op, plain(device), arguments, other.dtype)),
+        without_graphs=cache(lambda: op_run(op, plain(device), arguments, other.dtype)),
     )
 
 
-def _op_run(
+def op_run(
     op: Op,
     function: Callable[..., Tensor],
     arguments: Mapping[str, Any],

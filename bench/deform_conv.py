@@ -28,7 +28,7 @@ POSITIONS = 18  # maps that DeGMix's operator makes its offsets of
 IN_THE_KERNEL = "offsets in the kernel"
 
 
-def _convolution(shape: Convolution) -> Callable[[Draw], Sample]:
+def convolution(shape: Convolution) -> Callable[[Draw], Sample]:
     def sample(draw: Draw) -> Sample:
         batch, channels, height, width = shape.batch, shape.channels, shape.height, shape.width
         taps, points = shape.kernel**2, shape.offset_groups * shape.kernel**2
@@ -46,7 +46,7 @@ def _convolution(shape: Convolution) -> Callable[[Draw], Sample]:
     return sample
 
 
-def _mix(shape: Map) -> Callable[[Draw], Sample]:
+def mix(shape: Map) -> Callable[[Draw], Sample]:
     def sample(draw: Draw) -> Sample:
         batch, channels, height, width = shape.batch, shape.channels, shape.height, shape.width
         arguments = {
@@ -60,7 +60,7 @@ def _mix(shape: Map) -> Callable[[Draw], Sample]:
     return sample
 
 
-def _deform_mix_of(deform_conv2d: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def deform_mix_of(deform_conv2d: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """DeGMix's operator of somebody's deformable convolution: an activation follows."""
 
     def deform_mix(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def _baselines(mixed: bool) -> tuple[Baseline, ...]:
     """torchvision's operator in the dtypes that it has, and deformops'."""
 
     def of(load: Callable[[torch.device], Callable[..., Tensor]]) -> Callable[..., Callable[..., Tensor]]:
-        return (lambda device: _deform_mix_of(load(device))) if mixed else load
+        return (lambda device: deform_mix_of(load(device))) if mixed else load
 
     return (
         Baseline("torchvision fp32", of(load_torchvision), torch.float32),
@@ -155,11 +155,11 @@ def _baselines(mixed: bool) -> tuple[Baseline, ...]:
 PATHS = {"general": CONVOLUTIONS, "per channel": PER_CHANNEL, "small groups": SMALL_GROUPS}
 CASES: tuple[Case, ...] = (
     *(
-        op_case(FAMILY, find("deform_conv2d", path), shape.name, _convolution(shape), _baselines(mixed=False))
+        op_case(FAMILY, find("deform_conv2d", path), shape.name, convolution(shape), _baselines(mixed=False))
         for path, shapes in PATHS.items()
         for shape in shapes
     ),
-    *(op_case(FAMILY, find("deform_mix"), shape.name, _mix(shape), _baselines(mixed=True)) for shape in MAPS),
+    *(op_case(FAMILY, find("deform_mix"), shape.name, mix(shape), _baselines(mixed=True)) for shape in MAPS),
     # Should the model compute its offsets in the kernel? See degmix_kernels/deform_conv/COMPUTED_OFFSETS.md.
     *(
         op_case(

@@ -163,7 +163,7 @@ def _event_samples(
     """
     for _ in range(WARM_UP):
         call.step(call.prepare())
-    hosts = [_host_seconds(call) for _ in range(WARM_UP)]
+    hosts = [host_seconds(call) for _ in range(WARM_UP)]
     torch.cuda.synchronize()
     began = time.perf_counter()
     call.step(call.prepare())
@@ -191,7 +191,7 @@ def _event_samples(
     return [start.elapsed_time(end) / calls for start, end in pairs]
 
 
-def _host_seconds(call: Call) -> float:
+def host_seconds(call: Call) -> float:
     """How long the host takes to launch a call on a device that has nothing else to do."""
     prepared = call.prepare()
     torch.cuda.synchronize()

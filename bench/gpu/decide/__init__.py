@@ -1,0 +1,60 @@
+"""Ways to compute the same, side by side: ours, PyTorch's and prototypes, to decide which one is built.
+
+Every section is a module of this package with a function ``rows(meter)``; see :mod:`bench.gpu.decide.meter`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from degmix_kernels.launch import Launch
+
+BUDGET_SECONDS = 160  # of all together
+COMPILE_SECONDS = 50  # of these, at most, until every row has run once
+SECTIONS = {  # in their order; seconds of each. What is left over goes to the next one
+    "ceilings": 10,
+    "mix": 20,
+    "general": 20,
+    "offsets": 12,
+    "vsr": 14,
+    "products": 8,
+    "attention": 12,
+    "registers": 14,
+}
+PACKAGE = __name__
+
+
+def trace(record: Callable[[Launch], object], sections: Iterable[str] = SECTIONS) -> None:
+    """Hand every launch that the sections make on a GPU to ``record``; nothing computes or allocates.
+
+    Only in a process without TRITON_INTERPRET, see :mod:`bench.gpu.trace`, whose ``specialise`` tells what a
+    launch is compiled to.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from bench.gpu.decide.meter import TRACE, Meter
+    from bench.gpu.trace import traced
+
+    with FakeTensorMode(), traced(record):
+        for name in sections:
+            import_module(f"{PACKAGE}.{name}").rows(Meter(TRACE, print))
+
+
+def dry(sections: Iterable[str] = SECTIONS) -> list[dict]:
+    """Every row at tiny sizes, run once and compared but not timed: on the CPU by Triton's interpreter."""
+    from bench.gpu.decide.meter import DRY, Meter
+    from degmix_kernels import use_backend
+
+    found = []
+
+    def note(message: dict) -> None:
+        if "row" in message:
+            found.append({"section": name, **message["row"]})
+
+    with use_backend("triton"):
+        for name in sections:
+            import_module(f"{PACKAGE}.{name}").rows(Meter(DRY, note))
+    return found
