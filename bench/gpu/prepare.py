@@ -41,7 +41,7 @@ def commands() -> dict[str, tuple[str, ...]]:
 
 
 def fill(work: Path, console: Console) -> list[dict]:
-    """Run everything; returns what each process launched."""
+    """Run everything; returns the events of all processes, as :func:`bench.gpu.pretend.environment` has them."""
     environment = os.environ | pretend.environment(work, CACHE) | {"OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     values = {"out": work, "logs": work, "seconds": 3600}
@@ -91,19 +91,19 @@ def main() -> int:
         return USER_ERROR
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
     began = time.monotonic()
-    shutil.rmtree(CACHE, ignore_errors=True)
     with tempfile.TemporaryDirectory() as work:
         try:
-            processes = fill(Path(work), console)
+            events = fill(Path(work), console)
         except RuntimeError as error:
             print(f"gpu-ready: {error}", file=sys.stderr)
             return USER_ERROR
         for name in commands():
             lines = (Path(work) / f"{name}.log").read_text(errors="replace").splitlines()
             console.print(f"{name}: {lines[-1] if lines else 'nothing said'}", soft_wrap=True, markup=False)
-    facts = pack(CACHE, FOLDER, commit.strip())
+    entries = {entry for event in events for entry in event.get("entries", ())}
+    facts = pack(CACHE, entries, FOLDER, commit.strip())
     carry(console)
-    refused = sorted({each for process in processes for each in process["refused"]})
+    refused = sorted({event["refused"] for event in events if "refused" in event})
     for each in refused:
         console.print(f"REFUSED {each}", soft_wrap=True, markup=False)
     size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) / 2**20

@@ -66,12 +66,12 @@ def python_version() -> str:
     return f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-def pack(cache: Path, folder: Path, commit: str) -> Facts:
-    """Write the archive and the facts of a cache; entries that are not complete are left out."""
+def pack(cache: Path, entries: set[str], folder: Path, commit: str) -> Facts:
+    """Write the archive of these entries of a cache, and the facts; what is not complete is left out."""
     kernels = launchers = 0
     folder.mkdir(exist_ok=True)
     with tarfile.open(folder / ARCHIVE, "w:xz", preset=PRESET) as tar:
-        for entry in sorted(path for path in cache.iterdir() if path.is_dir()):
+        for entry in (cache / name for name in sorted(entries)):
             names = {path.name for path in entry.iterdir()}
             group = next((name for name in names if name.startswith("__grp__")), None)
             wanted = {name for name in names if name.endswith(".so")}

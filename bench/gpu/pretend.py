@@ -10,7 +10,6 @@ and such a machine finds everything in the cache that is left.
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import os
@@ -19,23 +18,27 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections import Counter
+from collections.abc import Generator
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 HERE = Path(__file__).parent
 CAPABILITY = (9, 0)
 MEMORY = 80 * 2**30
+_modes: list[AbstractContextManager] = []  # in which there are no real tensors
 EVENT_MS = 0.1  # whatever happens between two events
-REFUSED: list[str] = []  # launches of this process that Triton refused
 
 
 def environment(work: Path, cache: Path) -> dict[str, str]:
     """The variables; the driver is compiled into ``work``, ``cache`` is Triton's.
 
-    Every process adds a line to ``work/launches.jsonl``: its command, how many kernels it found in the cache,
-    and the names of those that were compiled and of those that were refused.
+    Processes add lines to ``work/launches.jsonl``, each with the end of their ``command`` and one of these:
+    ``kernel``, whether it was ``compiled`` or found, and the ``entries`` of the cache that have it; ``entries``
+    that have a launcher; what Triton ``refused`` to launch, and why.
 
     Raises:
         RuntimeError: without a C compiler, in one sentence.
@@ -62,6 +65,7 @@ def environment(work: Path, cache: Path) -> dict[str, str]:
         "TRITON_LIBCUDA_PATH": str(work),
         "TRITON_CACHE_DIR": str(cache),
         "DEGMIX_LAUNCHES": str(work / "launches.jsonl"),
+        "PYTEST_PLUGINS": "bench.gpu.pretend",
     }
 
 
@@ -74,19 +78,31 @@ def begin() -> None:
 
     _pretend_cuda(torch)
     _pretend_driver()
-    _pretend_tensors(torch)
+    _modes.extend(_pretend_tensors(torch))
+    if not any(words in " ".join(sys.orig_argv) for words in ("-m pytest", "sys.stdin.readline")):
+        for mode in _modes:
+            mode.__enter__()
     from bench import measure
 
     measure.FEWEST = measure.MOST = measure.WARM_UP = measure.CALLS_IN_A_ROW = 1  # of what takes no time
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Pretend while a test runs, not while tests are collected: parameters may be tensors with values."""
+    with ExitStack() as stack:
+        for mode in _modes:
+            stack.enter_context(mode)
+        return (yield)
+
+
 def _inject_fault() -> None:
     """What goes wrong in a rehearsal: a process whose command has the words crashes, or hangs."""
-    command = " ".join(sys.orig_argv)
+    command = " ".join(sys.orig_argv[1:])
     for words, fault in json.loads(os.environ.get("DEGMIX_FAULTS", "{}")).items():
-        if words in command and fault == "crash":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        elif words in command:
+        if not command.startswith("-m bench.gpu.visit") and words in command:
+            if fault == "crash":
+                os.kill(os.getpid(), signal.SIGSEGV)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             time.sleep(3600)
 
@@ -199,42 +215,34 @@ def _pretend_driver() -> None:
         """Launchers are named after ``platform.architecture()``, which needs a tool that may be missing."""
         module = build(src=src, name=name, **options)
         file = name + sysconfig.get_config_var("EXT_SUFFIX")
+        entries = []
         for linkage in ("ELF", ""):
             key = hashlib.sha256(f"{src}x86_64,Linux,64bit,{linkage}".encode()).hexdigest()
             entry = get_cache_manager(key)
             if entry.get_file(file) is None:
                 entry.put(Path(module.__file__).read_bytes(), file, binary=True)
+            entries.append(Path(entry.get_file(file)).parent.name)
+        _write(entries=entries)
         return module
 
     nvidia.compile_module_from_src = build_for_both
     triton.runtime.driver.set_active(Driver())
-    found, compiled = Counter(), []
 
-    def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
-        if cache_hit:
-            found["kernels"] += 1
-        else:
-            compiled.append(src.name)
+    def listen(*, src: Any, metadata_group: dict[str, str], cache_hit: bool, **_: Any) -> None:
+        entries = {Path(path).parent.name for path in metadata_group.values()}
+        _write(kernel=src.name, compiled=not cache_hit, entries=sorted(entries))
 
     knobs.compilation.listener = listen
 
-    def write() -> None:
-        line = json.dumps(
-            {
-                "command": sys.orig_argv[1:],
-                "found": found["kernels"],
-                "compiled": compiled,
-                "refused": REFUSED,
-            }
-        )
-        with open(os.environ["DEGMIX_LAUNCHES"], "a") as file:
-            file.write(line + "\n")
 
-    atexit.register(write)
+def _write(**event: Any) -> None:
+    """Add a line about what this process has launched, which it may not live to do at its end."""
+    with open(os.environ["DEGMIX_LAUNCHES"], "a") as file:
+        file.write(json.dumps({"command": " ".join(sys.orig_argv[1:])[-150:], **event}) + "\n")
 
 
-def _pretend_tensors(torch: Any) -> None:
-    """No tensor from here on has memory; what is read of one is zero, or True."""
+def _pretend_tensors(torch: Any) -> tuple[AbstractContextManager, ...]:
+    """In these no new tensor has memory; what is read of one is zero, or True."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.overrides import TorchFunctionMode
     from triton.runtime.jit import JITFunction
@@ -294,7 +302,8 @@ def _pretend_tensors(torch: Any) -> None:
         try:
             return run(self, *args, **kwargs)
         except Exception as error:
-            REFUSED.append(f"{self.fn.__module__}.{self.fn.__name__}: {type(error).__name__}: {error}"[:2000])
+            name = f"{self.fn.__module__}.{self.fn.__name__}"
+            _write(refused=f"{name}: {type(error).__name__}: {error}"[:2000])
             raise
 
     autocast, enabled, dtype_of = torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype
@@ -329,5 +338,4 @@ def _pretend_tensors(torch: Any) -> None:
     where = FakeTensor.device.fget
     FakeTensor.device = property(lambda tensor: where(tensor) if inside else gpu)
     JITFunction.run = run_on_pointers
-    Nothing(allow_non_fake_inputs=True).__enter__()
-    OnGpu().__enter__()
+    return Nothing(allow_non_fake_inputs=True), OnGpu()

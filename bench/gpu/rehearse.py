@@ -1,0 +1,90 @@
+"""``make gpu-rehearse``: the visit on this machine, with what can go wrong: all launches, nothing computes.
+
+The first command and the second, each within its deadline, over the driver that launches nothing
+(:mod:`bench.gpu.pretend`) and from the folder that ``make gpu-ready`` has left. One op crashes, the profile
+hangs, a section of the decisions hangs, and a carried package is missing. Both summaries say what would have
+been kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from bench.gpu import prepared, pretend
+from bench.gpu.prepared import CACHE, FOLDER, REPOSITORY
+from bench.gpu.visit import VISITS
+from bench.program import FAILURE, USER_ERROR
+
+FAULTS = {  # words of a command → what its process does
+    "--op deform_mix": "crash",
+    "-m bench.profile_step": "hang",
+    "bench.gpu.decide.offsets": "hang",
+}
+# What a machine has beside Python, as far as a visit asks for it.
+SANITIZER = """#!/bin/sh
+while case $1 in --*) true ;; *) false ;; esac; do [ "$1" = --tool ] && shift; shift; done
+exec "$@"
+"""
+TOOLS = {"compute-sanitizer": SANITIZER, "nvidia-smi": "#!/bin/sh\necho pretended\n"}
+
+
+def main() -> int:
+    """Rehearse; 1 if a kernel was not in the cache or too many files are left, 2 if nothing is prepared."""
+    facts = prepared.read_facts(FOLDER)
+    if facts is None:
+        print(f"gpu-rehearse: {FOLDER} is not prepared; make gpu-ready prepares it", file=sys.stderr)
+        return USER_ERROR
+    with tempfile.TemporaryDirectory() as work:
+        return rehearse(Path(work))
+
+
+def rehearse(work: Path) -> int:
+    """Both commands in a folder of their own."""
+    tools = work / "tools"
+    tools.mkdir()
+    for name, text in TOOLS.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    shutil.rmtree(CACHE, ignore_errors=True)  # the visit unpacks it
+    environment = os.environ | pretend.environment(work / "pretended", CACHE)
+    environment |= {"PATH": f"{tools}{os.pathsep}{environment['PATH']}", "DEGMIX_FAULTS": json.dumps(FAULTS)}
+    wheels = FOLDER / prepared.WHEELS
+    aside = wheels.rename(work / "aside") if wheels.exists() else None
+    try:
+        codes = {name: _command(name, work, environment) for name in ("first", "decide")}
+    finally:
+        if aside is not None:
+            shutil.move(aside, wheels)
+    lines = (work / "pretended" / "launches.jsonl").read_text().splitlines()
+    launched = [event for event in map(json.loads, lines) if "kernel" in event]
+    compiled = [event for event in launched if event["compiled"]]
+    print(f"\n{len(launched) - len(compiled)} kernels came from the cache, {len(compiled)} were compiled")
+    for event in compiled[:20]:
+        print(f"  {event['kernel']}: {event['command']}")
+    return FAILURE if compiled or any(code not in (0, 1) for code in codes.values()) else 0
+
+
+def _command(name: str, work: Path, environment: dict[str, str]) -> int:
+    """One command of the visit: what it says, how long it took, what it left."""
+    out = work / name
+    print(f"\n##### {name}: {VISITS[name].what}; at most {VISITS[name].deadline} s", flush=True)
+    command = [sys.executable, "-m", "bench.gpu.visit", name, "--out", str(out)]
+    code = subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    print(f"##### {name}: code {code}; kept:")
+    for path in files:
+        print(f"  {path.name}: {path.stat().st_size} bytes")
+    with tarfile.open(out / "logs.tgz") as archive:
+        print(f"  in logs.tgz: {', '.join(archive.getnames())}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,406 @@
+"""``bench/gpu_check.sh`` without a GPU: a stub for Python pretends one, and says what the stages do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from bench.gpu import prepared, visit
+from bench.results import OURS, Ceilings, Machine, Results, Row, write
+
+SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_check.sh"
+FIRST = {"ops", "tests", "memcheck", "racecheck", "initcheck", "bench", "profile", "huge"}
+SANITIZED = {"memcheck", "racecheck", "initcheck"}
+GPU = "Stub H200"
+
+# What stands for each program is a line of shell in $STUB_<name>; what else is asked of Python, Python does.
+PYTHON = f"""#!/bin/sh
+echo "$*" >> "$CALLS"
+case "$*" in
+    *get_device_name*) eval "$STUB_TORCH" ;;
+    *torch.ones*) eval "$STUB_PROBE" ;;
+    *check_ops*) eval "$STUB_OPS" ;;
+    *test_beyond_32_bits) eval "$STUB_HUGE" ;;
+    "-m pytest"*) eval "$STUB_TESTS" ;;
+    *small_calls*) eval "$STUB_SMALL_CALLS" ;;
+    "-m bench.profile_step"*) eval "$STUB_PROFILE" ;;
+    "-m bench "*) eval "$STUB_BENCH" ;;
+    "-m bench.gpu.decide"*) eval "$STUB_DECIDE" ;;
+    "-m bench.training"*) eval "$STUB_TRAINING" ;;
+    *) exec {sys.executable} "$@" ;;
+esac
+"""
+SANITIZER = """#!/bin/sh
+while case $1 in --*) true ;; *) false ;; esac; do [ "$1" = --tool ] && shift; shift; done
+exec "$@"
+"""
+MAIN = """
+import sys
+from pathlib import Path
+from bench.gpu import visit
+python, folder, *arguments = sys.argv[1:]
+visit.STATE = Path(folder) / "state"
+sys.exit(visit.main(arguments, python=python, folder=Path(folder) / "gpu", cache=Path(folder) / "cache"))
+"""
+COUNTS_INTERRUPTS = """
+import os, signal, time
+child = os.fork()
+signal.signal(signal.SIGINT, lambda *_: print("stage" if child else "child", flush=True))
+if child:
+    print("pid", child, flush=True)
+end = time.monotonic() + (3 if child else 60)
+while time.monotonic() < end:
+    time.sleep(0.1)
+"""
+
+
+class Check:
+    """One call of the visit, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.folder = folder, folder / "out"
+        self.tools, self.calls = folder / "tools", folder / "calls"
+        self.tools.mkdir()
+        for name, text in {
+            "python": PYTHON,
+            "compute-sanitizer": SANITIZER,
+            "nvidia-smi": "#!/bin/sh\necho a table\n",
+        }.items():
+            (self.tools / name).write_text(text)
+            (self.tools / name).chmod(0o755)
+        row = Row("op", "shape", "bf16", "fwd", OURS, ms=1.0)
+        machine = Machine(GPU, None, None, None, "2", None, "3", None, "0" * 40, False)
+        self.measured = folder / "measured.json"
+        write(Results(machine, Ceilings(None, {}), (row,)), self.measured)
+
+    def __call__(self, *options: str, command: str = "", **settings: str) -> subprocess.CompletedProcess[str]:
+        """Run it with these options and variables, or the shell command that runs "$@"."""
+        known = {"gpu": GPU, "capability": [9, 0], "triton": "a key"}
+        environment = {
+            "PATH": f"{self.tools}:/usr/local/bin:/usr/bin:/bin",
+            "HOME": os.environ.get("HOME", "/"),
+            "PYTHONPATH": str(SCRIPT.parents[1]),
+            "OUT": str(self.folder),
+            "CALLS": str(self.calls),
+            "STUB_TORCH": f"echo '{json.dumps(known)}'",
+            "STUB_BENCH": self.leaves_results,
+        } | settings
+        line = [sys.executable, "-c", MAIN, str(self.tools / "python"), str(self.root), *options]
+        if command:
+            line = ["bash", "-c", command, "bash", *line]
+        self.calls.write_text("")
+        return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    @property
+    def leaves_results(self) -> str:
+        """A benchmark that measures one thing."""
+        return f"cp {self.measured} {self.folder}/results.json"
+
+    @property
+    def summary(self) -> dict[str, str]:
+        """Stage → outcome."""
+        _, *lines = (self.folder / "summary.txt").read_text().splitlines()
+        return dict(line.split(maxsplit=1) for line in lines)
+
+    def log(self, name: str) -> str:
+        """A log, out of the archive."""
+        with tarfile.open(self.folder / "logs.tgz") as archive:
+            return archive.extractfile(name).read().decode()
+
+    def called(self, beginning: str) -> list[str]:
+        """The calls of Python whose arguments begin so, in order."""
+        return [call for call in self.calls.read_text().splitlines() if call.startswith(beginning)]
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Check:
+    return Check(tmp_path)
+
+
+def only(*names: str, visit_name: str = "first", seconds: int = 0) -> list[str]:
+    """Options that leave every stage out but these."""
+    stages = visit.VISITS[visit_name].stages
+    every = {each.name for stage in stages for each in (stage, *stage.beside)}
+    return [
+        "--seconds",
+        *(f"{name}={seconds}" for name in names if seconds),
+        *(f"{name}=0" for name in every.difference(names)),
+    ]
+
+
+def test_everything_runs_and_few_files_are_left(check: Check) -> None:
+    check.folder.mkdir()
+    (check.folder / "somebody's.txt").write_text("stays")
+    done = check(STUB_PROFILE=f"echo table > {check.folder}/profile.md; echo > {check.folder}/plot.png")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {check.summary[name].split()[0] for name in FIRST} == {"ok"}
+    files = {path.name for path in check.folder.iterdir()}
+    assert files == {"results.json", "profile.md", "summary.txt", "logs.tgz", "somebody's.txt"}
+    assert check.log("plot.png")  # what is not needed at once
+    assert check.log("nvidia-smi.txt") == "a table\n"
+    (tests,) = check.called(
+        "-m pytest -q -p no:cacheprovider -p bench.gpu.synchronise -o addopts= --tb=short"
+    )[:1]
+    assert "-n8" in tests
+    sanitized = check.called("-m bench.gpu.small_calls")
+    assert sanitized == ["-m bench.gpu.small_calls", *2 * ["-m bench.gpu.small_calls --first"]]
+
+
+def test_what_is_left_out_exists() -> None:
+    for path in visit.LEFT_TO_MAKE_TEST:
+        assert (SCRIPT.parents[1] / path).is_file()
+    file, test = visit.HUGE.split("::")
+    assert f"def {test}" in (SCRIPT.parents[1] / file).read_text()
+
+
+@pytest.mark.parametrize("name", visit.VISITS)
+def test_budgets_add_up(name: str) -> None:
+    """Stages of one lane, and the time to load torch and to end."""
+    planned = visit.VISITS[name]
+    seconds = sum(max(stage.seconds, sum(each.seconds for each in stage.beside)) for stage in planned.stages)
+    assert seconds + visit.TO_KILL + visit.TO_FINISH <= planned.deadline
+
+
+def test_quick_tests_before_it_benchmarks(check: Check) -> None:
+    done = check("quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert check.called("-m bench ") == [f"-m bench --quick --json {check.folder}/results.json"]
+    assert list(check.summary).index("tests") < list(check.summary).index("bench")
+
+
+def test_without_a_gpu_the_benchmark_runs_on_the_cpu(check: Check) -> None:
+    none = json.dumps({"gpu": "", "capability": None, "triton": ""})
+    done = check(STUB_TORCH=f"echo '{none}'")
+    assert done.returncode == visit.NO_GPU, done.stdout + done.stderr
+    assert check.summary.keys() == {"GPU", "bench"}
+    assert check.called("-m bench ") == [f"-m bench --quick --json {check.folder}/results.json"]
+    assert check("--resume", str(check.measured), STUB_TORCH=f"echo '{none}'").returncode == visit.NO_GPU
+    assert check.called("-m bench ") == []  # there is no GPU to continue on
+
+
+def test_another_machine_is_told_what_it_lacks(check: Check) -> None:
+    (check.tools / "compute-sanitizer").unlink()
+    amd = json.dumps({"gpu": "Stub MI300X", "capability": None, "triton": "a key"})
+    done = check(STUB_TORCH=f"echo '{amd}'")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert check.summary["cache"].startswith("cold, every kernel has to be compiled")
+    for name in SANITIZED:
+        assert check.summary[name] == "not run: compute-sanitizer, Nvidia's, is not installed"
+
+
+def test_a_machine_that_refuses_the_sanitizer(check: Check) -> None:
+    done = check(STUB_PROBE="echo Device not supported; exit 9")
+    assert done.returncode == 0
+    for name in SANITIZED:
+        assert check.summary[name] == "not run: this machine refuses compute-sanitizer: Device not supported"
+    assert check.called("-m bench.gpu.small_calls") == []
+
+
+def test_a_failing_stage_stops_nothing(check: Check) -> None:
+    done = check(STUB_TESTS="echo FAILED test_this; exit 1", STUB_SMALL_CALLS="exit 9")
+    assert done.returncode == visit.FAILED
+    assert re.fullmatch(r"FAILED: code 1 after \d+ s", check.summary["tests"])
+    assert "FAILED test_this" in done.stdout
+    assert {check.summary[name] for name in SANITIZED} == {"FAILED: code 9 after 0 s"}
+    assert all(check.summary[name].startswith("ok") for name in FIRST - SANITIZED - {"tests"})
+
+
+def test_where_most_ops_are_wrong_no_time_is_spent(check: Check) -> None:
+    done = check(STUB_OPS=f"exit {visit.MOST_ARE_WRONG}")
+    assert done.returncode == visit.FAILED
+    assert {check.summary[name] for name in ("tests", "bench", "profile", "huge")} == {
+        "FAILED: left out: most ops are wrong, which ops.log shows"
+    }
+    assert check("--seconds", "tests=0", STUB_OPS="exit 1").returncode == visit.FAILED
+    assert check.summary["bench"].startswith("ok")
+
+
+def test_one_of_our_ops_that_failed_is_a_failure(check: Check) -> None:
+    data = json.loads(check.measured.read_text())
+    data["rows"][0] |= {"ms": None, "status": "WRONG"}
+    check.measured.write_text(json.dumps(data))
+    late = f"{check.leaves_results}; exec sleep 30"
+    assert check(*only("bench", seconds=1), STUB_BENCH=late).returncode == visit.FAILED
+    assert "1 of ours failed" in check.summary["bench"]
+
+
+def test_a_stage_over_its_budget(check: Check) -> None:
+    late = "exec sleep 30"
+    done = check(
+        *only("tests", "bench", seconds=1), STUB_TESTS=late, STUB_BENCH=f"{check.leaves_results}; {late}"
+    )
+    assert done.returncode == visit.FAILED
+    assert check.summary["tests"] == "FAILED: not done within 1 s"
+    # The benchmark goes on in another call; that it was stopped is no failure.
+    assert check.summary["bench"].startswith("stopped when its 1 s were over; results.json has 1 rows")
+
+
+def test_what_was_measured_when_the_benchmark_was_killed(check: Check) -> None:
+    begins = f"{check.leaves_results}; printf gating > {check.folder}/results.json.begun"
+    check(*only("bench", seconds=1), STUB_BENCH=f"{begins}; exec sleep 30")
+    assert check.summary["bench"].endswith("0 of ours failed; killed while it measured gating")
+    assert (check.folder / "results.json.begun").exists()
+
+
+def test_budgets_of_zero(check: Check) -> None:
+    done = check(*only())
+    assert done.returncode == 0
+    assert {name: check.summary[name] for name in FIRST} == {
+        name: f"left out; --seconds {name}=60 gives it 60 s" for name in FIRST
+    }
+
+
+def test_the_deadline_clips(check: Check) -> None:
+    done = check("--deadline", "43", *only("ops", "bench", "huge"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    granted = {name: int(seconds) for name, seconds in re.findall(r"\] (\w+): at most (\d+) s", done.stdout)}
+    most = 43 - visit.TO_KILL - visit.TO_FINISH
+    assert visit.WORTHWHILE <= granted["huge"] <= granted["ops"] <= most
+
+
+def test_without_time_stages_are_left_out(check: Check) -> None:
+    done = check("--deadline", "25")
+    assert done.returncode == visit.FAILED
+    assert {check.summary[name] for name in FIRST} == {"FAILED: left out, no time is left for it"}
+
+
+def test_a_lost_gpu_is_no_end_of_the_benchmark(check: Check) -> None:
+    count = check.root / "count"
+    lost = f"echo again >> {count}; {check.leaves_results}; [ $(wc -l < {count}) -gt 2 ] || exit 3"
+    done = check(*only("bench", seconds=60), STUB_BENCH=lost)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert check.called("-m bench ") == 3 * [f"-m bench --resume {check.folder}/results.json"]
+    assert "; the GPU was lost 2 times, and it went on;" in check.summary["bench"]
+    # What quick measures cannot be continued.
+    count.unlink()
+    assert check("quick", STUB_BENCH=lost).returncode == visit.FAILED
+    assert check.summary["bench"].startswith("FAILED: code 3")
+
+
+def test_an_interrupt_reaches_a_stage_of_a_background_job(check: Check) -> None:
+    told = "import time\ntry: time.sleep(30)\nexcept KeyboardInterrupt: print('what it has')"
+    waits = f'exec {sys.executable} -c "{told}"'
+    check(*only("tests", seconds=1), command='"$@" & wait', STUB_TESTS=waits)
+    assert check.log("tests.log") == "what it has\n"
+
+
+def test_a_stage_is_interrupted_once_and_leaves_nothing(check: Check) -> None:
+    """Its child hears the interrupt, too; what that does not end is killed with the stage."""
+    program = check.root / "program.py"
+    program.write_text(COUNTS_INTERRUPTS)
+    check(*only("tests", seconds=1), STUB_TESTS=f"exec {sys.executable} {program}")
+    first, *others = check.log("tests.log").splitlines()
+    assert sorted(others) == ["child", "stage"]
+    status = Path(f"/proc/{first.split()[1]}/status")
+    assert not status.exists() or "zombie" in status.read_text()  # dead, if not yet buried
+
+
+def test_an_interrupt_of_the_visit_ends_with_a_summary(check: Check) -> None:
+    pid = check.root / "pid"
+    done = check(
+        command=f'"$@" & echo $! > {pid}; wait $!; code=$?; wait; exit $code',
+        STUB_TESTS=f"{check.leaves_results}; kill -TERM $(cat {pid}); exec sleep 30",
+    )
+    assert done.returncode == visit.FAILED, done.stdout + done.stderr
+    assert check.summary["tests"].startswith("FAILED: interrupted after")
+    assert check.summary["bench"] == "FAILED: left out, interrupted"
+    assert (check.folder / "results.json").exists()
+
+
+def test_resume(check: Check) -> None:
+    before = check.root / "before.json"
+    before.write_bytes(check.measured.read_bytes())
+    before.with_name("before.json.begun").write_text("a measurement")
+    done = check("--resume", str(before), STUB_BENCH=f"test -f {check.folder}/results.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (check.folder / "results.json.begun").read_text() == "a measurement"
+    # The next visit continues nothing: it begins without both, and keeps the results.
+    begins = f"test ! -f {check.folder}/results.json && {check.leaves_results}"
+    assert check(STUB_BENCH=begins).returncode == 0
+    assert not (check.folder / "results.json.begun").exists()
+    assert (check.folder / "earlier.json").exists()
+
+
+def test_a_second_command_goes_on_with_what_the_first_has_measured(check: Check) -> None:
+    assert check(*only("bench")).returncode == 0
+    (check.folder / "results.json").unlink()  # another folder, as far as it knows
+    done = check("compare", STUB_BENCH=f"test -f {check.folder}/results.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--baseline torch.compile" in check.called("-m bench ")[0]
+    assert check("decide").returncode == 0
+    assert check.summary["decide"].startswith("ok")
+
+
+def folder_for(check: Check, **changes: object) -> None:
+    """A prepared folder that fits the stub, but for these facts."""
+    cache, gpu = check.root / "made", check.root / "gpu"
+    entry = cache / "KEY"
+    entry.mkdir(parents=True)
+    for name in ("__grp__forward.json", "forward.json", "forward.cubin", "forward.ptx"):
+        (entry / name).write_text(name)
+    (cache / "BROKEN").mkdir()
+    (cache / "BROKEN" / "__grp__backward.json").write_text("interrupted")
+    (cache / "LAUNCHER").mkdir()
+    (cache / "LAUNCHER" / "launcher.so").write_text("so")
+    facts = prepared.pack(cache, {"KEY", "BROKEN", "LAUNCHER"}, gpu, "1" * 40)
+    assert (facts.kernels, facts.launchers) == (1, 1)
+    known = json.loads((gpu / prepared.FACTS).read_text()) | {"triton": "a key"} | changes
+    (gpu / prepared.FACTS).write_text(json.dumps(known))
+
+
+def test_a_warm_cache_is_unpacked_and_used(check: Check) -> None:
+    folder_for(check)
+    done = check(*only("bench"), STUB_BENCH=f'echo "$TRITON_CACHE_DIR $BENCH_COMMIT"; {check.leaves_results}')
+    assert check.summary["cache"] == "warm: 1 kernels, 1 launchers", done.stdout + done.stderr
+    assert check.log("bench.log").split() == [str(check.root / "cache"), "1" * 40]
+    unpacked = {path.name for path in (check.root / "cache").rglob("*") if path.is_file()}
+    assert unpacked == {"__grp__forward.json", "forward.json", "forward.cubin", "launcher.so"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"triton": "another key"}, "it is for another version of Triton"),
+        ({"python": "3.9"}, "its launchers are for Python 3.9"),
+        ({"sources": "others"}, "the sources have changed since; make gpu-ready makes another one"),
+    ],
+)
+def test_a_cache_that_does_not_fit(check: Check, changes: dict[str, object], why: str) -> None:
+    folder_for(check, **changes)
+    check(*only("bench"), STUB_BENCH=f'echo "cache: $TRITON_CACHE_DIR"; {check.leaves_results}')
+    assert check.summary["cache"] == f"cold, every kernel has to be compiled: {why}"
+    assert check.log("bench.log") == "cache: \n"
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "reason"),
+    [
+        (["slow"], {}, "invalid choice: 'slow'"),
+        (["--resume", "nowhere.json"], {}, "--resume nowhere.json: no such file"),
+        (["quick", "--resume", __file__], {}, "expected another visit than quick"),
+        (["--seconds", "tests=soon"], {}, "--seconds tests=soon: expected STAGE=S, a stage of bench, huge"),
+        (["--seconds", "decide=1"], {}, "--seconds decide=1: expected STAGE=S"),
+        ([], {"STUB_TORCH": "exit 1"}, "gpu_check: torch does not load, or not within 90 s"),
+    ],
+)
+def test_mistakes(check: Check, options: list[str], settings: dict[str, str], reason: str) -> None:
+    done = check(*options, **settings)
+    assert done.returncode == visit.USER_ERROR
+    assert reason in done.stderr
+    assert check.called("-m") == []
+
+
+def test_the_script_is_in_front_of_it(tmp_path: Path) -> None:
+    environment = dict(os.environ, PYTHON=sys.executable)
+    line = ["bash", str(SCRIPT), "--help"]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for word in (*visit.VISITS, "--seconds", "--deadline", "--resume", "3 without a GPU"):
+        assert word in done.stdout
