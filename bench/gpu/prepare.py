@@ -41,7 +41,7 @@ def commands() -> dict[str, tuple[str, ...]]:
 
 
 def fill(work: Path, console: Console) -> list[dict]:
-    """Run everything; returns the events of all processes, as :func:`bench.gpu.pretend.environment` has them."""
+    """Run everything; returns all events, as :func:`bench.gpu.pretend.environment` has them."""
     environment = os.environ | pretend.environment(work, CACHE) | {"OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     values = {"out": work, "logs": work, "seconds": 3600}

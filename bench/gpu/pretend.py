@@ -37,8 +37,8 @@ def environment(work: Path, cache: Path) -> dict[str, str]:
     """The variables; the driver is compiled into ``work``, ``cache`` is Triton's.
 
     Processes add lines to ``work/launches.jsonl``, each with the end of their ``command`` and one of these:
-    ``kernel``, whether it was ``compiled`` or found, and the ``entries`` of the cache that have it; ``entries``
-    that have a launcher; what Triton ``refused`` to launch, and why.
+    ``kernel``, whether it was ``compiled`` or found, and the ``entries`` of the cache that have it;
+    ``entries`` that have a launcher; what Triton ``refused`` to launch, and why.
 
     Raises:
         RuntimeError: without a C compiler, in one sentence.
