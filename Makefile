@@ -2,6 +2,7 @@
 # python3 (3.10 to 3.13), make and a network with PyPI. A second call installs nothing.
 
 PYTHON  ?= python3
+GPU_PYTHON ?= python3.12
 WORKERS ?= 2
 
 # Everything is tested on this stack, too, beside the newest one that pip finds.
@@ -10,13 +11,15 @@ PINNED := torch==2.11.0 torchvision==0.26.0 triton==3.6.0
 # One thread per test worker: two workers with two threads each would fight over two cores.
 PYTEST := -m pytest -n $(WORKERS)
 
-.PHONY: help demo test test-full test-pinned lint format clean
+.PHONY: help demo test test-full test-pinned gpu-ready gpu-rehearse lint format clean
 
 help:
 	@echo "make demo         train a small DeGMix on synthetic rooms; results in runs/demo/"
 	@echo "make test         run every test this machine can run"
 	@echo "make test-pinned  the same on $(PINNED)"
 	@echo "make test-full    the same as make test, and the tests that take many minutes"
+	@echo "make gpu-ready    without a GPU, compile whatever a visit to a GPU machine launches, into .gpu/"
+	@echo "make gpu-rehearse run that visit here, over a driver that launches nothing"
 	@echo "make lint         ruff check and ruff format --check"
 	@echo "make format       rewrite the sources as ruff format wants them"
 	@echo "make clean        remove the virtual environments and everything the commands above made"
@@ -41,11 +44,22 @@ format: .venv/test.installed
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+# The same Python as on the machines that are visited: launchers are compiled for it.
+gpu-ready: .venv-gpu/test.installed
+	.venv-gpu/bin/python -m bench.gpu.prepare
+
+gpu-rehearse: .venv-gpu/test.installed
+	.venv-gpu/bin/python -m bench.gpu.rehearse
+
 clean:
-	rm -rf .venv .venv-pinned runs gpu_check build dist .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-pinned .venv-gpu .gpu runs gpu_check build dist .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 .venv/bin/python .venv-pinned/bin/python:
 	$(PYTHON) -m venv $(@D)/..
+
+.venv-gpu/bin/python:
+	@$(GPU_PYTHON) -c "" 2>/dev/null || { echo "make gpu-ready needs Python 3.12, which a visit finds on its machine: GPU_PYTHON=/path/to/python3.12"; exit 1; }
+	$(GPU_PYTHON) -m venv $(@D)/..
 
 # A stamp is touched last, so an interrupted installation is done again.
 .venv/demo.installed: pyproject.toml | .venv/bin/python
@@ -56,6 +70,6 @@ clean:
 	.venv/bin/python -m pip install --quiet -e ".[test]"
 	touch $@
 
-.venv-pinned/test.installed: pyproject.toml Makefile | .venv-pinned/bin/python
-	.venv-pinned/bin/python -m pip install --quiet $(PINNED) -e ".[test]"
+.venv-pinned/test.installed .venv-gpu/test.installed: %/test.installed: pyproject.toml Makefile | %/bin/python
+	$*/bin/python -m pip install --quiet $(PINNED) -e ".[test]"
 	touch $@
