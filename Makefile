@@ -11,18 +11,19 @@ PINNED := torch==2.11.0 torchvision==0.26.0 triton==3.6.0
 # One thread per test worker: two workers with two threads each would fight over two cores.
 PYTEST := -m pytest -n $(WORKERS)
 
-.PHONY: help demo test test-full test-pinned gpu-ready gpu-rehearse lint format clean
+.PHONY: help demo test test-pinned test-gpu-arithmetic test-full gpu-ready gpu-rehearse lint format clean
 
 help:
-	@echo "make demo         train a small DeGMix on synthetic rooms; results in runs/demo/"
-	@echo "make test         run every test this machine can run"
-	@echo "make test-pinned  the same on $(PINNED)"
-	@echo "make test-full    the same as make test, and the tests that take many minutes"
-	@echo "make gpu-ready    without a GPU, compile whatever a visit to a GPU machine launches, into .gpu/"
-	@echo "make gpu-rehearse run that visit here, over a driver that launches nothing"
-	@echo "make lint         ruff check and ruff format --check"
-	@echo "make format       rewrite the sources as ruff format wants them"
-	@echo "make clean        remove the virtual environments and everything the commands above made"
+	@echo "make demo                 train a small DeGMix on synthetic rooms; results in runs/demo/"
+	@echo "make test                 run every test this machine can run"
+	@echo "make test-pinned          the same on $(PINNED)"
+	@echo "make test-gpu-arithmetic  the kernels' tests with a GPU's rounding errors, on the same"
+	@echo "make test-full            the same as make test, and the tests that take many minutes"
+	@echo "make gpu-ready            without a GPU, compile whatever a visit to a GPU machine launches, into .gpu/"
+	@echo "make gpu-rehearse         run that visit here, over a driver that launches nothing"
+	@echo "make lint                 ruff check and ruff format --check"
+	@echo "make format               rewrite the sources as ruff format wants them"
+	@echo "make clean                remove the virtual environments and everything the commands above made"
 
 demo: .venv/demo.installed
 	.venv/bin/python -m degmix demo
@@ -35,6 +36,11 @@ test-full: .venv/test.installed
 
 test-pinned: .venv-pinned/test.installed
 	OMP_NUM_THREADS=1 .venv-pinned/bin/python $(PYTEST)
+
+# test_compile.py is left out: what compilers make of a kernel does not depend on the interpreter.
+test-gpu-arithmetic: .venv-pinned/test.installed
+	DEGMIX_GPU_ARITHMETIC=1 OMP_NUM_THREADS=1 .venv-pinned/bin/python $(PYTEST) \
+		tests/test_contract.py tests/kernels --ignore=tests/kernels/test_compile.py
 
 lint: .venv/test.installed
 	.venv/bin/ruff check .

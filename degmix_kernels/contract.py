@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,10 +23,16 @@ class Sample:
             tolerance of :func:`degmix_kernels.testing.tolerance` follows from it. Where sums follow upon
             sums, their lengths are added, as the variances of independent rounding errors are: a product of
             lengths would let wrong results pass.
+        roots: name of an argument → power of the one reciprocal square root that is a factor of all elements
+            of its gradient.
+        terms: ``terms(arguments, grad)`` are, by names of arguments, the terms of gradients that are zero
+            because these terms cancel.
     """
 
     arguments: dict[str, Any]
     reduction: int
+    roots: Mapping[str, int] = field(default_factory=dict)
+    terms: Callable[[Mapping[str, Any], Tensor], Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)

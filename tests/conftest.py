@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import gpu_arithmetic
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ HAS_GPU = torch.cuda.is_available()
 torch.backends.cudnn.allow_tf32 = False  # as matrix products have it: references in fp32 are to be exact
 if not HAS_GPU:  # before anything imports triton: the choice is made when a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
+gpu_arithmetic.switch_on_if_wanted()
 
 
 FULL = "--full"

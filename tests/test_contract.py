@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,9 +76,18 @@ def check(op: Op, sample: Sample, arguments: dict, output: Tensor, grad: Tensor,
     names = [name for name in differentiated(op, arguments) if arguments[name].requires_grad]
     actual = torch.autograd.grad(output, [arguments[name] for name in names], grad)
     wanted = torch.autograd.grad(expected, [exact[name] for name in names], grad.double())
+    terms = sample.terms(sample.arguments, grad) if sample.terms else {}
     for name, gradient, reference in zip(names, actual, wanted, strict=True):
         assert gradient.dtype == arguments[name].dtype
-        assert_close(gradient, reference, sample.reduction, dtype, f"gradient of {name}")
+        assert_close(
+            gradient,
+            reference,
+            sample.reduction,
+            dtype,
+            f"gradient of {name}",
+            roots=sample.roots.get(name, 0),
+            terms=terms.get(name),
+        )
 
 
 def random_like(output: Tensor) -> Tensor:
@@ -155,7 +165,7 @@ def test_expanded_inputs_and_gradients(op: Op, device: torch.device) -> None:
     for name in op.batched:
         if isinstance(expanded[name], Tensor):
             expanded[name] = expanded[name][:1].expand_as(expanded[name])
-    sample = Sample(expanded, sample.reduction)
+    sample = replace(sample, arguments=expanded)
     arguments = fresh(op, expanded)
     for name in op.batched:
         if isinstance(expanded[name], Tensor):
@@ -251,7 +261,7 @@ def test_compiles_once_for_every_batch_size(op: Op, device: torch.device) -> Non
         for name in op.batched:
             if isinstance(arguments[name], Tensor):
                 arguments[name] = torch.cat([arguments[name]] * repeats)
-        repeated = Sample(arguments, sample.reduction * repeats)
+        repeated = replace(sample, arguments=arguments, reduction=sample.reduction * repeats)
         arguments = fresh(op, arguments)
         for name in op.batched:
             if isinstance(arguments[name], Tensor):

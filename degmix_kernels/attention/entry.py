@@ -39,11 +39,20 @@ def _tensors(shape: tuple, device: torch.device, dtype: torch.dtype, generator: 
     }
 
 
+def _terms_of_one_key(arguments: Mapping[str, Any], grad: Tensor) -> dict[str, Tensor]:
+    """A score's gradient is grad · value minus its mean over the keys. With one key, the two are the same."""
+    query, key, value, gate = (arguments[name].double() for name in ("query", "key", "value", "gate"))
+    grad_scores = (grad.double() * gate * value).sum(-1, keepdim=True) * query.shape[3] ** -0.5
+    return {"query": grad_scores * key, "key": grad_scores * query}
+
+
 def _gated_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
-    return [
-        Sample(_tensors(shape, device, dtype, generator), max(shape[2], shape[3], shape[4]))
-        for shape in _SHAPES
-    ]
+    samples = []
+    for shape in _SHAPES:
+        terms = _terms_of_one_key if shape[3] == 1 else None
+        arguments = _tensors(shape, device, dtype, generator)
+        samples.append(Sample(arguments, max(shape[2], shape[3], shape[4]), terms=terms))
+    return samples
 
 
 def _linear_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
