@@ -35,9 +35,9 @@ SECONDS = 90.0
 
 
 def differentiated(
-    op: Op, function: Callable[..., Tensor], arguments: Mapping[str, Any]
+    op: Op, function: Callable[..., Tensor], arguments: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The output of a call, and the gradients of its arguments, by name, for random ones of the output."""
+    """The output of a call, and the gradients of its arguments, by name, for :func:`upstream`."""
     own = {
         name: value.detach().clone() if isinstance(value, Tensor) else value
         for name, value in arguments.items()
@@ -47,13 +47,14 @@ def differentiated(
     output = function(**own)
     if not output.numel():
         return output, {}
-    found = torch.autograd.grad(output, list(leaves.values()), upstream(output))
+    found = torch.autograd.grad(output, list(leaves.values()), upstream(output, dtype))
     return output, dict(zip(leaves, found, strict=True))
 
 
-def upstream(output: Tensor) -> Tensor:
-    """A random gradient of an output, of the same values for every dtype up to rounding."""
-    return torch.randn(output.shape, generator=torch.Generator().manual_seed(SEED)).to(output)
+def upstream(output: Tensor, dtype: torch.dtype) -> Tensor:
+    """A random gradient of an output, rounded to a dtype: the reference gets the same values."""
+    drawn = torch.randn(output.shape, generator=torch.Generator().manual_seed(SEED))
+    return drawn.to(dtype).to(output)
 
 
 def compare(op: Op, sample: Sample, dtype: torch.dtype) -> dict[str, Any]:
@@ -63,11 +64,11 @@ def compare(op: Op, sample: Sample, dtype: torch.dtype) -> dict[str, Any]:
         for name, value in sample.arguments.items()
     }
     with use_backend("triton"):
-        output, gradients = differentiated(op, op.function, sample.arguments)
+        output, gradients = differentiated(op, op.function, sample.arguments, dtype)
     torch.cuda.synchronize()
-    expected, expected_gradients = differentiated(op, op.reference, exact)
+    expected, expected_gradients = differentiated(op, op.reference, exact, dtype)
     found = [("output", relative_l2(output, expected), tolerance(dtype, sample.reduction))]
-    terms = sample.terms(sample.arguments, upstream(output)) if sample.terms is not None else {}
+    terms = sample.terms(sample.arguments, upstream(output, dtype)) if sample.terms is not None else {}
     for name, gradient in gradients.items():
         error = relative_l2(gradient, expected_gradients[name], terms.get(name))
         limit = tolerance(dtype, sample.reduction, sample.roots.get(name, 0))

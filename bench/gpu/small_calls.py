@@ -17,6 +17,8 @@ from bench.program import USER_ERROR
 from degmix_kernels import use_backend
 from degmix_kernels.registry import OPS
 
+DTYPE = torch.bfloat16
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Call everything with Triton forced; 2 without a GPU."""
@@ -30,9 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with use_backend("triton"):
         for op in OPS:
             print(op.label, flush=True)  # a sanitizer that is cut off says how far it came
-            samples = op.samples(device, torch.bfloat16, torch.Generator().manual_seed(SEED))
+            samples = op.samples(device, DTYPE, torch.Generator().manual_seed(SEED))
             for sample in samples[:1] if first else samples:
-                differentiated(op, op.function, sample.arguments)
+                differentiated(op, op.function, sample.arguments, DTYPE)
                 torch.cuda.synchronize()
                 calls += 1
     print(f"{calls} calls of {len(OPS)} ops, forward and backward")
