@@ -185,6 +185,7 @@ class Call:
         self.logs = Path(tempfile.mkdtemp(prefix="visit-logs-"))
         self.others = set(out.rglob("*"))  # files of somebody else
         self.summary: list[str] = []
+        self.sanitizer: tuple[str, str] | None = None  # of _find_sanitizer, once it was asked
         self.failed = self.interrupted = False
         self.running: set[subprocess.Popen[bytes]] = set()
         self.environment = dict(os.environ, PYTHONUNBUFFERED="1")  # what is killed leaves a whole log
@@ -333,20 +334,26 @@ class Call:
         command = [self.python, *(word.format(**values) for word in stage.command)]
         if not stage.sanitizer:
             return command, ""
+        if self.sanitizer is None:
+            self.sanitizer = self._find_sanitizer()
+        sanitizer, why = self.sanitizer
+        return [sanitizer, "--tool", stage.sanitizer, *SANITIZER, *command], why
+
+    def _find_sanitizer(self) -> tuple[str, str]:
+        """Where compute-sanitizer is, and why it does not work, in words; "" if it does."""
         path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
         sanitizer = shutil.which("compute-sanitizer", path=path)
         if sanitizer is None:
-            return [], "compute-sanitizer, Nvidia's, is not installed"
-        options = [sanitizer, "--tool", stage.sanitizer, *SANITIZER]
-        probe = [*options, self.python, "-c", "import torch; torch.ones(1, device='cuda')"]
+            return "", "compute-sanitizer, Nvidia's, is not installed"
+        probe = [sanitizer, *SANITIZER, self.python, "-c", "import torch; torch.ones(1, device='cuda')"]
         try:
             works = subprocess.run(probe, env=self.environment, capture_output=True, text=True, timeout=30)
         except subprocess.TimeoutExpired:
-            return [], "compute-sanitizer does not end on this machine"
+            return sanitizer, "compute-sanitizer does not end on this machine"
         if works.returncode != 0:
             said = " ".join(works.stdout.split())[-200:]
-            return [], f"this machine refuses compute-sanitizer: {said}"
-        return [*options, *command], ""
+            return sanitizer, f"this machine refuses compute-sanitizer: {said}"
+        return sanitizer, ""
 
     def _limited(self, stage: Stage, seconds: int, command: Sequence[str]) -> int:
         """Interrupted when its time is up, so that it shows what it has; killed if it does not hear."""
