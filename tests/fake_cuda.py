@@ -1,6 +1,6 @@
 """pytest plugin: CPU tensors that claim to be on a GPU, and refuse to meet tensors that are not.
 
-    PYTHONPATH=tests python -m pytest -p fake_cuda tests/train tests/model tests/examples
+    PYTHONPATH=tests python -m pytest -p fake_cuda tests/train tests/examples tests/model/test_head.py
 
 Finds, without a GPU, what a GPU would not do: compute with a tensor on the CPU and one on the GPU, or make a
 NumPy array of a tensor on the GPU. Memory that was made on "cuda", or was moved there, is remembered; results
@@ -12,6 +12,7 @@ What the fake cannot do:
 - Ops run their references. The kernels' launches are the contract tests' business.
 - Memory is never pinned, and streams, events and the generators of a GPU do nothing.
 - A process that a test starts is not faked.
+- The benchmark's clock needs a real GPU: tests of bench/ are not for this plugin.
 
 :data:`DESELECTED` names the tests that ask for more.
 """
