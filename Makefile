@@ -11,6 +11,9 @@ PINNED := torch==2.11.0 torchvision==0.26.0 triton==3.6.0
 # One thread per test worker: two workers with two threads each would fight over two cores.
 PYTEST := -m pytest -n $(WORKERS)
 
+# What meets no tensor of the CPU with one of the GPU is shown on CPU tensors that say they are on a GPU.
+ON_A_FAKE_GPU := tests/train tests/examples tests/model/test_head.py tests/model/test_backbone.py
+
 .PHONY: help demo test test-pinned test-gpu-arithmetic test-full gpu-ready gpu-rehearse lint format clean
 
 help:
@@ -33,6 +36,7 @@ test: .venv/test.installed
 
 test-full: .venv/test.installed
 	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) --full
+	PYTHONPATH=tests:. OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) -p fake_cuda $(ON_A_FAKE_GPU)
 
 test-pinned: .venv-pinned/test.installed
 	OMP_NUM_THREADS=1 .venv-pinned/bin/python $(PYTEST)

@@ -7,19 +7,19 @@ has no ``to`` where both are 1. The front end alone (source → TTIR) finds this
 The launches are those of the contract's samples (every op, every dtype, forward and backward, with tensors as
 they are and with tensors one element behind an aligned address) and those that are planned for the compile
 check. Each is checked as it is. Fuzzing then forces integers to 1, one at a time and all together, whatever
-their value.
+their value; for NVIDIA's targets alone: an integer that is 1 means the same to every target.
 
-``--full`` checks all of that. Without it, few specialisations represent the others. They are chosen greedily,
-so that each of these facts about a kernel holds for at least one of them:
+``--full`` checks every specialisation, each of them again with all its integers forced to 1, and one of each
+kernel and set of switches with one integer at a time. Without it, few specialisations represent the others.
+They are chosen greedily, so that each of these facts about a kernel holds for at least one of them:
 
 - an argument has this type, or is None;
 - an integer argument is 1, or a multiple of 16, or neither; an address is aligned, or is not;
 - a switch (a ``tl.constexpr`` argument that is no number) has this value;
 - exactly these integers are 1.
 
-All integers at once are forced in a representative of each kernel and set of switches, one integer at a time
-in a representative of each kernel. Both for NVIDIA's targets alone: an integer that is 1 means the same to
-every target.
+All integers at once are then forced in a representative of each kernel and set of switches, one integer at a
+time in a representative of each kernel.
 
 Prints one JSON line for each refusal, then one with the counts. The exit code is 1 if anything was refused.
 Only in a process without TRITON_INTERPRET: whether a kernel is compiled or interpreted is settled when it is
@@ -132,13 +132,18 @@ def forced(candidate: Candidate, names: Sequence[str]) -> Candidate:
     return Candidate(candidate.op, replace(candidate.launch, arguments=arguments), tuple(names))
 
 
-def everything(found: Sequence[Candidate]) -> list[Candidate]:
-    """All of these, and each with its integers forced to 1, one at a time and all together."""
-    fuzzed = (
-        forced(candidate, names)
-        for candidate in found
-        for names in (*([name] for name in integers(candidate.specialised)), integers(candidate.specialised))
-    )
+def everything(found: Sequence[Candidate], fuzz: bool) -> list[Candidate]:
+    """All of these, each also with all its integers forced to 1, some with one at a time."""
+    if not fuzz:
+        return list(found)
+    fuzzed, done = [], set()
+    for candidate in found:
+        names = integers(candidate.specialised)
+        fuzzed.append(forced(candidate, names))
+        pattern = name_of(candidate.specialised), switches(candidate.specialised)
+        if pattern not in done:
+            fuzzed += [forced(candidate, [name]) for name in names]
+            done.add(pattern)
     return distinct([*found, *fuzzed])
 
 
@@ -228,7 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     version = "none, but compiled for" if target.backend == "hip" else None
     with patch.object(torch.version, "hip", version):  # plans ask it for whom they plan
         found = distinct(Candidate(op, launch) for op, launch in launches())
-    checked = everything(found) if chosen.full else representatives(found, fuzz=gpu.backend == "cuda")
+    select = everything if chosen.full else representatives
+    checked = select(found, fuzz=gpu.backend == "cuda")
     refused = 0
     for candidate in checked:
         specialised = candidate.specialised
