@@ -20,10 +20,12 @@ import torch
 import triton
 from rich.console import Console
 
+from bench import model
 from bench.deform_conv import IN_THE_KERNEL
 from bench.gpu import pretend, visit
 from bench.gpu.prepared import ARCHIVE, CACHE, FOLDER, REPOSITORY, WHEELS, pack
 from bench.program import FAILURE, LOG_WIDTH, USER_ERROR
+from bench.run import FAMILIES
 from degmix.progress import stage
 
 STACK = {"Python": "3.12", "torch": "2.11.0", "triton": "3.6.0"}  # of the machines that are visited
@@ -31,11 +33,15 @@ CARRIED = ("deformops",)  # packages that such a machine lacks
 
 
 def commands() -> dict[str, tuple[str, ...]]:
-    """What a visit runs, by the names of its stages; of the benchmark every shape, with our kernels alone."""
+    """What a visit runs, by names; of the benchmark our kernels alone, the ops at every shape."""
     first = visit.VISITS["first"].stages
     stages = [each for one in (*first, *visit.VISITS["decide"].stages) for each in (one, *one.beside)]
     found = {each.name: each.command for each in stages if each.name not in ("racecheck", "initcheck")}
-    found["bench"] = ("-m", "bench", "--json", "{out}/results.json", "--baseline", IN_THE_KERNEL)
+    ours = ("--baseline", IN_THE_KERNEL)
+    ops = tuple(family.FAMILY for family in FAMILIES if family is not model)
+    head = ("--op", model.FAMILY, "--shapes", "nyud", "--dtype", "bf16")
+    found["bench"] = ("-m", "bench", "--json", "{out}/results.json", *ours, "--op", *ops)
+    found["model"] = ("-m", "bench", "--json", "{out}/model.json", *ours, *head)
     found["tests"] = tuple(word for word in found["tests"] if not word.startswith("-n"))
     return found
 
