@@ -23,7 +23,7 @@ from rich.console import Console
 from bench import model
 from bench.deform_conv import IN_THE_KERNEL
 from bench.gpu import pretend, visit
-from bench.gpu.prepared import ARCHIVE, CACHE, FOLDER, REPOSITORY, WHEELS, pack
+from bench.gpu.prepared import CACHE, FOLDER, REPOSITORY, WHEELS, pack
 from bench.program import FAILURE, LOG_WIDTH, USER_ERROR
 from bench.run import FAMILIES
 from degmix.progress import stage
@@ -113,9 +113,10 @@ def main() -> int:
     for each in refused:
         console.print(f"REFUSED {each}", soft_wrap=True, markup=False)
     size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) / 2**20
+    compiled = sum(event.get("compiled", False) for event in events)
     console.print(
-        f"{FOLDER}: {size:.1f} MiB ({ARCHIVE} and {len(CARRIED)} wheel), {facts.kernels} kernels,"
-        f" {facts.launchers} launchers, {len(refused)} refused, {time.monotonic() - began:.0f} s",
+        f"{FOLDER}: {size:.1f} MiB, {facts.kernels} kernels ({compiled} compiled now, {len(refused)} refused),"
+        f" {facts.launchers} launchers, {time.monotonic() - began:.0f} s",
         soft_wrap=True,
     )
     return FAILURE if refused else 0
