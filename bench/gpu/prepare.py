@@ -115,8 +115,8 @@ def main() -> int:
     size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) / 2**20
     compiled = sum(event.get("compiled", False) for event in events)
     console.print(
-        f"{FOLDER}: {size:.1f} MiB, {facts.kernels} kernels ({compiled} compiled now, {len(refused)} refused),"
-        f" {facts.launchers} launchers, {time.monotonic() - began:.0f} s",
+        f"{FOLDER}: {size:.1f} MiB, {facts.kernels} kernels ({compiled} compiled now),"
+        f" {len(refused)} refused, {facts.launchers} launchers, {time.monotonic() - began:.0f} s",
         soft_wrap=True,
     )
     return FAILURE if refused else 0
