@@ -42,7 +42,7 @@ def commands() -> dict[str, tuple[str, ...]]:
     head = ("--op", model.FAMILY, "--shapes", "nyud", "--dtype", "bf16")
     found["bench"] = ("-m", "bench", "--json", "{out}/results.json", *ours, "--op", *ops)
     found["model"] = ("-m", "bench", "--json", "{out}/model.json", *ours, *head)
-    found["tests"] = tuple(word for word in found["tests"] if not word.startswith("-n"))
+    found["tests"] = tuple(word for word in found["tests"] if not word.startswith(("-n", "--timeout")))
     return found
 
 
