@@ -12,7 +12,8 @@ PINNED := torch==2.11.0 torchvision==0.26.0 triton==3.6.0
 PYTEST := -m pytest -n $(WORKERS)
 
 # What meets no tensor of the CPU with one of the GPU is shown on CPU tensors that say they are on a GPU.
-ON_A_FAKE_GPU := tests/train tests/examples tests/model/test_head.py tests/model/test_backbone.py
+ON_A_FAKE_GPU := tests/train tests/examples tests/model/test_head.py tests/model/test_backbone.py tests/bench/test_training.py \
+	tests/bench/test_on_gpu.py
 
 .PHONY: help demo test test-pinned test-gpu-arithmetic test-full gpu-ready gpu-rehearse lint format clean
 

@@ -1,0 +1,29 @@
+"""The benchmark's small cases on a GPU, real or fake (``-p fake_cuda``): no tensor is left on the CPU."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pytest
+import torch
+
+from bench.cases import DTYPES, SLOW_TO_START, Case, Unavailable
+from bench.check import Checker
+from bench.measure import call_of
+from bench.run import CASES, is_quick
+
+QUICK = [case for case in CASES if is_quick(case)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, or a fake one: make test-full")
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: f"{case.op}, {case.shape}")
+def test_every_implementation_is_checked_and_steps(case: Case, device: torch.device) -> None:
+    checker = Checker(case.prepare(device, DTYPES["fp32"]), gradients=True)
+    for name in case.implementations:
+        if name not in SLOW_TO_START:
+            with suppress(Unavailable):
+                made = checker.problem.runs[name]()
+                checker.check(made, True)
+                for mode in case.modes:
+                    call = call_of(made, mode, checker.problem.dtype)
+                    call.step(call.prepare())
