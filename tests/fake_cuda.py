@@ -12,7 +12,7 @@ What the fake cannot do:
 - Ops run their references. The kernels' launches are the contract tests' business.
 - Memory is never pinned, and streams, events and the generators of a GPU do nothing.
 - A process that a test starts is not faked.
-- The benchmark's clock needs a real GPU: tests of bench/ are not for this plugin.
+- The benchmark's clock needs a real GPU: tests that time something are not for this plugin.
 
 :data:`DESELECTED` names the tests that ask for more.
 """

@@ -23,7 +23,7 @@ from rich.console import Console
 from bench import model
 from bench.deform_conv import IN_THE_KERNEL
 from bench.gpu import pretend, visit
-from bench.gpu.prepared import CACHE, FOLDER, REPOSITORY, WHEELS, pack
+from bench.gpu.prepared import CACHE, FOLDER, REPOSITORY, WHEELS, pack, sources
 from bench.program import FAILURE, LOG_WIDTH, USER_ERROR
 from bench.run import FAMILIES
 from degmix.progress import stage
@@ -96,7 +96,7 @@ def main() -> int:
         print("gpu-ready: commit first, so that results can say what they are of", file=sys.stderr)
         return USER_ERROR
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-    began = time.monotonic()
+    began, made_of = time.monotonic(), sources()
     with tempfile.TemporaryDirectory() as work:
         try:
             events = fill(Path(work), console)
@@ -107,7 +107,7 @@ def main() -> int:
             lines = (Path(work) / f"{name}.log").read_text(errors="replace").splitlines()
             console.print(f"{name}: {lines[-1] if lines else 'nothing said'}", soft_wrap=True, markup=False)
     entries = {entry for event in events for entry in event.get("entries", ())}
-    facts = pack(CACHE, entries, FOLDER, commit.strip())
+    facts = pack(CACHE, entries, FOLDER, commit.strip(), made_of)
     carry(console)
     refused = sorted({event["refused"] for event in events if "refused" in event})
     for each in refused:

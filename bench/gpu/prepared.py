@@ -66,8 +66,16 @@ def python_version() -> str:
     return f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-def pack(cache: Path, entries: set[str], folder: Path, commit: str) -> Facts:
-    """Write the archive of these entries of a cache, and the facts; what is not complete is left out."""
+def pack(cache: Path, entries: set[str], folder: Path, commit: str, made_of: str) -> Facts:
+    """Write the archive of these entries of a cache, and the facts; what is not complete is left out.
+
+    Args:
+        cache: Triton's.
+        entries: names of folders in it.
+        folder: the prepared one.
+        commit: of the sources.
+        made_of: what :func:`sources` was before anything was compiled.
+    """
     kernels = launchers = 0
     folder.mkdir(exist_ok=True)
     with tarfile.open(folder / ARCHIVE, "w:xz", preset=PRESET) as tar:
@@ -85,7 +93,7 @@ def pack(cache: Path, entries: set[str], folder: Path, commit: str) -> Facts:
                 launchers += len(wanted)
             for name in sorted(wanted):
                 tar.add(entry / name, arcname=f"{entry.name}/{name}")
-    facts = Facts(commit, sources(), triton_key(), python_version(), kernels, launchers)
+    facts = Facts(commit, made_of, triton_key(), python_version(), kernels, launchers)
     (folder / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n")
     return facts
 

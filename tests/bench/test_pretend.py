@@ -45,7 +45,7 @@ def test_everything_is_launched_and_found_again(tmp_path: Path) -> None:
     assert all(event["compiled"] for event in kernels)
     assert not [event for event in events if "refused" in event]
     entries = {entry for event in events for entry in event["entries"]}
-    facts = prepared.pack(tmp_path / "cache", entries, tmp_path / "gpu", "0" * 40)
+    facts = prepared.pack(tmp_path / "cache", entries, tmp_path / "gpu", "0" * 40, "sources")
     assert facts.kernels == len(kernels)
     assert facts.launchers > 0
     # Another machine: the archive has all that is needed.

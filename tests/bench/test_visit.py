@@ -349,7 +349,7 @@ def folder_for(check: Check, **changes: object) -> None:
     (cache / "BROKEN" / "__grp__backward.json").write_text("interrupted")
     (cache / "LAUNCHER").mkdir()
     (cache / "LAUNCHER" / "launcher.so").write_text("so")
-    facts = prepared.pack(cache, {"KEY", "BROKEN", "LAUNCHER"}, gpu, "1" * 40)
+    facts = prepared.pack(cache, {"KEY", "BROKEN", "LAUNCHER"}, gpu, "1" * 40, prepared.sources())
     assert (facts.kernels, facts.launchers) == (1, 1)
     known = json.loads((gpu / prepared.FACTS).read_text()) | {"triton": "a key"} | changes
     (gpu / prepared.FACTS).write_text(json.dumps(known))
