@@ -188,10 +188,7 @@ def pretend() -> None:
 
 
 fake = FakeCuda()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    pretend()
+pretend()  # before any conftest asks
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

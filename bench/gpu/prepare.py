@@ -33,13 +33,13 @@ CARRIED = ("deformops",)  # packages that such a machine lacks
 
 
 def commands() -> dict[str, tuple[str, ...]]:
-    """What a visit runs, by names; of the benchmark our kernels alone, the ops at every shape."""
+    """What a visit runs, by names; of the benchmark our kernels alone, at every shape."""
     first = visit.VISITS["first"].stages
     stages = [each for one in (*first, *visit.VISITS["decide"].stages) for each in (one, *one.beside)]
     found = {each.name: each.command for each in stages if each.name not in ("racecheck", "initcheck")}
     ours = ("--baseline", IN_THE_KERNEL)
     ops = tuple(family.FAMILY for family in FAMILIES if family is not model)
-    head = ("--op", model.FAMILY, "--shapes", "nyud", "--dtype", "bf16")
+    head = ("--op", model.FAMILY, "--dtype", "bf16")
     found["bench"] = ("-m", "bench", "--json", "{out}/results.json", *ours, "--op", *ops)
     found["model"] = ("-m", "bench", "--json", "{out}/model.json", *ours, *head)
     found["tests"] = tuple(word for word in found["tests"] if not word.startswith(("-n", "--timeout")))
@@ -67,7 +67,8 @@ def fill(work: Path, console: Console) -> list[dict]:
             time.sleep(1)
         for each in running.values():
             each.result()
-    return [json.loads(line) for line in (work / "launches.jsonl").read_text().splitlines()]
+    events = work / "launches.jsonl"
+    return [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
 
 
 def carry(console: Console) -> None:
@@ -89,10 +90,8 @@ def main() -> int:
         print(f"gpu-ready: the cache is of use to {wanted} only, here is {found}", file=sys.stderr)
         return USER_ERROR
     git = ["git", "-C", str(REPOSITORY)]
-    changed = subprocess.run(
-        [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
-    ).stdout
-    if changed:
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    if changed.returncode or changed.stdout:
         print("gpu-ready: commit first, so that results can say what they are of", file=sys.stderr)
         return USER_ERROR
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
@@ -110,6 +109,13 @@ def main() -> int:
     facts = pack(CACHE, entries, FOLDER, commit.strip(), made_of)
     carry(console)
     refused = sorted({event["refused"] for event in events if "refused" in event})
+    silent = [
+        name
+        for name, (_, module, *_) in commands().items()
+        if not any(module in event["command"] for event in events)
+    ]
+    if silent:
+        console.print(f"NOTHING LAUNCHED by {', '.join(silent)}", soft_wrap=True)
     for each in refused:
         console.print(f"REFUSED {each}", soft_wrap=True, markup=False)
     size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) / 2**20
@@ -119,7 +125,7 @@ def main() -> int:
         f" {len(refused)} refused, {facts.launchers} launchers, {time.monotonic() - began:.0f} s",
         soft_wrap=True,
     )
-    return FAILURE if refused else 0
+    return FAILURE if refused or silent else 0
 
 
 if __name__ == "__main__":

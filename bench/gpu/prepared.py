@@ -78,7 +78,9 @@ def pack(cache: Path, entries: set[str], folder: Path, commit: str, made_of: str
     """
     kernels = launchers = 0
     folder.mkdir(exist_ok=True)
-    with tarfile.open(folder / ARCHIVE, "w:xz", preset=PRESET) as tar:
+    (folder / FACTS).unlink(missing_ok=True)
+    partial = folder / f".{ARCHIVE}"
+    with tarfile.open(partial, "w:xz", preset=PRESET) as tar:
         for entry in (cache / name for name in sorted(entries)):
             names = {path.name for path in entry.iterdir()}
             group = next((name for name in names if name.startswith("__grp__")), None)
@@ -93,6 +95,7 @@ def pack(cache: Path, entries: set[str], folder: Path, commit: str, made_of: str
                 launchers += len(wanted)
             for name in sorted(wanted):
                 tar.add(entry / name, arcname=f"{entry.name}/{name}")
+    partial.replace(folder / ARCHIVE)
     facts = Facts(commit, made_of, triton_key(), python_version(), kernels, launchers)
     (folder / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n")
     return facts
@@ -107,6 +110,8 @@ def read_facts(folder: Path = FOLDER) -> Facts | None:
 def misfit(facts: Facts | None, capability: tuple[int, int] | None, triton: str) -> str:
     """Why the cache is of no use here, in words; "" if it is.
 
+    Of other sources it still has what has not changed: entries are named after what they were made of.
+
     Args:
         facts: of the folder.
         capability: of the GPU; None for one that is not Nvidia's.
@@ -120,8 +125,6 @@ def misfit(facts: Facts | None, capability: tuple[int, int] | None, triton: str)
         return "it is for another version of Triton"
     if facts.python != python_version():
         return f"its launchers are for Python {facts.python}"
-    if facts.sources != sources():
-        return "the sources have changed since; make gpu-ready makes another one"
     return ""
 
 

@@ -36,8 +36,8 @@ EVENT_MS = 0.1  # whatever happens between two events
 def environment(work: Path, cache: Path) -> dict[str, str]:
     """The variables; the driver is compiled into ``work``, ``cache`` is Triton's.
 
-    Processes add lines to ``work/launches.jsonl``, each with the end of their ``command`` and one of these:
-    ``kernel``, whether it was ``compiled`` or found, and the ``entries`` of the cache that have it;
+    Processes add lines to ``work/launches.jsonl``, each with the beginning of their ``command`` and one of
+    these: ``kernel``, whether it was ``compiled`` or found, and the ``entries`` of the cache that have it;
     ``entries`` that have a launcher; what Triton ``refused`` to launch, and why.
 
     Raises:
@@ -238,7 +238,7 @@ def _pretend_driver() -> None:
 def _write(**event: Any) -> None:
     """Add a line about what this process has launched, which it may not live to do at its end."""
     with open(os.environ["DEGMIX_LAUNCHES"], "a") as file:
-        file.write(json.dumps({"command": " ".join(sys.orig_argv[1:])[-150:], **event}) + "\n")
+        file.write(json.dumps({"command": " ".join(sys.orig_argv[1:])[:300], **event}) + "\n")
 
 
 def _pretend_tensors(torch: Any) -> tuple[AbstractContextManager, ...]:

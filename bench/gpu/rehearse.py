@@ -15,9 +15,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from pathlib import Path
 
-from bench.gpu import prepared, pretend
+from bench.gpu import prepared, pretend, visit
 from bench.gpu.prepared import CACHE, FOLDER, REPOSITORY
 from bench.gpu.visit import VISITS
 from bench.program import FAILURE, USER_ERROR
@@ -27,6 +28,7 @@ FAULTS = {  # words of a command → what its process does
     "-m bench.profile_step": "hang",
     "bench.gpu.decide.offsets": "hang",
 }
+MOST_FILES, LARGEST_FILE = 8, 16 * 2**20  # that come back from such a machine
 # What a machine has beside Python, as far as a visit asks for it.
 SANITIZER = """#!/bin/sh
 while case $1 in --*) true ;; *) false ;; esac; do [ "$1" = --tool ] && shift; shift; done
@@ -54,28 +56,30 @@ def rehearse(work: Path) -> int:
         (tools / name).chmod(0o755)
     shutil.rmtree(CACHE, ignore_errors=True)  # the visit unpacks it
     environment = os.environ | pretend.environment(work / "pretended", CACHE)
+    environment["TMPDIR"] = str(work)  # no real visit goes on with what a rehearsal leaves
     environment |= {"PATH": f"{tools}{os.pathsep}{environment['PATH']}", "DEGMIX_FAULTS": json.dumps(FAULTS)}
-    wheels = FOLDER / prepared.WHEELS
-    aside = wheels.rename(work / "aside") if wheels.exists() else None
-    try:
-        codes = {name: _command(name, work, environment) for name in ("first", "decide")}
-    finally:
-        if aside is not None:
-            shutil.move(aside, wheels)
-    lines = (work / "pretended" / "launches.jsonl").read_text().splitlines()
+    carried = work / "gpu"  # without the wheels
+    carried.mkdir()
+    for name in (prepared.ARCHIVE, prepared.FACTS):
+        (carried / name).symlink_to(FOLDER / name)
+    good = [_command(name, work, environment) for name in ("first", "decide")]
+    events = work / "pretended" / "launches.jsonl"
+    lines = events.read_text().splitlines() if events.exists() else []
     launched = [event for event in map(json.loads, lines) if "kernel" in event]
     compiled = [event for event in launched if event["compiled"]]
     print(f"\n{len(launched) - len(compiled)} kernels came from the cache, {len(compiled)} were compiled")
     for event in compiled[:20]:
         print(f"  {event['kernel']}: {event['command']}")
-    return FAILURE if compiled or any(code not in (0, 1) for code in codes.values()) else 0
+    return 0 if all(good) and launched and not compiled else FAILURE
 
 
-def _command(name: str, work: Path, environment: dict[str, str]) -> int:
-    """One command of the visit: what it says, how long it took, what it left."""
+def _command(name: str, work: Path, environment: dict[str, str]) -> bool:
+    """One command of the visit, and what it leaves: whether it ended in time, and with few, small files."""
     out = work / name
     print(f"\n##### {name}: {VISITS[name].what}; at most {VISITS[name].deadline} s", flush=True)
     command = [sys.executable, "-m", "bench.gpu.visit", name, "--out", str(out)]
+    command += ["--prepared", str(work / "gpu")]
+    began = time.monotonic()
     code = subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode
     files = sorted(path for path in out.rglob("*") if path.is_file())
     print(f"##### {name}: code {code}; kept:")
@@ -83,7 +87,10 @@ def _command(name: str, work: Path, environment: dict[str, str]) -> int:
         print(f"  {path.name}: {path.stat().st_size} bytes")
     with tarfile.open(out / "logs.tgz") as archive:
         print(f"  in logs.tgz: {', '.join(archive.getnames())}")
-    return code
+    small = len(files) <= MOST_FILES and all(path.stat().st_size <= LARGEST_FILE for path in files)
+    in_time = time.monotonic() - began <= VISITS[name].deadline
+    print(f"##### {name}: {len(files)} files, {time.monotonic() - began:.0f} s")
+    return code in (visit.OK, visit.FAILED) and small and in_time  # stages fail on purpose
 
 
 if __name__ == "__main__":

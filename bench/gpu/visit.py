@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -46,9 +46,11 @@ LEFT_TO_MAKE_TEST = (
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu.synchronise", "-o", "addopts=")
 PYTEST += ("--tb=short", "--timeout=120", "--timeout-method=thread", "--durations=15", "-rfE")
 WORKERS = 8  # with more, a warm cache is read no faster
-# PyTorch's own kernels are not what is to be checked, and are most of the work.
-SANITIZER = ("--error-exitcode=9", "--kernel-name-exclude=kns=at6native", "--kernel-name-exclude=kns=cublas")
-SANITIZER += ("--kernel-name-exclude=kns=cutlass",)
+SANITIZER = ("--error-exitcode=9",)
+# PyTorch's own kernels are not what is to be checked, and are most of the work. initcheck has to see what
+# they write.
+EXCLUDED = tuple(f"--kernel-name-exclude=kns={words}" for words in ("at6native", "cublas", "cutlass"))
+PLUGINS = {"--timeout": "pytest_timeout", "-n": "xdist"}  # what an option of pytest needs
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Stage:
         sanitizer: the tool of compute-sanitizer under which it runs, if one.
         environment: variables.
         beside: stages that run at the same time, one after the other.
-        repeated: whether it is begun again after the GPU was lost.
+        repeated: whether a later call goes on with it: it is begun again after the GPU was lost, and that its
+            time was over is no failure.
+        spare: seconds that {seconds} leaves of its time, to start and to end.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Stage:
     environment: Mapping[str, str] = field(default_factory=dict)
     beside: tuple[Stage, ...] = ()
     repeated: bool = False
+    spare: int = 5
 
 
 def _tests(seconds: int, *which: str, beside: tuple[Stage, ...] = ()) -> Stage:
@@ -119,8 +124,8 @@ VISITS = {
                 "tests/kernels",
                 beside=(
                     _sanitized("memcheck", 90),
-                    _sanitized("racecheck", 40, "--first"),
-                    _sanitized("initcheck", 40, "--first"),
+                    _sanitized("racecheck", 30, "--first"),
+                    _sanitized("initcheck", 30, "--first"),
                 ),
             ),
             Stage("bench", 190, BENCH, repeated=True),
@@ -137,8 +142,8 @@ VISITS = {
         "torch.compile beside ours, and training with ours and with the formula",
         200,
         (
-            Stage("compiled", 95, (*BENCH, *COMPILED, "--baseline", "torch.compile")),
-            Stage("training", 85, TRAINING),
+            Stage("compiled", 95, (*BENCH, *COMPILED, "--baseline", "torch.compile"), repeated=True),
+            Stage("training", 85, TRAINING, spare=30),  # rooms are rendered before its clock starts
         ),
     ),
     "quick": Visit(
@@ -156,7 +161,6 @@ VISITS = {
     ),
 }
 WITHOUT_GPU = Stage("bench", 200, VISITS["quick"].stages[-1].command)
-AFTER_STAGE = 5  # seconds before the end of its time that a stage with {seconds} should be done by itself
 
 PROBE = """
 import json, torch
@@ -186,6 +190,7 @@ class Call:
         self.others = set(out.rglob("*"))  # files of somebody else
         self.summary: list[str] = []
         self.sanitizer: tuple[str, str] | None = None  # of _find_sanitizer, once it was asked
+        self.missing: set[str] = set()  # packages
         self.failed = self.interrupted = False
         self.running: set[subprocess.Popen[bytes]] = set()
         self.environment = dict(os.environ, PYTHONUNBUFFERED="1")  # what is killed leaves a whole log
@@ -201,6 +206,8 @@ class Call:
     def note(self, name: str, outcome: str) -> None:
         """A line of the summary."""
         self.summary.append(f"{name:12} {outcome}")
+        lines = [f"{self.elapsed:.0f} s", *(f"  {line}" for line in self.summary)]
+        (self.out / "summary.txt").write_text("\n".join(lines) + "\n")
         print(f"== [{self.elapsed:.0f} s] {name}: {outcome}", flush=True)
 
     def fail(self, name: str, outcome: str) -> None:
@@ -222,16 +229,23 @@ class Call:
         """
         command = [self.python, "-c", PROBE]
         try:
-            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=90)
+            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
             found = json.loads(done.stdout.strip().splitlines()[-1])
         except (subprocess.TimeoutExpired, IndexError, ValueError):
-            raise RuntimeError("torch does not load, or not within 90 s") from None
+            raise RuntimeError("torch does not load, or not within 120 s") from None
         self.note("GPU", found["gpu"] or "none")
         if found["gpu"]:
-            self._warm(tuple(found["capability"] or ()) or None, found["triton"])
-            self._install()
-            self._say_clocks()
+            self._ready("cache", self._warm, tuple(found["capability"] or ()) or None, found["triton"])
+            self._ready("packages", self._install)
+            self._ready("clocks", self._say_clocks)
         return found["gpu"]
+
+    def _ready(self, name: str, step: Callable[..., None], *arguments: object) -> None:
+        """A step of making ready, which costs itself alone if it fails."""
+        try:
+            step(*arguments)
+        except Exception as error:  # a broken archive, a tool that hangs: the stages can do without
+            self.note(name, f"not ready: {type(error).__name__}: {error}")
 
     def _warm(self, capability: tuple[int, int] | None, triton: str) -> None:
         facts = prepared.read_facts(self.folder)
@@ -245,7 +259,10 @@ class Call:
             return
         prepared.unpack(self.folder, self.cache)
         self.environment["TRITON_CACHE_DIR"] = str(self.cache)
-        self.note("cache", f"warm: {facts.kernels} kernels, {facts.launchers} launchers")
+        others = (
+            "" if facts.sources == prepared.sources() else "; of other sources: what has changed is compiled"
+        )
+        self.note("cache", f"warm: {facts.kernels} kernels, {facts.launchers} launchers{others}")
 
     def _install(self) -> None:
         """Put carried packages beside those of the machine."""
@@ -253,14 +270,16 @@ class Call:
         if wheels:
             site = self.logs.with_name(self.logs.name + "-site")
             command = [self.python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target"]
-            done = subprocess.run([*command, str(site), *wheels], capture_output=True, text=True)
+            done = subprocess.run([*command, str(site), *wheels], capture_output=True, text=True, timeout=60)
             self._add_to_path(site)
             if done.returncode != 0:
                 self.note("wheels", f"not installed: {done.stderr.strip()[-300:]}")
-        wanted = ("deformops", "timm", "fvcore", "pytest_timeout", "xdist")
+        wanted = ("deformops", "timm", "hypothesis", "matplotlib", *PLUGINS.values())
         code = f"import importlib.util as u; print(*[n for n in {wanted} if u.find_spec(n) is None])"
-        done = subprocess.run([self.python, "-c", code], env=self.environment, capture_output=True, text=True)
-        if done.stdout.strip():
+        line = [self.python, "-c", code]
+        done = subprocess.run(line, env=self.environment, capture_output=True, text=True, timeout=60)
+        self.missing = set(done.stdout.split())
+        if self.missing:
             self.note("packages", f"not installed, what needs them is left out: {done.stdout.strip()}")
 
     def _say_clocks(self) -> None:
@@ -280,15 +299,29 @@ class Call:
             if wrong:
                 self.fail(stage.name, "left out: most ops are wrong, which ops.log shows")
                 continue
-            lane = threading.Thread(target=lambda each=stage: [self._stage(other) for other in each.beside])
+            until = min(self.deadline, self.elapsed + stage.seconds + TO_KILL + TO_FINISH)
+            lane = threading.Thread(target=self._lane, args=(stage.beside, until))
             lane.start()
-            wrong = self._stage(stage) == MOST_ARE_WRONG
+            code = self._stage(stage, self.deadline)
+            wrong = stage.name == OPS.name and code == MOST_ARE_WRONG
             lane.join()
             self.keep()
 
-    def _stage(self, stage: Stage) -> int | None:
-        """Its exit code; None if it did not run."""
-        began, left = self.elapsed, self.deadline - self.elapsed - TO_KILL - TO_FINISH
+    def _lane(self, stages: Sequence[Stage], until: float) -> None:
+        for stage in stages:
+            try:
+                self._stage(stage, until)
+            except Exception as error:  # a thread's would be lost
+                self.fail(stage.name, f"{type(error).__name__}: {error}")
+
+    def _stage(self, stage: Stage, until: float) -> int | None:
+        """Its exit code; None if it did not run.
+
+        Args:
+            stage: what to run.
+            until: seconds after the beginning of the visit, the time to end it included.
+        """
+        began, left = self.elapsed, until - self.elapsed - TO_KILL - TO_FINISH
         seconds = min(stage.seconds, int(left))
         if stage.seconds == 0:
             self.note(stage.name, f"left out; --seconds {stage.name}=60 gives it 60 s")
@@ -330,14 +363,16 @@ class Call:
 
     def _command(self, stage: Stage, seconds: int) -> tuple[list[str], str]:
         """What to run, or why it cannot be."""
-        values = {"out": self.out, "logs": self.logs, "seconds": max(1, seconds - AFTER_STAGE)}
+        values = {"out": self.out, "logs": self.logs, "seconds": max(1, seconds - stage.spare)}
         command = [self.python, *(word.format(**values) for word in stage.command)]
         if not stage.sanitizer:
-            return command, ""
+            lacking = tuple(option for option, plugin in PLUGINS.items() if plugin in self.missing)
+            return [word for word in command if not (lacking and word.startswith(lacking))], ""
         if self.sanitizer is None:
             self.sanitizer = self._find_sanitizer()
         sanitizer, why = self.sanitizer
-        return [sanitizer, "--tool", stage.sanitizer, *SANITIZER, *command], why
+        excluded = EXCLUDED if stage.sanitizer != "initcheck" else ()
+        return [sanitizer, "--tool", stage.sanitizer, *SANITIZER, *excluded, *command], why
 
     def _find_sanitizer(self) -> tuple[str, str]:
         """Where compute-sanitizer is, and why it does not work, in words; "" if it does."""
@@ -345,14 +380,10 @@ class Call:
         sanitizer = shutil.which("compute-sanitizer", path=path)
         if sanitizer is None:
             return "", "compute-sanitizer, Nvidia's, is not installed"
-        probe = [sanitizer, *SANITIZER, self.python, "-c", "import torch; torch.ones(1, device='cuda')"]
-        try:
-            works = subprocess.run(probe, env=self.environment, capture_output=True, text=True, timeout=30)
-        except subprocess.TimeoutExpired:
-            return sanitizer, "compute-sanitizer does not end on this machine"
-        if works.returncode != 0:
-            said = " ".join(works.stdout.split())[-200:]
-            return sanitizer, f"this machine refuses compute-sanitizer: {said}"
+        probe = (sanitizer, *SANITIZER, self.python, "-c", "import torch; torch.ones(1, device='cuda')")
+        if code := self._limited(Stage("sanitizer", 30, ()), 30, probe):
+            said = " ".join((self.logs / "sanitizer.log").read_text(errors="replace").split())[-200:]
+            return sanitizer, f"this machine refuses compute-sanitizer, code {code}: {said}"
         return sanitizer, ""
 
     def _limited(self, stage: Stage, seconds: int, command: Sequence[str]) -> int:
@@ -362,6 +393,8 @@ class Call:
             environment = {**self.environment, **stage.environment}
             process = subprocess.Popen(limited, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
             self.running.add(process)
+            if self.interrupted:  # between the last look and now
+                process.send_signal(signal.SIGINT)
             code = process.wait()
             self.running.discard(process)
         return code
@@ -382,8 +415,6 @@ class Call:
 
     def keep(self) -> None:
         """Leave at most eight files, whole at any time: results, the summary, and all else in one archive."""
-        lines = [f"{self.elapsed:.0f} s", *(f"  {line}" for line in self.summary)]
-        (self.out / "summary.txt").write_text("\n".join(lines) + "\n")
         for path in sorted(set(self.out.rglob("*")) - self.others):
             if path.is_file() and path.name not in (*KEPT, "summary.txt", "logs.tgz"):
                 shutil.move(path, self.logs / path.name)
@@ -393,10 +424,19 @@ class Call:
             for path in sorted(self.logs.iterdir()):
                 tar.add(path, arcname=path.name)
         (self.out / ".logs.tgz").replace(self.out / "logs.tgz")
-        if (self.out / "results.json").exists():
-            STATE.mkdir(exist_ok=True)
+        for path in sorted(set(self.out.rglob("*")) - self.others, reverse=True):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+    def hand_on(self) -> None:
+        """Leave the results where the next command on this machine looks for them."""
+        try:
+            shutil.rmtree(STATE, ignore_errors=True)
+            STATE.mkdir()
             for path in self.out.glob("results.json*"):
                 shutil.copy(path, STATE / path.name)
+        except OSError as error:  # somebody else's folder
+            self.note("state", f"not handed on: {error}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -416,6 +456,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--deadline", type=int, metavar="S", help="seconds for everything")
     parser.add_argument(
         "--seconds", nargs="+", default=[], metavar="STAGE=S", help="for a stage; 0 leaves the stage out"
+    )
+    parser.add_argument(
+        "--prepared", type=Path, default=prepared.FOLDER, metavar="FOLDER", help="of make gpu-ready"
     )
     parser.add_argument(
         "--resume", type=Path, metavar="FILE", help="continue the benchmark of an earlier call"
@@ -451,42 +494,50 @@ def stages_of(visit: Visit, budgets: Mapping[str, int]) -> list[Stage]:
 
 
 def lay_out(options: argparse.Namespace, out: Path) -> None:
-    """The folder, with the results that this call goes on with, if it goes on with some."""
+    """The folder: what an earlier call left there aside, and the results that this call goes on with."""
     out.mkdir(parents=True, exist_ok=True)
-    results = out / "results.json"
     before = options.resume
-    if before is None and options.visit == "compare" and (STATE / results.name).exists():
-        before = STATE / results.name
-    if before is None or before.resolve() != results.resolve():
-        if results.exists():
-            results.replace(out / "earlier.json")
-        for name in (results, results.with_name("results.json.begun")):
-            name.unlink(missing_ok=True)
-            if before is not None and (source := before.with_name(before.name + name.name[12:])).exists():
-                shutil.copy(source, name)
+    if before is None and options.visit == "compare" and (STATE / "results.json").exists():
+        before = STATE / "results.json"
+    begun = None if before is None else before.with_name(f"{before.name}.begun")
+    continued = {
+        name: source.read_bytes()
+        for name, source in (("results.json", before), ("results.json.begun", begun))
+        if source is not None and source.exists()
+    }
+    earlier = [path for path in (out / name for name in (*KEPT, "summary.txt", "logs.tgz")) if path.exists()]
+    if earlier:
+        aside = out / f"earlier-{1 + sum(1 for _ in out.glob('earlier-*'))}"
+        aside.mkdir()
+        for path in earlier:
+            path.replace(aside / path.name)
+    for name, content in continued.items():
+        (out / name).write_bytes(content)
 
 
 def main(
     arguments: Sequence[str] | None = None,
     *,
     python: str = sys.executable,
-    folder: Path = prepared.FOLDER,
     cache: Path = prepared.CACHE,
 ) -> int:
     """The visit; the exit code as the help has it."""
     options = parse(arguments)
     visit, out = VISITS[options.visit], options.out.resolve()
     lay_out(options, out)
-    call = Call(out, options.deadline or visit.deadline, python, folder, cache)
+    call = Call(out, options.deadline or visit.deadline, python, options.prepared, cache)
     signal.signal(signal.SIGINT, call.interrupt)
     signal.signal(signal.SIGTERM, call.interrupt)
     try:
         gpu = call.probe()
     except RuntimeError as error:
+        call.fail("GPU", str(error))
         print(f"gpu_check: {error}", file=sys.stderr)
         return USER_ERROR
     if gpu:
         call.run(stages_of(visit, options.seconds))
+        if options.visit in ("first", "compare"):
+            call.hand_on()
     else:
         print("The benchmark runs at small sizes on the CPU; its times say nothing about the kernels.")
         call.run([WITHOUT_GPU] if options.resume is None else [])

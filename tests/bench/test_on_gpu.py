@@ -18,6 +18,7 @@ QUICK = [case for case in CASES if is_quick(case)]
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, or a fake one: make test-full")
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: f"{case.op}, {case.shape}")
 def test_every_implementation_is_checked_and_steps(case: Case, device: torch.device) -> None:
+    assert device.type == "cuda"
     checker = Checker(case.prepare(device, DTYPES["fp32"]), gradients=True)
     for name in case.implementations:
         if name not in SLOW_TO_START:

@@ -47,7 +47,8 @@ from pathlib import Path
 from bench.gpu import visit
 python, folder, *arguments = sys.argv[1:]
 visit.STATE = Path(folder) / "state"
-sys.exit(visit.main(arguments, python=python, folder=Path(folder) / "gpu", cache=Path(folder) / "cache"))
+arguments += ["--prepared", folder + "/gpu"]
+sys.exit(visit.main(arguments, python=python, cache=Path(folder) / "cache"))
 """
 COUNTS_INTERRUPTS = """
 import os, signal, time
@@ -199,7 +200,8 @@ def test_a_machine_that_refuses_the_sanitizer(check: Check) -> None:
     done = check(STUB_PROBE="echo Device not supported; exit 9")
     assert done.returncode == 0
     for name in SANITIZED:
-        assert check.summary[name] == "not run: this machine refuses compute-sanitizer: Device not supported"
+        expected = "not run: this machine refuses compute-sanitizer, code 9: Device not supported"
+        assert check.summary[name] == expected
     assert check.called("-m bench.gpu.small_calls") == []
 
 
@@ -218,7 +220,8 @@ def test_where_most_ops_are_wrong_no_time_is_spent(check: Check) -> None:
     assert {check.summary[name] for name in ("tests", "bench", "profile", "huge")} == {
         "FAILED: left out: most ops are wrong, which ops.log shows"
     }
-    assert check("--seconds", "tests=0", STUB_OPS="exit 1").returncode == visit.FAILED
+    # The same code of another stage says something else: pytest's, that it was called in a wrong way.
+    assert check(STUB_OPS="exit 1", STUB_TESTS=f"exit {visit.MOST_ARE_WRONG}").returncode == visit.FAILED
     assert check.summary["bench"].startswith("ok")
 
 
@@ -325,7 +328,10 @@ def test_resume(check: Check) -> None:
     begins = f"test ! -f {check.folder}/results.json && {check.leaves_results}"
     assert check(STUB_BENCH=begins).returncode == 0
     assert not (check.folder / "results.json.begun").exists()
-    assert (check.folder / "earlier.json").exists()
+    assert check(STUB_BENCH=begins).returncode == 0
+    for number in (1, 2):
+        aside = {path.name for path in (check.folder / f"earlier-{number}").iterdir()}
+        assert aside >= {"results.json", "summary.txt", "logs.tgz"}
 
 
 def test_a_second_command_goes_on_with_what_the_first_has_measured(check: Check) -> None:
@@ -334,6 +340,14 @@ def test_a_second_command_goes_on_with_what_the_first_has_measured(check: Check)
     done = check("compare", STUB_BENCH=f"test -f {check.folder}/results.json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "--baseline torch.compile" in check.called("-m bench ")[0]
+    trains = f"mkdir {check.folder}/training && echo > {check.folder}/training/training.json"
+    for _ in range(2):
+        assert check("compare", STUB_TRAINING=trains).returncode == 0, check.summary
+        assert (check.folder / "training.json").exists()
+    # What quick measures cannot be continued.
+    assert check("quick").returncode == 0
+    check(*only("bench"), STUB_BENCH="exit 1")
+    assert check("compare", STUB_BENCH=f"test ! -f {check.folder}/results.json").returncode == visit.FAILED
     assert check("decide").returncode == 0
     assert check.summary["decide"].startswith("ok")
 
@@ -364,12 +378,44 @@ def test_a_warm_cache_is_unpacked_and_used(check: Check) -> None:
     assert unpacked == {"__grp__forward.json", "forward.json", "forward.cubin", "launcher.so"}
 
 
+def test_a_cache_of_other_sources_has_what_has_not_changed(check: Check) -> None:
+    folder_for(check, sources="others")
+    check(*only("bench"), STUB_BENCH=f'echo "cache: $TRITON_CACHE_DIR"; {check.leaves_results}')
+    assert check.summary["cache"].endswith("; of other sources: what has changed is compiled")
+    assert check.log("bench.log") == f"cache: {check.root / 'cache'}\n"
+
+
+def test_what_is_broken_beside_the_stages_costs_itself_alone(check: Check) -> None:
+    folder_for(check)
+    archive = check.root / "gpu" / prepared.ARCHIVE
+    archive.write_bytes(archive.read_bytes()[:50])
+    (check.tools / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 25\n")
+    done = check(*only("bench"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert check.summary["cache"].startswith("not ready: ")
+    assert check.summary["clocks"].startswith("not ready: TimeoutExpired")
+    assert check.summary["bench"].startswith("ok")
+
+
+def test_a_machine_without_plugins_of_pytest(check: Check) -> None:
+    find = "*importlib.util*) echo pytest_timeout xdist ;;"
+    python = check.tools / "python"
+    python.write_text(
+        python.read_text().replace("    *get_device_name*", f"    {find}\n    *get_device_name*")
+    )
+    done = check(*only("tests"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (tests,) = check.called("-m pytest")
+    assert "--timeout" not in tests
+    assert "-n8" not in tests
+    assert "--ignore=" in tests
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
         ({"triton": "another key"}, "it is for another version of Triton"),
         ({"python": "3.9"}, "its launchers are for Python 3.9"),
-        ({"sources": "others"}, "the sources have changed since; make gpu-ready makes another one"),
     ],
 )
 def test_a_cache_that_does_not_fit(check: Check, changes: dict[str, object], why: str) -> None:
@@ -387,7 +433,7 @@ def test_a_cache_that_does_not_fit(check: Check, changes: dict[str, object], why
         (["quick", "--resume", __file__], {}, "expected another visit than quick"),
         (["--seconds", "tests=soon"], {}, "--seconds tests=soon: expected STAGE=S, a stage of bench, huge"),
         (["--seconds", "decide=1"], {}, "--seconds decide=1: expected STAGE=S"),
-        ([], {"STUB_TORCH": "exit 1"}, "gpu_check: torch does not load, or not within 90 s"),
+        ([], {"STUB_TORCH": "exit 1"}, "gpu_check: torch does not load, or not within 120 s"),
     ],
 )
 def test_mistakes(check: Check, options: list[str], settings: dict[str, str], reason: str) -> None:
