@@ -69,7 +69,7 @@ class FakeCuda(TorchFunctionMode):
         options = options or {}
         name = getattr(function, "__name__", str(function))
         first = arguments[0] if arguments else None
-        if name == "_parse_to":  # which reads the arguments of Module.to
+        if function is torch.device or name == "_parse_to":  # the latter reads the arguments of Module.to
             return function(*arguments, **options)
         if function in BACKWARD:
             result = function(*arguments, **options)
@@ -165,11 +165,18 @@ def pretend() -> None:
     for name in ("Stream", "Event", "stream", "device", "current_stream", "set_rng_state_all"):
         setattr(torch.cuda, name, MagicMock())
 
+    generator = torch.Generator
+
+    class Generator(generator):
+        def __new__(cls, device: Any = CPU) -> Any:
+            return super().__new__(cls, CPU)
+
     class Autocast(torch.autocast):
         def __init__(self, device_type: str, *arguments, **options) -> None:
             super().__init__(CPU.type if device_type == GPU.type else device_type, *arguments, **options)
 
     is_enabled, dtype_of, start = torch.is_autocast_enabled, torch.get_autocast_dtype, DataLoader.__init__
+    torch.Generator = Generator
     torch.autocast = torch.amp.autocast = Autocast
     torch.is_autocast_enabled = lambda kind=GPU.type: is_enabled(CPU.type if kind == GPU.type else kind)
     torch.get_autocast_dtype = lambda kind: dtype_of(CPU.type if kind == GPU.type else kind)

@@ -14,6 +14,10 @@ from torch import nn
 
 here = torch.ones(3)
 
+def test_devices():
+    assert torch.device("cuda").type == "cuda"
+    assert torch.ones(3, device=torch.device("cuda")).is_cuda
+
 def test_a_step(tmp_path):
     model = nn.Linear(3, 2).to("cuda")
     optimizer = torch.optim.AdamW(model.parameters())
@@ -63,4 +67,4 @@ def test_fake_cuda(tmp_path: Path) -> None:
         text=True,
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    assert "8 passed" in process.stdout
+    assert "9 passed" in process.stdout
