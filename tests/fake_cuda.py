@@ -165,6 +165,7 @@ def pretend() -> None:
     for name in ("Stream", "Event", "stream", "device", "current_stream", "set_rng_state_all"):
         setattr(torch.cuda, name, MagicMock())
 
+    torch.accelerator.is_available = lambda: False  # optimizers would ask it for streams
     generator = torch.Generator
 
     class Generator(generator):
