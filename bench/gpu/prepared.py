@@ -33,7 +33,7 @@ class Facts:
         triton: of :func:`triton_key`.
         python: "3.12".
         kernels: in the cache.
-        launchers: likewise.
+        launchers: in the cache.
     """
 
     commit: str

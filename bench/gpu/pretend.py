@@ -333,7 +333,7 @@ def _pretend_tensors(torch: Any) -> tuple[AbstractContextManager, ...]:
                     module._buffers[name] = function(each)
         return module
 
-    torch.autograd.gradcheck = torch.autograd.gradgradcheck = lambda *_, **__: True  # of nothing, for ever
+    torch.autograd.gradcheck = torch.autograd.gradgradcheck = lambda *_, **__: True  # would not end
     FakeTensor.__deepcopy__ = copied
     torch.nn.Module._apply = applied
     where = FakeTensor.device.fget

@@ -250,18 +250,15 @@ class Call:
     def _warm(self, capability: tuple[int, int] | None, triton: str) -> None:
         facts = prepared.read_facts(self.folder)
         why = prepared.misfit(facts, capability, triton)
-        if facts is not None and facts.sources == prepared.sources():
-            self.environment.setdefault(
-                "BENCH_COMMIT", facts.commit
-            )  # a copy may have no .git, or an older one
+        same = facts is not None and facts.sources == prepared.sources()
+        if same:  # a copy may have no .git, or an older one
+            self.environment.setdefault("BENCH_COMMIT", facts.commit)
         if why:
             self.note("cache", f"cold, every kernel has to be compiled: {why}")
             return
         prepared.unpack(self.folder, self.cache)
         self.environment["TRITON_CACHE_DIR"] = str(self.cache)
-        others = (
-            "" if facts.sources == prepared.sources() else "; of other sources: what has changed is compiled"
-        )
+        others = "" if same else "; of other sources: what has changed is compiled"
         self.note("cache", f"warm: {facts.kernels} kernels, {facts.launchers} launchers{others}")
 
     def _install(self) -> None:
@@ -299,7 +296,8 @@ class Call:
             if wrong:
                 self.fail(stage.name, "left out: most ops are wrong, which ops.log shows")
                 continue
-            until = min(self.deadline, self.elapsed + stage.seconds + TO_KILL + TO_FINISH)
+            seconds = max(stage.seconds, sum(each.seconds for each in stage.beside))
+            until = min(self.deadline, self.elapsed + seconds + TO_KILL + TO_FINISH)
             lane = threading.Thread(target=self._lane, args=(stage.beside, until))
             lane.start()
             code = self._stage(stage, self.deadline)

@@ -260,6 +260,13 @@ def test_budgets_of_zero(check: Check) -> None:
     }
 
 
+def test_a_sanitizer_runs_without_the_tests_that_it_runs_beside(check: Check) -> None:
+    done = check(*only("memcheck"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert check.summary["memcheck"].startswith("ok")
+    assert check.called("-m pytest") == []
+
+
 def test_the_deadline_clips(check: Check) -> None:
     done = check("--deadline", "43", *only("ops", "bench", "huge"))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -129,7 +129,7 @@ class Driver:
         self._file.flush()
 
     def _warm_up(self) -> None:
-        """Wait until every row of all has run once, as long as there is time for it."""
+        """Wait until all sections have run their rows once, or the time for that is over."""
         late = self._children
         while late and time.monotonic() - self.began < decide.COMPILE_SECONDS * self.scale:
             late = {name: each for name, each in late.items() if each.listener.is_alive() and not each.ready}

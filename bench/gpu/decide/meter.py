@@ -78,9 +78,9 @@ class Meter:
                 result is not compared. A row whose error is above the tolerance fails and is not timed.
             dtype: of the tolerance, with ``reduction``: see :func:`degmix_kernels.testing.tolerance`.
             reduction: terms of the longest sum.
-            bytes: for a rate, or a function that counts them: likewise FLOPs, or operations of any kind.
-            flops: likewise.
-            operations: likewise.
+            bytes: moved by ``step``, from which a rate is made; a number, or a function that counts them.
+            flops: of ``step``, in the same way.
+            operations: of any other kind, in the same way.
             timer: as of :func:`bench.measure.measure`.
             note: anything else.
         """
