@@ -25,8 +25,8 @@ class Sample:
             lengths would let wrong results pass.
         roots: name of an argument → power of the one reciprocal square root that is a factor of all elements
             of its gradient.
-        terms: ``terms(arguments, grad)`` are, by names of arguments, the terms of gradients that are zero
-            because these terms cancel.
+        terms: ``terms(arguments, grad)`` are, by names of arguments, the terms of gradients in which terms
+            cancel, so that these are, or may be, about zero.
     """
 
     arguments: dict[str, Any]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from degmix_kernels import backend
+from degmix_kernels.activation import activate
+from degmix_kernels.batch_norm.reference import batch_norm
 from degmix_kernels.channel_mix import reference
 from degmix_kernels.channel_mix.module import ChannelMix
 from degmix_kernels.channel_mix.op import channel_mix
@@ -28,6 +30,26 @@ _CALLS = (
 )
 
 
+def _terms_of_training(arguments: Mapping[str, Any], grad: Tensor) -> dict[str, Tensor]:
+    """What each pixel adds to the gradients of weight and bias while the batch's statistics are constants.
+
+    That these are not takes two parts out of it: the mean, and all that would only scale an output channel.
+    The two are nearly everything where an activation is linear in all pixels of a channel, or zero in most.
+    """
+    doubles = {
+        name: value.double() if isinstance(value, Tensor) else value for name, value in arguments.items()
+    }
+    x, weight, bias, activation = (doubles[name] for name in ("x", "weight", "bias", "activation"))
+    mixed = reference.mix_and_activate(x, weight, bias, "identity").detach().requires_grad_()
+    activated, eps = activate(mixed, activation), 1e-5
+    _, mean, variance = reference.normalize(activated.detach(), None, None, eps)
+    output = batch_norm(activated, mean, variance, doubles["norm_weight"], None, None, eps)
+    (of_bias,) = torch.autograd.grad(output, mixed, grad.double())
+    groups = x.shape[1] // weight.shape[1]
+    of_weight = of_bias.unflatten(1, (groups, -1)).unsqueeze(3) * x.unflatten(1, (groups, -1)).unsqueeze(2)
+    return {"weight": of_weight, "bias": of_bias}
+
+
 def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> list[Sample]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype).to(device)
@@ -35,9 +57,7 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
     samples = []
     for shape, out, groups, activation, bias, training, affine, residual in _CALLS:
         arguments = {
-            # Wide: small z make the activation linear, and behind a BatchNorm the gradient of a bias then
-            # cancels until rounding errors are left.
-            "x": draw(*shape) * 4,
+            "x": draw(*shape) * 4,  # wide: small z make the activation linear, see above
             "weight": draw(out, shape[1] // groups, *[1] * (len(shape) - 2)) / shape[1] ** 0.5,
             "bias": draw(out) if bias else None,
             "activation": activation,
@@ -51,7 +71,8 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
         }
         elements = shape[0] * (shape[2] * shape[3] if len(shape) == 4 else 1)
         # In succession: over channels in and, backward, channels out; over pixels of the statistics.
-        samples.append(Sample(arguments, shape[1] + out + elements))
+        terms = _terms_of_training if training else None
+        samples.append(Sample(arguments, shape[1] + out + elements, terms=terms))
     return samples
 
 
