@@ -22,8 +22,9 @@ from rich.console import Console
 
 from bench import model
 from bench.deform_conv import IN_THE_KERNEL
-from bench.gpu import pretend, visit
+from bench.gpu import pretend
 from bench.gpu.prepared import CACHE, FOLDER, REPOSITORY, WHEELS, pack, sources
+from bench.gpu.visits import VISITS
 from bench.program import FAILURE, LOG_WIDTH, USER_ERROR
 from bench.run import FAMILIES
 from degmix.progress import stage
@@ -34,8 +35,8 @@ CARRIED = ("deformops",)  # packages that such a machine lacks
 
 def commands() -> dict[str, tuple[str, ...]]:
     """What a visit runs, by names; of the benchmark our kernels alone, at every shape."""
-    first = visit.VISITS["first"].stages
-    stages = [each for one in (*first, *visit.VISITS["decide"].stages) for each in (one, *one.beside)]
+    first = VISITS["first"].stages
+    stages = [each for one in (*first, *VISITS["decide"].stages) for each in (one, *one.beside)]
     found = {each.name: each.command for each in stages if each.name not in ("racecheck", "initcheck")}
     ours = ("--baseline", IN_THE_KERNEL)
     ops = tuple(family.FAMILY for family in FAMILIES if family is not model)

@@ -1,6 +1,8 @@
 """Every op forward and backward at the contract tests' sizes: what a sanitizer watches.
 
 compute-sanitizer --tool memcheck python -m bench.gpu.small_calls
+
+Samples are drawn on the CPU: the sanitizer sees their copies and the ops, no kernels that draw.
 """
 
 from __future__ import annotations

@@ -17,12 +17,12 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.gpu import prepared
 from bench.gpu.prepared import REPOSITORY
+from bench.gpu.visits import BENCH, OPS, VISITS, WITHOUT_GPU, Stage, stages_of
 from bench.results import OURS, read
 
 OK, FAILED, USER_ERROR, NO_GPU = 0, 1, 2, 3  # exit codes
@@ -34,133 +34,12 @@ WORTHWHILE = 15  # with less left, a stage would hardly have loaded torch
 SHOWN = 30  # lines of a stage's log
 KEPT = ("results.json", "results.json.begun", "results.md", "profile.md", "decide.jsonl", "training.json")
 STATE = Path(tempfile.gettempdir()) / "degmix-visit"  # what one command leaves to the next on the machine
-
-HUGE = "tests/kernels/test_deform_conv_gpu.py::test_beyond_32_bits"  # 24 to 34 GB each: one at a time
-# Compile checks need no GPU, and each of the random calls would have to be compiled.
-LEFT_TO_MAKE_TEST = (
-    "tests/kernels/test_compile.py",
-    "tests/kernels/test_front_end.py",
-    "tests/kernels/test_deform_conv_compile.py",
-    "tests/kernels/test_deform_conv_properties.py",
-)
-PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu.synchronise", "-o", "addopts=")
-PYTEST += ("--tb=short", "--timeout=120", "--timeout-method=thread", "--durations=15", "-rfE")
-WORKERS = 8  # with more, a warm cache is read no faster
 SANITIZER = ("--error-exitcode=9",)
 # PyTorch's own kernels are not what is to be checked, and are most of the work. initcheck has to see what
 # they write.
 EXCLUDED = tuple(f"--kernel-name-exclude=kns={words}" for words in ("at6native", "cublas", "cutlass"))
 PLUGINS = {"--timeout": "pytest_timeout", "-n": "xdist"}  # what an option of pytest needs
 
-
-@dataclass(frozen=True)
-class Stage:
-    """One process of a visit.
-
-    Attributes:
-        name: in the summary, and of its log.
-        seconds: it gets at most.
-        command: what Python, or the sanitizer, is given; {out}, {logs} and {seconds} are filled in.
-        sanitizer: the tool of compute-sanitizer under which it runs, if one.
-        environment: variables.
-        beside: stages that run at the same time, one after the other.
-        repeated: whether a later call goes on with it: it is begun again after the GPU was lost, and that its
-            time was over is no failure.
-        spare: seconds that {seconds} leaves of its time, to start and to end.
-    """
-
-    name: str
-    seconds: int
-    command: tuple[str, ...]
-    sanitizer: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    beside: tuple[Stage, ...] = ()
-    repeated: bool = False
-    spare: int = 5
-
-
-def _tests(seconds: int, *which: str, beside: tuple[Stage, ...] = ()) -> Stage:
-    left = (f"--ignore={path}" for path in LEFT_TO_MAKE_TEST)
-    command = (*PYTEST, f"-n{WORKERS}", f"--deselect={HUGE}", *left, *which)
-    return Stage("tests", seconds, command, environment={"OMP_NUM_THREADS": "1"}, beside=beside)
-
-
-def _sanitized(tool: str, seconds: int, *options: str) -> Stage:
-    # Without PyTorch's cache every tensor is an allocation of its own, so its ends are known.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Stage(tool, seconds, ("-m", "bench.gpu.small_calls", *options), tool, environment)
-
-
-BENCH = ("-m", "bench", "--resume", "{out}/results.json")
-OPS = Stage("ops", 70, ("-m", "bench.gpu.check_ops", "{logs}/ops.jsonl", "--seconds", "{seconds}"))
-COMPILED = ("--op", "channel_mix", "gated_mlp", "spatial_gating_unit", "--shapes", "nyud", "--dtype", "bf16")
-TRAINING = ("-m", "bench.training", "--out", "{out}/training", "--rooms", "64", "--seconds", "{seconds}")
-
-
-@dataclass(frozen=True)
-class Visit:
-    """What one command does.
-
-    Attributes:
-        what: for the help.
-        deadline: seconds for all of it.
-        stages: in their order: what has no time left is at the end.
-    """
-
-    what: str
-    deadline: int
-    stages: tuple[Stage, ...]
-
-
-VISITS = {
-    "first": Visit(
-        "every op, the kernels' tests and sanitizers, the headline of the benchmark, a profile",
-        560,
-        (
-            OPS,
-            _tests(
-                150,
-                "tests/test_contract.py",
-                "tests/kernels",
-                beside=(
-                    _sanitized("memcheck", 90),
-                    _sanitized("racecheck", 30, "--first"),
-                    _sanitized("initcheck", 30, "--first"),
-                ),
-            ),
-            Stage("bench", 190, BENCH, repeated=True),
-            Stage("profile", 45, ("-m", "bench.profile_step", "--out", "{out}/profile.md")),
-            Stage("huge", 55, (*PYTEST, HUGE)),
-        ),
-    ),
-    "decide": Visit(
-        "ways to compute the same, side by side (python -m bench.gpu.decide)",
-        200,
-        (Stage("decide", 180, ("-m", "bench.gpu.decide", "{out}/decide.jsonl", "--seconds", "{seconds}")),),
-    ),
-    "compare": Visit(
-        "torch.compile beside ours, and training with ours and with the formula",
-        200,
-        (
-            Stage("compiled", 95, (*BENCH, *COMPILED, "--baseline", "torch.compile"), repeated=True),
-            Stage("training", 85, TRAINING, spare=30),  # rooms are rendered before its clock starts
-        ),
-    ),
-    "quick": Visit(
-        "within four minutes: tests of values and determinism, memcheck, the benchmark at small sizes",
-        230,
-        (
-            _tests(
-                75,
-                "tests/test_contract.py",
-                "-k=values_and_gradients or deterministic",
-                beside=(_sanitized("memcheck", 75),),
-            ),
-            Stage("bench", 110, ("-m", "bench", "--quick", "--json", "{out}/results.json")),
-        ),
-    ),
-}
-WITHOUT_GPU = Stage("bench", 200, VISITS["quick"].stages[-1].command)
 
 PROBE = """
 import json, torch
@@ -475,20 +354,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--resume: expected another visit than quick, whose results are no part of another run")
     options.seconds = budgets
     return options
-
-
-def stages_of(visit: Visit, budgets: Mapping[str, int]) -> list[Stage]:
-    """The stages with the seconds that were asked for."""
-    return [
-        replace(
-            stage,
-            seconds=budgets.get(stage.name, stage.seconds),
-            beside=tuple(
-                replace(each, seconds=budgets.get(each.name, each.seconds)) for each in stage.beside
-            ),
-        )
-        for stage in visit.stages
-    ]
 
 
 def lay_out(options: argparse.Namespace, out: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu import prepared, visit
+from bench.gpu import prepared, visit, visits
 from bench.results import OURS, Ceilings, Machine, Results, Row, write
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_check.sh"
@@ -127,7 +127,7 @@ def check(tmp_path: Path) -> Check:
 
 def only(*names: str, visit_name: str = "first", seconds: int = 0) -> list[str]:
     """Options that leave every stage out but these."""
-    stages = visit.VISITS[visit_name].stages
+    stages = visits.VISITS[visit_name].stages
     every = {each.name for stage in stages for each in (stage, *stage.beside)}
     return [
         "--seconds",
@@ -155,16 +155,16 @@ def test_everything_runs_and_few_files_are_left(check: Check) -> None:
 
 
 def test_what_is_left_out_exists() -> None:
-    for path in visit.LEFT_TO_MAKE_TEST:
+    for path in visits.LEFT_TO_MAKE_TEST:
         assert (SCRIPT.parents[1] / path).is_file()
-    file, test = visit.HUGE.split("::")
+    file, test = visits.HUGE.split("::")
     assert f"def {test}" in (SCRIPT.parents[1] / file).read_text()
 
 
-@pytest.mark.parametrize("name", visit.VISITS)
+@pytest.mark.parametrize("name", visits.VISITS)
 def test_budgets_add_up(name: str) -> None:
     """Stages of one lane, and the time to load torch and to end."""
-    planned = visit.VISITS[name]
+    planned = visits.VISITS[name]
     seconds = sum(max(stage.seconds, sum(each.seconds for each in stage.beside)) for stage in planned.stages)
     assert seconds + visit.TO_KILL + visit.TO_FINISH <= planned.deadline
 
@@ -455,5 +455,5 @@ def test_the_script_is_in_front_of_it(tmp_path: Path) -> None:
     line = ["bash", str(SCRIPT), "--help"]
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for word in (*visit.VISITS, "--seconds", "--deadline", "--resume", "3 without a GPU"):
+    for word in (*visits.VISITS, "--seconds", "--deadline", "--resume", "3 without a GPU"):
         assert word in done.stdout
