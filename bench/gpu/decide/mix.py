@@ -54,18 +54,34 @@ def activation_backward(
 
 
 @triton.jit
+def add_pair(copies_ptr, pixel, left, right, on_left, on_right, size):
+    """Add to a pixel and its right neighbour in a plane of two copies, in one aligned piece of 64 bits.
+
+    Pixel p is at p in the first copy and at p + 1 of the second, size + p + 1: pairs of even p are aligned in
+    the first, those of odd p, -1 among them, in the second. Beside the map a zero is added.
+    """
+    odd = pixel & 1
+    at = tl.multiple_of(odd * size + pixel + odd, 2)
+    pair = tl.join(tl.where(on_left, left, 0.0), tl.where(on_right, right, 0.0))
+    address = at[:, None] + tl.arange(0, 2)[None, :]
+    tl.atomic_add(copies_ptr + address, pair, mask=(on_left | on_right)[:, None], sem="relaxed")
+
+
+@triton.jit
 def samples_backward(
     dcol_ptr,  # (planes, pixels), the samples' gradients: Wᵀ · dz
     input_ptr,  # (planes, pixels)
     offset_ptr,  # (planes, 2, pixels)
-    grad_input_ptr,  # as input, fp32, added to; None if not wanted
+    grad_input_ptr,  # as input, fp32, added to; with PAIRS (planes, 2, size); None if not wanted
     grad_offset_ptr,  # as offset; None if not wanted
     col_ptr,  # as input, for the samples, which the weight's gradient needs; None if not wanted
     height,
     width,
     pixels,
     blocks,
+    size,  # of a copy, with PAIRS
     BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,  # two copies of the input's gradient, see add_pair
 ):
     """Gradients of input and offset. One program: BLOCK pixels of a plane."""
     program = tl.program_id(0)
@@ -103,10 +119,16 @@ def samples_backward(
         grad_lower = fraction_y * gradient
         grad_upper = gradient - grad_lower
         upper_right, lower_right = fraction_x * grad_upper, fraction_x * grad_lower
-        tl.atomic_add(grad_input_ptr + corner, grad_upper - upper_right, mask=on_00, sem="relaxed")
-        tl.atomic_add(grad_input_ptr + corner + 1, upper_right, mask=on_01, sem="relaxed")
-        tl.atomic_add(grad_input_ptr + corner + width, grad_lower - lower_right, mask=on_10, sem="relaxed")
-        tl.atomic_add(grad_input_ptr + corner + width + 1, lower_right, mask=on_11, sem="relaxed")
+        upper_left, lower_left = grad_upper - upper_right, grad_lower - lower_right
+        if PAIRS:
+            copies_ptr, pixel = grad_input_ptr + plane * 2 * size, low_y * width + low_x
+            add_pair(copies_ptr, pixel, upper_left, upper_right, on_00, on_01, size)
+            add_pair(copies_ptr, pixel + width, lower_left, lower_right, on_10, on_11, size)
+        else:
+            tl.atomic_add(grad_input_ptr + corner, upper_left, mask=on_00, sem="relaxed")
+            tl.atomic_add(grad_input_ptr + corner + 1, upper_right, mask=on_01, sem="relaxed")
+            tl.atomic_add(grad_input_ptr + corner + width, lower_left, mask=on_10, sem="relaxed")
+            tl.atomic_add(grad_input_ptr + corner + width + 1, lower_right, mask=on_11, sem="relaxed")
 
 
 class Redesign:
@@ -115,9 +137,12 @@ class Redesign:
     Args:
         arguments: of ``deform_mix``.
         grads: of the result, its mean and its variance.
+        pairs: whether the input's gradient is added to in pairs of pixels.
     """
 
-    def __init__(self, arguments: Mapping[str, Tensor], grads: tuple[Tensor, Tensor, Tensor]) -> None:
+    def __init__(
+        self, arguments: Mapping[str, Tensor], grads: tuple[Tensor, Tensor, Tensor], pairs: bool = False
+    ) -> None:
         self.x, self.offset, self.weight = (arguments[name] for name in ("x", "offset", "weight"))
         self.grad = grads[0]
         with torch.no_grad():
@@ -129,7 +154,15 @@ class Redesign:
         self.block = min(1024, triton.next_power_of_2(self.pixels))
         self.blocks = ceil_div(self.pixels, self.block)
         self.dz, self.dcol, self.col = (torch.zeros_like(self.x) for _ in range(3))
-        self.sums, self.grad_offset = torch.zeros_like(self.x, dtype=FP32), torch.empty_like(self.offset)
+        # Of a copy: room for a pixel more at both ends, and a multiple of 16, which Triton knows is even.
+        self.pairs, self.size = pairs, ceil_div(self.pixels + 2, 16) * 16
+        planes = self.x.shape[:2]
+        self.sums = (
+            self.x.new_zeros(*planes, 2, self.size, dtype=FP32)
+            if pairs
+            else torch.zeros_like(self.x, dtype=FP32)
+        )
+        self.grad_offset = torch.empty_like(self.offset)
         self.dz_sums = self.x.new_empty(*self.x.shape[:2], self.blocks, dtype=FP32)
 
     def __call__(self) -> tuple[Tensor, ...]:
@@ -138,7 +171,12 @@ class Redesign:
         self.compute_dcol()
         self.sums.zero_()
         self.scatter()
-        return self.sums.to(BF16), self.grad_offset, self.weight_gradient(), self.dz_sums.sum((0, 2)).to(BF16)
+        return (
+            self.input_gradient(),
+            self.grad_offset,
+            self.weight_gradient(),
+            self.dz_sums.sum((0, 2)).to(BF16),
+        )
 
     def compute_dz(self) -> Tensor:
         """dz, and its sums for the bias."""
@@ -166,9 +204,18 @@ class Redesign:
             "grad_input_ptr": self.sums if to_input else None,
             "grad_offset_ptr": self.grad_offset if others else None, "col_ptr": self.col if others else None,
             "height": self.x.shape[2], "width": self.x.shape[3], "pixels": self.pixels, "blocks": blocks,
+            "size": self.size,
         }  # fmt: skip
-        programs = self.x.shape[0] * self.x.shape[1] * blocks
-        run(Launch(samples_backward, programs, arguments, {"BLOCK": size}), self.x.device)
+        programs, constants = self.x.shape[0] * self.x.shape[1] * blocks, {"BLOCK": size, "PAIRS": self.pairs}
+        run(Launch(samples_backward, programs, arguments, constants), self.x.device)
+
+    def input_gradient(self) -> Tensor:
+        """Of the sums."""
+        if not self.pairs:
+            return self.sums.to(BF16)
+        first, second = self.sums.unbind(2)
+        total = first[..., : self.pixels] + second[..., 1 : 1 + self.pixels]
+        return total.to(BF16).view_as(self.x)
 
     def weight_gradient(self) -> Tensor:
         """dz · samplesᵀ, the images' shares in fp32."""
@@ -177,7 +224,8 @@ class Redesign:
 
     def sum_nothing(self) -> Tensor:
         """What the sums of the input's gradient cost beside the scatter."""
-        return self.sums.zero_().to(BF16)
+        self.sums.zero_()
+        return self.input_gradient()
 
 
 def rows(meter: Meter) -> None:
@@ -212,14 +260,16 @@ def _rows(meter: Meter, kind: str, arguments: dict[str, Tensor]) -> None:
         else:
             meter.row(name, f"present, {', '.join(wanted)}", step)
     torchvision_rows(meter, name, arguments, ALL, grads[0], deform_mix_of)
-    redesign = Redesign(arguments, grads)
+    redesign, in_pairs = Redesign(arguments, grads), Redesign(arguments, grads, pairs=True)
     meter.row(name, "redesign, all", redesign, **checked)
+    meter.row(name, "redesign, all, pairs", in_pairs, **checked)
 
-    redesign()  # fills what the steps read
+    redesign(), in_pairs()  # fills what the steps read
     name = f"mix bwd scatter, {kind}"
     meter.row(name, "all", redesign.scatter)
     meter.row(name, "without the input's gradient", partial(redesign.scatter, to_input=False))
     meter.row(name, "the input's gradient alone", partial(redesign.scatter, others=False))
+    meter.row(name, "the input's gradient alone, pairs", partial(in_pairs.scatter, others=False))
     if kind != "sigma 1":
         return
     name, flops = "mix bwd steps", 2 * x.numel() * channels
@@ -227,3 +277,4 @@ def _rows(meter: Meter, kind: str, arguments: dict[str, Tensor]) -> None:
     meter.row(name, "samples' gradients", redesign.compute_dcol, flops=flops)
     meter.row(name, "weight's gradient", redesign.weight_gradient, flops=flops)
     meter.row(name, "sums: zeros, then bf16", redesign.sum_nothing, bytes=10 * x.numel())
+    meter.row(name, "sums of two copies: likewise", in_pairs.sum_nothing, bytes=18 * x.numel())
