@@ -13,8 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -56,7 +58,8 @@ def fill(work: Path, console: Console) -> list[dict]:
     def run(name: str, command: tuple[str, ...]) -> None:
         with (work / f"{name}.log").open("w") as log:
             words = [sys.executable, *(word.format(**values) for word in command)]
-            subprocess.run(words, cwd=REPOSITORY, env=environment, stdout=log, stderr=log, check=False)
+            own = environment | {"DEGMIX_STAGE": name}
+            subprocess.run(words, cwd=REPOSITORY, env=own, stdout=log, stderr=log, check=False)
 
     planned = commands()
     with ThreadPoolExecutor(os.cpu_count()) as pool, stage(console, "stages", len(planned)) as advance:
@@ -70,6 +73,12 @@ def fill(work: Path, console: Console) -> list[dict]:
             each.result()
     events = work / "launches.jsonl"
     return [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
+
+
+def silent_stages(events: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Those that have launched no kernel: something is wrong with them."""
+    launched = {event["stage"] for event in events if "kernel" in event}
+    return [name for name in commands() if name not in launched]
 
 
 def carry(console: Console) -> None:
@@ -110,12 +119,7 @@ def main() -> int:
     facts = pack(CACHE, entries, FOLDER, commit.strip(), made_of)
     carry(console)
     refused = sorted({event["refused"] for event in events if "refused" in event})
-    silent = [
-        name
-        for name, (_, module, *_) in commands().items()
-        if not any(module in event["command"] for event in events)
-    ]
-    if silent:
+    if silent := silent_stages(events):
         console.print(f"NOTHING LAUNCHED by {', '.join(silent)}", soft_wrap=True)
     for each in refused:
         console.print(f"REFUSED {each}", soft_wrap=True, markup=False)

@@ -117,10 +117,10 @@ def misfit(facts: Facts | None, capability: tuple[int, int] | None, triton: str)
         capability: of the GPU; None for one that is not Nvidia's.
         triton: :func:`triton_key` of the machine.
     """
+    if capability != CAPABILITY:
+        return "one can be prepared for Nvidia's compute capability 9.0 only"
     if facts is None:
         return "there is none; make gpu-ready makes one"
-    if capability != CAPABILITY:
-        return "it is for compute capability 9.0"
     if facts.triton != triton:
         return "it is for another version of Triton"
     if facts.python != python_version():

@@ -41,19 +41,29 @@ EXCLUDED = tuple(f"--kernel-name-exclude=kns={words}" for words in ("at6native",
 PLUGINS = {"--timeout": "pytest_timeout", "-n": "xdist"}  # what an option of pytest needs
 
 
+# What an earlier command has measured is its argument.
 PROBE = """
-import json, torch
+import json, sys, torch
+from pathlib import Path
+from bench import machine, results
 gpu = torch.cuda.is_available()
-key = ""
+key, another = "", ""
 try:
     from bench.gpu.prepared import triton_key
     key = triton_key()
 except ImportError:
     pass
+try:
+    before = results.read(Path(sys.argv[1]))
+    now = machine.read_machine(torch.device("cuda" if gpu else "cpu"))
+    results.continue_(before, results.Part(now, before.ceilings, ""))
+except (OSError, ValueError) as error:
+    another = str(error)
 print(json.dumps({
     "gpu": torch.cuda.get_device_name() if gpu else "",
     "capability": torch.cuda.get_device_capability() if gpu and torch.version.hip is None else None,
     "triton": key,
+    "another": another,
 }))
 """
 
@@ -70,6 +80,9 @@ class Call:
         self.summary: list[str] = []
         self.sanitizer: tuple[str, str] | None = None  # of _find_sanitizer, once it was asked
         self.missing: set[str] = set()  # packages
+        self.facts: prepared.Facts | None = None
+        self.same = False  # sources as when they were prepared
+        self.another = ""  # why this is another run than the command before on this machine
         self.failed = self.interrupted = False
         self.running: set[subprocess.Popen[bytes]] = set()
         self.environment = dict(os.environ, PYTHONUNBUFFERED="1")  # what is killed leaves a whole log
@@ -106,13 +119,15 @@ class Call:
         Raises:
             RuntimeError: if torch does not load.
         """
-        command = [self.python, "-c", PROBE]
+        self._ready("prepared", self._look_up)
+        command = [self.python, "-c", PROBE, str(STATE / "results.json")]
         try:
             done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
             found = json.loads(done.stdout.strip().splitlines()[-1])
         except (subprocess.TimeoutExpired, IndexError, ValueError):
             raise RuntimeError("torch does not load, or not within 120 s") from None
         self.note("GPU", found["gpu"] or "none")
+        self.another = found["another"]
         if found["gpu"]:
             self._ready("cache", self._warm, tuple(found["capability"] or ()) or None, found["triton"])
             self._ready("packages", self._install)
@@ -126,19 +141,21 @@ class Call:
         except Exception as error:  # a broken archive, a tool that hangs: the stages can do without
             self.note(name, f"not ready: {type(error).__name__}: {error}")
 
+    def _look_up(self) -> None:
+        """What was prepared, and whether of these sources."""
+        self.facts = prepared.read_facts(self.folder)
+        self.same = self.facts is not None and self.facts.sources == prepared.sources()
+        if self.same:  # a copy may have no .git, or an older one
+            self.environment.setdefault("BENCH_COMMIT", self.facts.commit)
+
     def _warm(self, capability: tuple[int, int] | None, triton: str) -> None:
-        facts = prepared.read_facts(self.folder)
-        why = prepared.misfit(facts, capability, triton)
-        same = facts is not None and facts.sources == prepared.sources()
-        if same:  # a copy may have no .git, or an older one
-            self.environment.setdefault("BENCH_COMMIT", facts.commit)
-        if why:
+        if why := prepared.misfit(self.facts, capability, triton):
             self.note("cache", f"cold, every kernel has to be compiled: {why}")
             return
         prepared.unpack(self.folder, self.cache)
         self.environment["TRITON_CACHE_DIR"] = str(self.cache)
-        others = "" if same else "; of other sources: what has changed is compiled"
-        self.note("cache", f"warm: {facts.kernels} kernels, {facts.launchers} launchers{others}")
+        others = "" if self.same else "; of other sources: what has changed is compiled"
+        self.note("cache", f"warm: {self.facts.kernels} kernels, {self.facts.launchers} launchers{others}")
 
     def _install(self) -> None:
         """Put carried packages beside those of the machine."""
@@ -150,7 +167,7 @@ class Call:
             self._add_to_path(site)
             if done.returncode != 0:
                 self.note("wheels", f"not installed: {done.stderr.strip()[-300:]}")
-        wanted = ("deformops", "timm", "hypothesis", "matplotlib", *PLUGINS.values())
+        wanted = ("deformops", "timm", "fvcore", "matplotlib", *PLUGINS.values())
         code = f"import importlib.util as u; print(*[n for n in {wanted} if u.find_spec(n) is None])"
         line = [self.python, "-c", code]
         done = subprocess.run(line, env=self.environment, capture_output=True, text=True, timeout=60)
@@ -305,6 +322,16 @@ class Call:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
 
+    def go_on(self) -> None:
+        """Take what the command before has left, if this one can continue it."""
+        if not (STATE / "results.json").exists():
+            return
+        if self.another:
+            self.note("results", f"begun anew: {self.another}")
+            return
+        for path in STATE.glob("results.json*"):
+            shutil.copy(path, self.out / path.name)
+
     def hand_on(self) -> None:
         """Leave the results where the next command on this machine looks for them."""
         try:
@@ -360,8 +387,6 @@ def lay_out(options: argparse.Namespace, out: Path) -> None:
     """The folder: what an earlier call left there aside, and the results that this call goes on with."""
     out.mkdir(parents=True, exist_ok=True)
     before = options.resume
-    if before is None and options.visit == "compare" and (STATE / "results.json").exists():
-        before = STATE / "results.json"
     begun = None if before is None else before.with_name(f"{before.name}.begun")
     continued = {
         name: source.read_bytes()
@@ -398,6 +423,8 @@ def main(
         print(f"gpu_check: {error}", file=sys.stderr)
         return USER_ERROR
     if gpu:
+        if options.visit == "compare" and options.resume is None:
+            call.go_on()
         call.run(stages_of(visit, options.seconds))
         if options.visit in ("first", "compare"):
             call.hand_on()

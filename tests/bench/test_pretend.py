@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -16,8 +17,8 @@ from bench.gpu import prepare, prepared, pretend, rehearse
 from bench.resources import PINNED
 
 needs_pinned = pytest.mark.skipif(
-    version("triton") != PINNED or platform.machine() != "x86_64",
-    reason=f"it imitates the runtime of Triton {PINNED}, which make test-pinned installs",
+    version("triton") != PINNED or platform.machine() != "x86_64" or shutil.which("cc") is None,
+    reason=f"it imitates the runtime of Triton {PINNED}, which make test-pinned installs, and needs cc",
 )
 
 
@@ -63,6 +64,15 @@ def test_everything_is_launched_and_found_again(tmp_path: Path) -> None:
 def test_a_rehearsed_crash_is_one(tmp_path: Path) -> None:
     done, _ = check("deform_mix", tmp_path, DEGMIX_FAULTS=json.dumps(rehearse.FAULTS))
     assert done.returncode == -11
+
+
+def test_a_stage_that_launches_nothing_is_named() -> None:
+    planned = list(prepare.commands())
+    assert {"ops", "tests", "memcheck", "bench", "model", "profile", "huge", "decide"} == set(planned)
+    events = [{"stage": name, "kernel": "forward"} for name in planned]
+    assert prepare.silent_stages(events) == []
+    assert prepare.silent_stages(events[1:]) == planned[:1]
+    assert prepare.silent_stages([{"stage": name, "entries": []} for name in planned]) == planned
 
 
 def test_another_stack_is_refused(

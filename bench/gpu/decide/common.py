@@ -23,7 +23,7 @@ from degmix_kernels.launch import Launch, run
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LAST = {"memory_format": torch.channels_last}
 TF32 = FP16  # whose significand TF32 has
-SMALL_MAP = replace(QUICK_MAP, channels=4, height=5, width=6)  # for the interpreter
+SMALL_MAP = replace(QUICK_MAP, channels=4, height=5, width=7)  # for the interpreter
 
 Arguments = Mapping[str, Any]
 
