@@ -87,14 +87,18 @@ def _launch(launch: Launch) -> None:
             name: _scalar(value) if type(value) is int else value for name, value in arguments.items()
         }
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    if launch.hopper_registers is not None and not INTERPRETED and _is_hopper(torch.cuda.current_device()):
+    if launch.hopper_registers is not None and not INTERPRETED and _on_hopper():
         options["maxnreg"] = launch.hopper_registers
     launch.kernel[(launch.programs,)](**arguments, **launch.constants, **options)
 
 
+def _on_hopper() -> bool:
+    return torch.version.hip is None and _capability(torch.cuda.current_device()) == (9, 0)
+
+
 @cache
-def _is_hopper(index: int) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(index) == (9, 0)
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def _scalar(value: int) -> Any:

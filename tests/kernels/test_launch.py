@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -33,8 +35,18 @@ def test_registers_are_limited_on_hopper_alone(monkeypatch, capability, hip, lim
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(launch, "_is_hopper", launch._is_hopper.__wrapped__)  # without its memory
+    monkeypatch.setattr(launch, "_capability", lambda index: capability)
     kernel = Kernel()
     launch._launch(Launch(kernel, 3, {"size": 5}, {"BLOCK": 8}, 2, 1, limit))
     assert kernel.given == [{"size": 5, "BLOCK": 8, "num_warps": 2, "num_stages": 1, **expected}]
+
+
+def test_a_test_that_pretends_to_be_on_amd_leaves_nothing(monkeypatch):
+    """Kernels of the tests after it had no limit: it was remembered that this is no Hopper GPU."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "_capability", cache(lambda index: (9, 0)))
+    with monkeypatch.context() as pretending:
+        pretending.setattr(torch.version, "hip", "made up")
+        assert not launch._on_hopper()
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert launch._on_hopper()
