@@ -36,10 +36,10 @@ EVENT_MS = 0.1  # whatever happens between two events
 def environment(work: Path, cache: Path) -> dict[str, str]:
     """The variables; the driver is compiled into ``work``, ``cache`` is Triton's.
 
-    Processes add lines to ``work/launches.jsonl``, each with the beginning of their ``command``, the
-    ``stage``, which is $DEGMIX_STAGE, and one of these: ``kernel``, whether it was ``compiled`` or found, and
-    the ``entries`` of the cache that have it; ``entries`` that have a launcher; what Triton ``refused`` to
-    launch, and why.
+    Processes add lines to ``work/launches.jsonl``. Each has the beginning of their ``command``, or the name of
+    the test; the ``stage``, which is $DEGMIX_STAGE; and one of these: ``kernel``, whether it was ``compiled``
+    or found, and the ``entries`` of the cache that have it; ``entries`` that have a launcher; what Triton
+    ``refused`` to launch, and why.
 
     Raises:
         RuntimeError: without a C compiler, in one sentence.
@@ -238,9 +238,10 @@ def _pretend_driver() -> None:
 
 def _write(**event: Any) -> None:
     """Add a line about what this process has launched, which it may not live to do at its end."""
-    stage = os.environ.get("DEGMIX_STAGE", "")
+    command = os.environ.get("PYTEST_CURRENT_TEST") or " ".join(sys.orig_argv[1:])
+    about = {"stage": os.environ.get("DEGMIX_STAGE", ""), "command": command[:300]}
     with open(os.environ["DEGMIX_LAUNCHES"], "a") as file:
-        file.write(json.dumps({"stage": stage, "command": " ".join(sys.orig_argv[1:])[:300], **event}) + "\n")
+        file.write(json.dumps(about | event) + "\n")
 
 
 def _pretend_tensors(torch: Any) -> tuple[AbstractContextManager, ...]:
