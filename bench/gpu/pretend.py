@@ -36,10 +36,10 @@ EVENT_MS = 0.1  # whatever happens between two events
 def environment(work: Path, cache: Path) -> dict[str, str]:
     """The variables; the driver is compiled into ``work``, ``cache`` is Triton's.
 
-    Processes add lines to ``work/launches.jsonl``. Each has the beginning of their ``command``, or the name of
-    the test; the ``stage``, which is $DEGMIX_STAGE; and one of these: ``kernel``, whether it was ``compiled``
-    or found, and the ``entries`` of the cache that have it; ``entries`` that have a launcher; what Triton
-    ``refused`` to launch, and why.
+    Processes add lines to ``work/launches.jsonl``. Each has the beginning of their ``command``, or the name
+    of the test; the ``stage``, which is $DEGMIX_STAGE; and one of these: ``kernel``, whether it was
+    ``compiled`` or found, and the ``entries`` of the cache that have it; ``entries`` that have a launcher;
+    what Triton ``refused`` to launch, and why.
 
     Raises:
         RuntimeError: without a C compiler, in one sentence.
