@@ -75,6 +75,15 @@ def test_a_stage_that_launches_nothing_is_named() -> None:
     assert prepare.silent_stages([{"stage": name, "entries": []} for name in planned]) == planned
 
 
+def test_a_rehearsal_tells_faults_of_its_own_from_others() -> None:
+    summary = (
+        "9 s\n  ops          FAILED: code 1\n  memcheck     ok (9 s)\n  bench        stopped when its 9 s\n"
+    )
+    assert rehearse.broken(summary) == []
+    summary += "  racecheck    not run: this machine refuses\n  huge         FAILED: code 1 after 3 s\n"
+    assert rehearse.broken(summary) == ["racecheck", "huge"]
+
+
 def test_another_stack_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

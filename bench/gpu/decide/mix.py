@@ -277,4 +277,4 @@ def _rows(meter: Meter, kind: str, arguments: dict[str, Tensor]) -> None:
     meter.row(name, "samples' gradients", redesign.compute_dcol, flops=flops)
     meter.row(name, "weight's gradient", redesign.weight_gradient, flops=flops)
     meter.row(name, "sums: zeros, then bf16", redesign.sum_nothing, bytes=10 * x.numel())
-    meter.row(name, "sums of two copies: likewise", in_pairs.sum_nothing, bytes=18 * x.numel())
+    meter.row(name, "sums of two copies: zeros, then bf16", in_pairs.sum_nothing, bytes=18 * x.numel())
