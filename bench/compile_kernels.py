@@ -27,20 +27,17 @@ from triton.compiler import CompiledKernel
 from bench import model
 from bench.cases import DTYPES, Case
 from bench.compiled import Compiled
-from bench.deform_conv import IN_THE_KERNEL
 from bench.gpu.trace import NAMES, Specialised, specialise, traced
 from bench.results import OURS
 from bench.run import CASES
 from bench.shapes import QUICK
 from bench.targets import TARGETS, Target
-from degmix_kernels.deform_conv import computed_offsets_plans
 from degmix_kernels.launch import Launch
 from degmix_kernels.registry import OPS
 
-# What plans the launches of a dtype: of the registry's ops, and of one that the benchmark alone calls.
+# What plans the launches of a dtype, by the op's label.
 PLANS: dict[str, Callable[[torch.dtype], Sequence[Launch]]] = {
-    **{op.label: op.kernels for op in OPS if op.kernels is not None},
-    f"deform_mix ({IN_THE_KERNEL})": computed_offsets_plans.plan_examples,
+    op.label: op.kernels for op in OPS if op.kernels is not None
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 

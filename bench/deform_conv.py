@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from bench.cases import DEFORMOPS, Baseline, Case, Draw, Unavailable, op_case
 from bench.shapes import CONVOLUTIONS, MAPS, PER_CHANNEL, SMALL_GROUPS, SMALL_OFFSETS, Convolution, Map
 from degmix_kernels.activation import activate
-from degmix_kernels.contract import Cost, Op, Sample
-from degmix_kernels.deform_conv.computed_offsets import (
-    deform_mix_computed_offsets,
-    reference_computed_offsets,
-)
-from degmix_kernels.deform_conv.op import deform_mix
+from degmix_kernels.contract import Sample
 from degmix_kernels.registry import find
 
 FAMILY = "deform_conv"
-POSITIONS = 18  # maps that DeGMix's operator makes its offsets of
-IN_THE_KERNEL = "offsets in the kernel"
 
 
 def convolution(shape: Convolution) -> Callable[[Draw], Sample]:
@@ -67,51 +57,6 @@ def deform_mix_of(deform_conv2d: Callable[..., Tensor]) -> Callable[..., Tensor]
         return activate(deform_conv2d(x, offset, weight, bias), "gelu")
 
     return deform_mix
-
-
-def _mix_of_positions(shape: Map) -> Callable[[Draw], Sample]:
-    def sample(draw: Draw) -> Sample:
-        batch, channels, height, width = shape.batch, shape.channels, shape.height, shape.width
-        maps, taps = POSITIONS // 2, 9  # of each group; of a window
-        single = {"dtype": torch.float32}
-        arguments = {
-            "x": draw(batch, channels, height, width),
-            "positions": draw(batch, POSITIONS, height, width, **single),
-            "offset_weight": draw(2 * channels, maps, 3, 3, **single) / math.sqrt(maps * taps),
-            "constant_offset": draw(1, 2 * channels, height, width, **single) * SMALL_OFFSETS,
-            "weight": draw(channels, channels, 1, 1) / math.sqrt(channels),
-            "bias": draw(channels),
-        }
-        return Sample(arguments, batch * height * width * taps + maps * taps + 2 * channels)
-
-    return sample
-
-
-def _deform_mix_of_positions(
-    x: Tensor, positions: Tensor, offset_weight: Tensor, constant_offset: Tensor, weight: Tensor, bias: Tensor
-) -> Tensor:
-    """Offsets by PyTorch's convolution, then our operator."""
-    offset = functional.conv2d(positions, offset_weight, padding=1, groups=2) + constant_offset
-    return deform_mix(x, offset, weight, bias)
-
-
-def _op_of_positions() -> Op:
-    """``deform_mix`` from the maps that its offsets are made of."""
-    op = find("deform_mix")
-
-    def products(arguments: Mapping[str, Any]) -> int:
-        pixels = math.prod(arguments["x"].shape) // arguments["x"].shape[1]
-        return 2 * pixels * (arguments["offset_weight"].numel() + arguments["weight"].numel())
-
-    tensors = ("x", "positions", "offset_weight", "constant_offset", "weight", "bias")
-    return replace(
-        op,
-        function=_deform_mix_of_positions,
-        reference=reference_computed_offsets,
-        differentiable=tensors,
-        cost=Cost(lambda arguments: arguments["x"].shape, products, 2, tensors),
-        variant="from positions",
-    )
 
 
 def load_torchvision(device: torch.device) -> Callable[..., Tensor]:
@@ -160,15 +105,4 @@ CASES: tuple[Case, ...] = (
         for shape in shapes
     ),
     *(op_case(FAMILY, find("deform_mix"), shape.name, mix(shape), _baselines(mixed=True)) for shape in MAPS),
-    # Should the model compute its offsets in the kernel? See degmix_kernels/deform_conv/COMPUTED_OFFSETS.md.
-    *(
-        op_case(
-            FAMILY,
-            _op_of_positions(),
-            shape.name,
-            _mix_of_positions(shape),
-            (Baseline(IN_THE_KERNEL, lambda device: deform_mix_computed_offsets),),
-        )
-        for shape in MAPS
-    ),
 )

@@ -23,11 +23,10 @@ import triton
 from rich.console import Console
 
 from bench import model
-from bench.deform_conv import IN_THE_KERNEL
 from bench.gpu import pretend
 from bench.gpu.prepared import CACHE, FOLDER, REPOSITORY, WHEELS, pack, sources
 from bench.gpu.visits import VISITS
-from bench.program import FAILURE, LOG_WIDTH, USER_ERROR
+from bench.program import FAILURE, LOG_WIDTH, NONE, USER_ERROR
 from bench.run import FAMILIES
 from degmix.progress import stage
 
@@ -40,7 +39,7 @@ def commands() -> dict[str, tuple[str, ...]]:
     first = VISITS["first"].stages
     stages = [each for one in (*first, *VISITS["decide"].stages) for each in (one, *one.beside)]
     found = {each.name: each.command for each in stages if each.name not in ("racecheck", "initcheck")}
-    ours = ("--baseline", IN_THE_KERNEL)
+    ours = ("--baseline", NONE)
     ops = tuple(family.FAMILY for family in FAMILIES if family is not model)
     head = ("--op", model.FAMILY, "--dtype", "bf16")
     found["bench"] = ("-m", "bench", "--json", "{out}/results.json", *ours, "--op", *ops)
