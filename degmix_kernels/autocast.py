@@ -13,29 +13,25 @@ def enabled(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def cast_inputs(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast half and single precision tensors to the autocast dtype if autocast is on for the device.
+def cast_inputs(device, *tensors):
+    """TRANSITIONAL."""
+    return tuple(cast(tensor) for tensor in tensors) if enabled(device) else tensors
 
-    Doubles, integers and None pass through, as does everything outside an autocast region.
-    """
-    if not enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device.type)
-    return tuple(
-        tensor.to(dtype)
-        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        else tensor
-        for tensor in tensors
-    )
+
+def cast(tensor: Tensor | None) -> Tensor | None:
+    """A half or single precision tensor in the autocast dtype of its device; doubles and None as they are."""
+    if tensor is None or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def widen_other_half(tensor: Tensor, like: Tensor) -> Tensor:
-    """Under autocast, a half-precision tensor of the other half dtype than ``like``'s as fp32.
+    """A half-precision tensor of another half dtype than ``like``'s as fp32.
 
-    For tensors that keep their own dtype, coordinates for example: autocast may have cast the rest.
+    For coordinates, which keep their dtype under autocast: the rest may have been cast.
     """
     other = tensor.dtype in (torch.float16, torch.bfloat16) and tensor.dtype != like.dtype
-    return tensor.float() if other and enabled(tensor.device) else tensor
+    return tensor.float() if other else tensor
 
 
 def disabled(device: torch.device) -> AbstractContextManager[object]:

@@ -13,6 +13,8 @@ from typing import Literal
 
 import torch
 
+from degmix_kernels.setting import Setting
+
 try:
     import triton
 except ImportError:  # Triton has no builds outside Linux; every op still has its reference there
@@ -26,12 +28,14 @@ else:
 Backend = Literal["auto", "triton", "reference"]
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_backend: Backend = "auto"
+_backend: Setting[Backend] = Setting("degmix_backend", "auto")
+chosen = _backend.get
+"""The backend that :func:`use_backend` has chosen, for who has to choose the same again later."""
 
 
 @contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Run every op inside the block on one backend, for the whole process.
+    """Run every op inside the block on one backend: in this thread or task, and in its backward passes.
 
     Args:
         name: ``"triton"`` (an op that cannot run there raises and says why), ``"reference"``, or
@@ -40,19 +44,10 @@ def use_backend(name: Backend) -> Iterator[None]:
     Raises:
         ValueError: if ``name`` is none of the three.
     """
-    global _backend
     if name not in ("auto", "triton", "reference"):
         raise ValueError(f"backend: expected 'auto', 'triton' or 'reference', got {name!r}")
-    before, _backend = _backend, name
-    try:
+    with _backend.set(name):
         yield
-    finally:
-        _backend = before
-
-
-def chosen() -> Backend:
-    """The backend that :func:`use_backend` has chosen, for who has to choose the same again later."""
-    return _backend
 
 
 def can_run(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
@@ -83,13 +78,14 @@ def runs_triton(op: str, device: torch.device, dtype: torch.dtype, missing: str 
     Raises:
         RuntimeError: if Triton is forced and this call's kernels cannot run on these tensors.
     """
-    if _backend == "reference":
+    forced = chosen()
+    if forced == "reference":
         return False
     if missing:
-        if _backend == "triton":
+        if forced == "triton":
             warnings.warn(f"{op}: {missing} has no Triton kernel yet; running the reference", stacklevel=3)
         return False
     runnable, reason = can_run(device, dtype)
-    if _backend == "triton" and not runnable:
+    if forced == "triton" and not runnable:
         raise RuntimeError(f"{op}: the Triton backend is forced, but {reason}")
     return runnable

@@ -7,7 +7,11 @@ that holds formats nothing and ``torch.compile`` does not fix a size because of 
 
 from __future__ import annotations
 
-from numbers import Integral
+import math
+import sys
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,21 +30,20 @@ def expect_tensor(argument: str, value: object, dims: int | None = None) -> None
     """Raise unless the value is a dense tensor of one of ``FLOATS``, with ``dims`` dimensions if given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided or value.is_nested:
+    if value.layout is not torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{argument}: expected a dense tensor, got {kind}")
-    if not value.is_floating_point():
-        raise TypeError(f"{argument}: expected a floating-point tensor, got {value.dtype}")
     if value.dtype not in FLOATS:
-        raise TypeError(f"{argument}: expected 16, 32 or 64 bits per element, got {value.dtype}")
+        bits = "16, 32 or 64 bits per element" if value.is_floating_point() else "a floating-point tensor"
+        raise TypeError(f"{argument}: expected {bits}, got {value.dtype}")
     if dims is not None:
         expect(value.dim() == dims, argument, f"{dims} dimensions", value.shape)
 
 
-def expect_shape(argument: str, value: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise unless the tensor has exactly this shape."""
-    if tuple(value.shape) != shape:  # the message is made only now: while compiling, sizes are symbols
-        expect(False, argument, f"shape {shape}", tuple(value.shape))
+def expect_shape(argument: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise unless the tensor has exactly this shape; None has any."""
+    if value is not None and value.shape != shape:  # the message is made only now: compilers see symbols
+        expect(False, argument, f"shape {tuple(shape)}", tuple(value.shape))
 
 
 def expect_device(argument: str, value: Tensor, other_argument: str, other: Tensor) -> None:
@@ -54,6 +57,51 @@ def expect_like(argument: str, value: Tensor, other_argument: str, other: Tensor
     expect_device(argument, value, other_argument, other)
     if value.dtype != other.dtype:
         raise TypeError(f"{argument}: expected dtype {other.dtype} as {other_argument}, got {value.dtype}")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from a minimum to a maximum, both of them included."""
+
+    minimum: float = -sys.float_info.max
+    maximum: float = sys.float_info.max
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A few values."""
+
+    values: tuple[object, ...]
+
+
+def scalar(
+    argument: str, value: Any, kind: type, optional: bool = False, allowed: Range | OneOf | None = None
+) -> Any:
+    """A scalar argument as a plain ``bool``, ``int``, ``float`` or ``str``; raise unless it is one.
+
+    Numbers are finite. NumPy's are accepted.
+    """
+    if type(value) is float and kind is float and allowed.minimum <= value <= allowed.maximum:
+        return value
+    if value is None and optional:
+        return None
+    if kind is float:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{argument}: expected a number, got {value!r}")
+        value = float(value)
+        expect(math.isfinite(value), argument, "a finite number", value)
+    elif kind is int:
+        if not is_integer(value):
+            raise TypeError(f"{argument}: expected an integer, got {value!r}")
+    elif not isinstance(value, kind):
+        article = {bool: "True or False", str: "a string"}[kind]
+        raise TypeError(f"{argument}: expected {article}, got {value!r}")
+    if isinstance(allowed, OneOf):
+        expect_choice(argument, value, allowed.values)
+    elif allowed is not None:
+        expect(value >= allowed.minimum, argument, f"at least {allowed.minimum}", value)
+        expect(value <= allowed.maximum, argument, f"at most {allowed.maximum}", value)
+    return value
 
 
 def is_integer(value: object) -> bool:

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from degmix_kernels import backend
-from degmix_kernels.batch_norm.plan import Sizes, ceil_div, largest_unit
 from degmix_kernels.launch import needs_64_bit
+from degmix_kernels.maps import Sizes, block_of, ceil_div, largest_unit
 
 
 @triton.jit
@@ -94,11 +94,6 @@ def product_tile(
         x = tl.load(x_ptr + address, mask=index_valid[:, None] & pixel_valid[None, :], other=0.0)
         total = multiply(weight, x, total, PRECISION)
     return total
-
-
-def block_of(size: int, largest: int) -> int:
-    """A power of two for one side of a product's tile: at least 16, as matrix units want it."""
-    return max(16, min(largest, 1 << max(size - 1, 0).bit_length()))
 
 
 @dataclass(frozen=True)

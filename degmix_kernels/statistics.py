@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from degmix_kernels.launch import Launch, run
+from degmix_kernels.maps import ceil_div, power_of_two
 
 
 @dataclass(frozen=True)
@@ -76,36 +77,36 @@ def plan_combine(statistics: Statistics, pixels: int, mean: Tensor, variance: Te
         variance: to be filled with the biased variance, likewise.
     """
     parts, channels = statistics.means.shape
-    block = min(16, 1 << (channels - 1).bit_length())
+    block = min(16, power_of_two(channels))
     return Launch(
         combine,
-        -(-channels // block),
+        ceil_div(channels, block),
         {
             "means_ptr": statistics.means,
             "squares_ptr": statistics.squares,
             "mean_ptr": mean,
             "variance_ptr": variance,
             "parts": parts,
-            "blocks": max(-(-pixels // statistics.block), 1),
+            "blocks": max(ceil_div(pixels, statistics.block), 1),
             "block": statistics.block,
             "pixels": pixels,
             "channels": channels,
         },
         {
             "INDEX_64": False,  # the parts are few however many the elements
-            "BLOCK_PARTS": min(64, 1 << max(parts - 1, 0).bit_length()),
+            "BLOCK_PARTS": min(64, power_of_two(parts)),
             "BLOCK_CHANNELS": block,
         },
     )
 
 
-def finish_statistics(statistics: Statistics, pixels: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, (channels,), fp32, by ``plan_combine``; of nothing, zeros.
+def finish_statistics(statistics: Statistics, pixels: int, mean: Tensor, variance: Tensor) -> None:
+    """Fill mean and biased variance per channel, (channels,), fp32, by ``plan_combine``; of nothing, zeros.
 
     NaN would reach the gradients of a normalisation's parameters, which are sums over nothing.
     """
     if statistics.means.numel() == 0:
-        return tuple(statistics.means.new_zeros(2, statistics.means.shape[1]).unbind())
-    mean, variance = (statistics.means.new_empty(statistics.means.shape[1]) for _ in range(2))
-    run(plan_combine(statistics, pixels, mean, variance), mean.device)
-    return mean, variance
+        mean.zero_()
+        variance.zero_()
+    else:
+        run(plan_combine(statistics, pixels, mean, variance), mean.device)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from degmix_kernels.define import transparent
+
 RSQRT = 2**-22.9  # PTX's bound of the relative error of rsqrt.approx.f32
 
 
@@ -108,7 +110,17 @@ class _Poison(TorchDispatchMode):
 
 
 @contextmanager
+def inside_ops(mode: TorchDispatchMode) -> Iterator[TorchDispatchMode]:
+    """Enter a dispatch mode that sees what happens inside the ops: their allocations and PyTorch's own products.
+
+    Without it a mode sees each op as one call. Launches of Triton kernels are seen by no mode.
+    """
+    with transparent(True), mode:
+        yield mode
+
+
+@contextmanager
 def poisoned_empty() -> Iterator[None]:
     """Fill every uninitialised allocation with NaN (integers: a large value), so unwritten outputs show."""
-    with _Poison():
+    with inside_ops(_Poison()):
         yield

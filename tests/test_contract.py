@@ -24,12 +24,10 @@ import degmix_kernels
 from degmix_kernels import use_backend
 from degmix_kernels.backend import KERNEL_DTYPES, can_run
 from degmix_kernels.contract import Op, Sample
-from degmix_kernels.registered import RegisteredOp
 from degmix_kernels.registry import OPS
 from degmix_kernels.testing import assert_close, poisoned_empty
 
 every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.label)
-every_kernel_op = pytest.mark.parametrize("op", [op for op in OPS if op.kernels], ids=lambda op: op.label)
 every_dtype = pytest.mark.parametrize(
     "dtype", KERNEL_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
 )
@@ -220,9 +218,8 @@ class FakeResults(TorchDispatchMode):
         return results
 
 
-@every_kernel_op
-def test_compilers_are_told_the_truth(op: Op, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RegisteredOp, "__call__", lambda self, *arguments: self.forward(*arguments))
+@every_op
+def test_compilers_are_told_the_truth(op: Op, device: torch.device) -> None:
     sample = first(op, device, torch.bfloat16)
     for wanted in [*([name] for name in differentiated(op, sample.arguments)), list(op.differentiable)]:
         arguments = fresh(op, sample.arguments, wanted=tuple(wanted))
@@ -313,7 +310,7 @@ def test_deterministic_algorithms(op: Op, device: torch.device) -> None:
         assert torch.equal(one, other)
 
 
-@every_kernel_op
+@every_op
 def test_second_derivative_is_refused(op: Op, device: torch.device) -> None:
     arguments = fresh(op, first(op, device).arguments)
     leaves = [arguments[name] for name in differentiated(op, arguments)]
@@ -330,10 +327,6 @@ def test_forced_backend(op: Op, device: torch.device) -> None:
     arguments = fresh(op, first(op, device).arguments, wanted=())
     with use_backend("reference"):
         expected = op.function(**arguments)
-    if op.kernels is None:
-        with use_backend("triton"), pytest.warns(UserWarning, match=r"no Triton kernel yet"):
-            op.function(**fresh(op, first(op, device).arguments, wanted=()))
-        return
     with use_backend("triton"):
         if can_run(device, torch.float32)[0]:
             with warnings.catch_warnings():
@@ -372,7 +365,7 @@ def test_declared_products_are_those_of_the_reference(op: Op) -> None:
     assert op.forward_work(arguments).flops == 2 * products
 
 
-@every_kernel_op
+@every_op
 def test_declared_gradients_passed_on_are_the_results(op: Op, device: torch.device) -> None:
     """Speed of light charges no write for them, and one for all others."""
     arguments = fresh(op, first(op, device).arguments)
@@ -381,7 +374,7 @@ def test_declared_gradients_passed_on_are_the_results(op: Op, device: torch.devi
     grad = random_like(output)
     gradients = torch.autograd.grad(output, [arguments[name] for name in names], grad)
     same = [each.data_ptr() == grad.data_ptr() for each in gradients]
-    assert tuple(itertools.compress(names, same)) == op.cost.passed_on
+    assert tuple(itertools.compress(names, same)) == op.op.passed_on
 
 
 def test_import_touches_nothing() -> None:

@@ -12,7 +12,8 @@ from degmix_kernels import backend
 from degmix_kernels.attention import reference
 from degmix_kernels.attention.module import GatedAttention, LinearAttention
 from degmix_kernels.attention.op import gated_attention, linear_attention
-from degmix_kernels.contract import Cost, Op, Sample
+from degmix_kernels.contract import Sample
+from degmix_kernels.contract_old import Cost, Op
 from degmix_kernels.launch import Launch
 
 # batch, heads, queries, keys, head_dim, gate, residual

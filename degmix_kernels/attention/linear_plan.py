@@ -9,8 +9,8 @@ from torch import Tensor
 
 from degmix_kernels.attention import linear_kernels
 from degmix_kernels.attention.plan import padded, strides
-from degmix_kernels.batch_norm.plan import ceil_div
 from degmix_kernels.launch import Launch, needs_64_bit
+from degmix_kernels.maps import ceil_div
 from degmix_kernels.product import precision
 
 # Programs that keep a GPU busy. Not the GPU's own number of multiprocessors: sums would then differ between

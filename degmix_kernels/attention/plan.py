@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from degmix_kernels.attention import backward_kernels, kernels
-from degmix_kernels.batch_norm.plan import ceil_div
 from degmix_kernels.launch import Launch, needs_64_bit
+from degmix_kernels.maps import ceil_div, power_of_two
 from degmix_kernels.product import precision
 
 
@@ -85,7 +85,7 @@ class Blocks:
 
 def padded(head_dim: int) -> int:
     """Channels of a tile: a power of two that matrix units can take."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return power_of_two(head_dim, 16)
 
 
 # Large tiles of 128 channels that spill no register on any GPU of the compile check: small in fp32, whose

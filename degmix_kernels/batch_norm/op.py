@@ -1,15 +1,32 @@
-"""Normalisation by given statistics, the public function: checks, autocast, choice of backend."""
+"""Normalisation by given statistics."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from degmix_kernels import autocast, backend, checks, layout
+from degmix_kernels import backend, checks, maps
 from degmix_kernels.batch_norm import reference
+from degmix_kernels.define import NotNegative, OwnDtype, define
+from degmix_kernels.launch import run
 
 if backend.HAS_TRITON:
-    from degmix_kernels.batch_norm.autograd import norm_op
+    from degmix_kernels.batch_norm import plan
+
+
+class Call(NamedTuple):
+    """Arguments of :func:`batch_norm`."""
+
+    x: Tensor
+    mean: OwnDtype
+    variance: OwnDtype
+    weight: OwnDtype | None
+    bias: OwnDtype | None
+    residual: Tensor | None
+    eps: NotNegative
 
 
 def batch_norm(
@@ -43,29 +60,53 @@ def batch_norm(
         Shape, dtype and layout of ``x``.
 
     Raises:
-        TypeError: for a wrong dtype or device.
+        TypeError: for a wrong type, dtype or device.
         ValueError: for a wrong shape or value.
         RuntimeError: if the Triton backend is forced and cannot run.
 
     Follows Ioffe and Szegedy, arXiv 1502.03167, algorithm 1.
     """
-    checks.expect_tensor("x", x)
+    call = op.checked(x, mean, variance, weight, bias, residual, eps)
+    x = call.x
     checks.expect(x.dim() in (2, 4), "x", "2 or 4 dimensions", x.shape)
     checks.expect(x.shape[1] > 0, "x", "at least one channel", x.shape)
-    vectors = {"mean": mean, "variance": variance, "weight": weight, "bias": bias}
-    for name, vector in vectors.items():
-        if vector is not None or name in ("mean", "variance"):
-            checks.expect_tensor(name, vector)
-            checks.expect_device(name, vector, "x", x)
-            checks.expect_shape(name, vector, (x.shape[1],))
-    x, residual = autocast.cast_inputs(x.device, x, residual)
-    if residual is not None:
-        checks.expect_tensor("residual", residual)
-        checks.expect_like("residual", residual, "x", x)
-        checks.expect_shape("residual", residual, tuple(x.shape))
-    if backend.runs_triton("batch_norm", x.device, x.dtype):
-        return norm_op(x, mean, variance, weight, bias, residual, eps)
-    output = reference.batch_norm(x, mean, variance, weight, bias, residual, eps)
-    if x.dim() == 4 and layout.is_channels_last(x):
-        output = output.contiguous(memory_format=torch.channels_last)
-    return output
+    for name, vector in zip(Call._fields[1:5], call[1:5], strict=True):
+        checks.expect_shape(name, vector, x.shape[1:2])
+    checks.expect_shape("residual", call.residual, x.shape)
+    if op.runs_triton(call):
+        return op(call)
+    return maps.laid_out(x, reference.batch_norm(*call))[0]
+
+
+def _outputs(call: Call) -> Tensor:
+    return maps.empty_like(call.x)
+
+
+def _dense(call: Call) -> Call:
+    """The call as kernels read it: maps laid out as x, vectors contiguous."""
+    x, residual = maps.laid_out(call.x, call.x, call.residual)
+    return Call(x, *maps.contiguous(*call[1:5]), residual, call.eps)
+
+
+def _forward(call: Call, output: Tensor) -> None:
+    run(plan.plan_forward(*_dense(call)[:6], output, call.eps), output.device)
+
+
+def _backward(
+    call: Call, kept: Sequence[Tensor], grads: Sequence[Tensor], wanted: Call
+) -> dict[str, Tensor | None]:
+    x, mean, variance, weight, *_, eps = _dense(call)
+    (grad,) = maps.laid_out(x, *grads)
+    grad_x = torch.empty_like(x) if wanted.x else None
+    sums, products = any(wanted[1:5]), wanted.variance or wanted.weight
+    vectors = [torch.empty_like(mean, dtype=torch.float32) if want else None for want in wanted[1:5]]
+    launch, partial = plan.plan_backward(grad, x, mean, variance, weight, grad_x, sums, products, eps)
+    run(launch, x.device)
+    if sums:
+        run(plan.plan_finish(partial, variance, weight, *vectors, eps), x.device)
+    return dict(zip(Call._fields, (grad_x, *vectors), strict=False))
+
+
+op = define(
+    "batch_norm", Call, _outputs, _forward, _backward, products=lambda call: 0, passed_on=("residual",)
+)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from degmix_kernels import layout
+from degmix_kernels import maps
 from degmix_kernels.batch_norm import plan as norm_plan
 from degmix_kernels.channel_mix import group as process_group
 from degmix_kernels.channel_mix import plan
@@ -18,7 +18,7 @@ from degmix_kernels.statistics import finish_statistics
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    last = x.dim() == 4 and layout.is_channels_last(x)
+    last = x.dim() == 4 and maps.is_channels_last(x)
     return torch.channels_last if last else torch.contiguous_format
 
 
@@ -65,8 +65,8 @@ def _forward(
     z = pre if keep else torch.empty_like(output)
     launch, statistics = plan.plan_product(x, weight, bias, activation, z)
     run(launch, x.device)
-    sizes = norm_plan.Sizes.of(x)
-    mean, variance = finish_statistics(statistics, sizes.pixels)
+    sizes = maps.Sizes.of(x)
+    finish_statistics(statistics, sizes.pixels, mean, variance)
     if group is not None:
         mean, variance, count = process_group.combine(mean, variance, sizes.images * sizes.pixels, group)
     vectors = (mean, variance, norm_weight, norm_bias)
@@ -143,7 +143,7 @@ def _backward(
         ]
     if not inner:
         return results
-    sizes = norm_plan.Sizes.of(x)
+    sizes = maps.Sizes.of(x)
     elements = sizes.images * sizes.pixels
     if not batch:
         sums = None

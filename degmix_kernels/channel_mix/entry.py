@@ -14,7 +14,8 @@ from degmix_kernels.batch_norm.reference import batch_norm
 from degmix_kernels.channel_mix import reference
 from degmix_kernels.channel_mix.module import ChannelMix
 from degmix_kernels.channel_mix.op import channel_mix
-from degmix_kernels.contract import Cost, Op, Sample
+from degmix_kernels.contract import Sample
+from degmix_kernels.contract_old import Cost, Op
 from degmix_kernels.launch import Launch
 
 # shape of x, out_channels, groups, activation, bias, training, norm parameters, residual

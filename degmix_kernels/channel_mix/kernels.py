@@ -7,8 +7,8 @@ those of ``batch_norm``, which normalise act(z) as they load z. Arithmetic and s
 import triton
 import triton.language as tl
 
-from degmix_kernels.batch_norm.kernels import address_of, in_elements, pixels_of_tile, scale_of, vector
 from degmix_kernels.epilogue import activate, activate_with_slope, store_result
+from degmix_kernels.map_kernels import address_of, in_elements, pixels_of_tile, scale_of, vector
 from degmix_kernels.product import product_tile, tile_of
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from degmix_kernels import autocast, backend, checks, layout
+from degmix_kernels import autocast, backend, checks, maps
 from degmix_kernels.activation import ACTIVATIONS
 from degmix_kernels.batch_norm.running import update_running
 from degmix_kernels.channel_mix import reference
@@ -127,7 +127,7 @@ def channel_mix(
             statistics=statistics,
         )
         output, *rest = output if statistics else (output,)
-        if x.dim() == 4 and layout.is_channels_last(x):
+        if x.dim() == 4 and maps.is_channels_last(x):
             output = output.contiguous(memory_format=torch.channels_last)
         return (output, *rest) if statistics else output
     leaves = (t for t in (x, weight, bias, norm_weight, norm_bias) if t is not None)

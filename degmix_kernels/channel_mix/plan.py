@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from degmix_kernels.batch_norm import plan as norm_plan
-from degmix_kernels.batch_norm.plan import Sizes, backward_shares
 from degmix_kernels.channel_mix import kernels
 from degmix_kernels.launch import Launch, needs_64_bit
-from degmix_kernels.product import Product, block_of
+from degmix_kernels.maps import Sizes, backward_shares, block_of
+from degmix_kernels.product import Product
 from degmix_kernels.statistics import Statistics, plan_combine
 
 

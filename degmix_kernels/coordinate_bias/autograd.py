@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from degmix_kernels import layout
+from degmix_kernels import maps
 from degmix_kernels.coordinate_bias.plan import plan_forward
 from degmix_kernels.launch import run
 from degmix_kernels.registered import RegisteredOp
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if layout.is_channels_last(x) else torch.contiguous_format
+    return torch.channels_last if maps.is_channels_last(x) else torch.contiguous_format
 
 
 def _forward(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

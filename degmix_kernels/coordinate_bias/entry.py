@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from degmix_kernels import backend
-from degmix_kernels.contract import Cost, Op, Sample
+from degmix_kernels.contract import Sample
+from degmix_kernels.contract_old import Cost, Op
 from degmix_kernels.coordinate_bias import reference
 from degmix_kernels.coordinate_bias.module import CoordinateBias
 from degmix_kernels.coordinate_bias.op import coordinate_bias

@@ -1,12 +1,12 @@
 """The Triton kernel of ``coordinate_bias``: one pass over the map, tables from the cache.
 
-A tile is (channels, pixels), planar or LAST as in ``batch_norm.kernels``. Sums are fp32.
+A tile is (channels, pixels), planar or LAST as in ``map_kernels``. Sums are fp32.
 """
 
 import triton
 import triton.language as tl
 
-from degmix_kernels.batch_norm.kernels import tile_of_map
+from degmix_kernels.map_kernels import tile_of_map
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from degmix_kernels import autocast, backend, checks, layout
+from degmix_kernels import autocast, backend, checks, maps
 from degmix_kernels.coordinate_bias import reference
 
 if backend.HAS_TRITON:
@@ -52,5 +52,5 @@ def coordinate_bias(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     if backend.runs_triton("coordinate_bias", x.device, x.dtype):
         return bias_op(x, rows, columns)
     output = reference.coordinate_bias(x, rows, columns)
-    last = layout.is_channels_last(x)
+    last = maps.is_channels_last(x)
     return output.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from degmix_kernels.batch_norm.plan import Sizes, warps
 from degmix_kernels.coordinate_bias import kernels
 from degmix_kernels.launch import Launch
+from degmix_kernels.maps import Sizes, warps
 
 _TILE = 4096  # elements
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from degmix_kernels import layout
+from degmix_kernels import maps
 from degmix_kernels.deform_conv.execution import (
     copied_bytes,
     empty_gradients,
@@ -138,7 +138,7 @@ def _mix_forward(
         x.device,
     )
     if blocks is not None:
-        mean, variance = finish_statistics(blocks, problem.out_pixels)
+        finish_statistics(blocks, problem.out_pixels, mean, variance)
     return output, pre, mean, variance
 
 
@@ -188,7 +188,7 @@ def _mix_backward(
     grad = torch.zeros_like(pre) if grad is None else grad
     # The kernels address the gradient as they address z.
     grad = grad.contiguous(
-        memory_format=torch.channels_last if layout.is_channels_last(pre) else torch.contiguous_format
+        memory_format=torch.channels_last if maps.is_channels_last(pre) else torch.contiguous_format
     )
     # y's own gradient is grad + ∂/∂y (grad_mean · mean + grad_variance · variance), linear in y.
     count = max(problem.batch * problem.out_pixels, 1)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from degmix_kernels import backend
-from degmix_kernels.contract import Cost, Op, Sample
+from degmix_kernels.contract import Sample
+from degmix_kernels.contract_old import Cost, Op
 from degmix_kernels.deform_conv import reference
 from degmix_kernels.deform_conv.module import DeformConv2d, DeformMix
 from degmix_kernels.deform_conv.op import deform_conv2d, deform_mix

@@ -13,11 +13,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from degmix_kernels import layout
+from degmix_kernels import maps
 from degmix_kernels.deform_conv import general, planar
-from degmix_kernels.deform_conv.problem import PART_SHARE, Problem, ceil_div
+from degmix_kernels.deform_conv.problem import PART_SHARE, Problem
 from degmix_kernels.epilogue import Epilogue
 from degmix_kernels.launch import run
+from degmix_kernels.maps import ceil_div
 
 
 def make_problem(
@@ -34,21 +35,21 @@ def _reads_input(problem: Problem, path: ModuleType) -> bool:
     """Whether a path reads the input as it lies in memory."""
     if path is general:
         return problem.input.is_contiguous(memory_format=torch.channels_last)
-    return layout.is_dense(problem.input)
+    return maps.is_dense(problem.input)
 
 
 def readable(problem: Problem, path: ModuleType) -> Problem:
     """The call on tensors that a path reads: themselves, or copies."""
     input, offset, mask = problem.input, problem.offset, problem.mask
-    dense = layout.is_dense(offset) and (mask is None or layout.is_dense(mask))
+    dense = maps.is_dense(offset) and (mask is None or maps.is_dense(mask))
     if dense and _reads_input(problem, path):
         return problem
     last = torch.channels_last
     return replace(
         problem,
-        input=input.contiguous(memory_format=last) if path is general else layout.dense(input),
-        offset=layout.dense(offset),
-        mask=None if mask is None else layout.dense(mask),
+        input=input.contiguous(memory_format=last) if path is general else maps.dense(input),
+        offset=maps.dense(offset),
+        mask=None if mask is None else maps.dense(mask),
     )
 
 
@@ -56,7 +57,7 @@ def copied_bytes(problem: Problem, path: ModuleType, grad: Tensor | None = None)
     """Bytes that ``readable``, and making the gradient dense, copy per image."""
     copied = [] if _reads_input(problem, path) else [problem.input]
     others = (tensor for tensor in (problem.offset, problem.mask, grad) if tensor is not None)
-    copied += [tensor for tensor in others if not layout.is_dense(tensor)]
+    copied += [tensor for tensor in others if not maps.is_dense(tensor)]
     return sum(tensor[:1].numel() * tensor.element_size() for tensor in copied)
 
 
@@ -81,7 +82,7 @@ def parts(problem: Problem, bytes_per_image: int) -> Iterator[tuple[Problem, sli
 
 def empty_output(input: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
     """The result, uninitialised: channels_last if the input is."""
-    last = layout.is_channels_last(input)
+    last = maps.is_channels_last(input)
     shape = (input.shape[0], weight.shape[0], *offset.shape[2:])
     memory_format = torch.channels_last if last else torch.contiguous_format
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
@@ -89,7 +90,7 @@ def empty_output(input: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
 
 def _empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A dense tensor like this one, uninitialised: channels_last or contiguous."""
-    last = layout.is_channels_last(tensor)
+    last = maps.is_channels_last(tensor)
     memory_format = torch.channels_last if last else torch.contiguous_format
     return torch.empty_like(tensor, dtype=dtype, memory_format=memory_format)
 
@@ -143,7 +144,7 @@ def fill_gradients(
     for part, images in parts(problem, bytes_per_image):
         part = readable(part, path)
         extra = () if epilogue is None else (replace(epilogue, pre=epilogue.pre[images]),)
-        grad_part = layout.dense(grad[images])
+        grad_part = maps.dense(grad[images])
         if wants_input or wants_offset or wants_mask:
             sums = None
             if in_place:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from degmix_kernels import layout
+from degmix_kernels import maps
 from degmix_kernels.deform_conv import general_backward_kernels, general_kernels
-from degmix_kernels.deform_conv.problem import Problem, block, ceil_div
+from degmix_kernels.deform_conv.problem import Problem
 from degmix_kernels.launch import Launch, needs_64_bit
+from degmix_kernels.maps import block_of, ceil_div
 from degmix_kernels.product import precision
 
 # Programs below which a launch leaves parts of a large GPU idle, so that smaller tiles pay.
@@ -29,7 +30,7 @@ def weight_layout(weight: Tensor) -> Tensor:
 
 def _block_channels(segment: int, largest: int) -> int:
     """Channels of a tile: ``largest``, or half of that where the last block would stay mostly empty."""
-    return block(segment, largest if segment % largest == 0 or segment >= 4 * largest else largest // 2)
+    return block_of(segment, largest if segment % largest == 0 or segment >= 4 * largest else largest // 2)
 
 
 def _pointers(problem: Problem) -> dict[str, Any]:
@@ -45,9 +46,9 @@ def _layouts(problem: Problem, output: Tensor) -> dict[str, bool]:
     """How the kernels address this call; ``output`` is the output or its gradient."""
     tensors = (problem.input, problem.offset, problem.mask, output)
     return {
-        "OFFSET_LAST": layout.is_channels_last(problem.offset),
-        "MASK_LAST": problem.mask is not None and layout.is_channels_last(problem.mask),
-        "OUTPUT_LAST": layout.is_channels_last(output),
+        "OFFSET_LAST": maps.is_channels_last(problem.offset),
+        "MASK_LAST": problem.mask is not None and maps.is_channels_last(problem.mask),
+        "OUTPUT_LAST": maps.is_channels_last(output),
         "PRECISION": precision(problem.input.dtype),
         # Kernels add the image's own start, in 64 bits always.
         "INDEX_64": needs_64_bit(*(None if tensor is None else tensor[:1] for tensor in tensors)),
@@ -60,8 +61,8 @@ def plan_forward(problem: Problem, bias: Tensor | None, output: Tensor) -> Launc
     # Every block of out channels gathers the samples again, so it is as large as registers allow: 64 sums a
     # thread for the matrix units, 32 where fp32 products keep their operands in registers, too.
     wide = problem.input.dtype != torch.float32
-    block_out = block(problem.group_out, 256 if wide else 128)
-    block_pixels = block(problem.out_pixels, 64 if wide else 32)
+    block_out = block_of(problem.group_out, 256 if wide else 128)
+    block_pixels = block_of(problem.out_pixels, 64 if wide else 32)
     block_channels = _block_channels(problem.segment, 32)
     images = problem.batch * problem.groups
 
@@ -116,13 +117,13 @@ def plan_backward_samples(
         pixels, block_channels, warps = 16, 32, 4
     else:
         pixels, block_channels, warps = 32, 16, 2 if scale is None else 4
-    block_pixels = block(problem.out_pixels, pixels)
+    block_pixels = block_of(problem.out_pixels, pixels)
     held = problem.groups == 1 and problem.group_out <= 256 and wide
     if held:
         largest = 256
     else:  # what the registers of the scatter leave room for
         largest = 16 if not wide else 32 if scale is None else 128
-    block_out = block(problem.group_out, largest)
+    block_out = block_of(problem.group_out, largest)
     return Launch(
         general_backward_kernels.backward_samples,
         problem.batch * problem.offset_groups * ceil_div(problem.out_pixels, block_pixels),
@@ -153,9 +154,9 @@ def plan_backward_weight(problem: Problem, grad: Tensor) -> tuple[Launch, Tensor
     """Plan the weight gradient and allocate its partial sums; see ``general_backward_kernels``."""
     sizes = problem.sizes()
     wide = problem.input.dtype != torch.float32
-    block_out = block(problem.group_out, 256 if wide else 128)
+    block_out = block_of(problem.group_out, 256 if wide else 128)
     block_channels = _block_channels(problem.segment, 64 if wide else 32)
-    block_pixels = block(problem.out_pixels, 32 if wide else 16)
+    block_pixels = block_of(problem.out_pixels, 32 if wide else 16)
     programs = (
         ceil_div(problem.group_out, block_out)
         * problem.taps

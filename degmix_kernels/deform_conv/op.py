@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from degmix_kernels import autocast, backend, checks, layout
+from degmix_kernels import autocast, backend, checks, maps
 from degmix_kernels.activation import ACTIVATIONS
 from degmix_kernels.deform_conv import reference
 from degmix_kernels.launch import INT32_MAX
@@ -73,7 +73,7 @@ def deform_conv2d(
     if backend.runs_triton("deform_conv2d", input.device, input.dtype):
         return conv_op(input, offset, weight, bias, mask, *stride, *padding, *dilation)
     output = reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
-    if layout.is_channels_last(input):
+    if maps.is_channels_last(input):
         output = output.contiguous(memory_format=torch.channels_last)
     return output
 
@@ -125,7 +125,7 @@ def deform_mix(
         output, _, mean, variance = mix_op(x, offset, weight, bias, activation, keep, statistics)
         return (output, mean, variance) if statistics else output
     result = reference.deform_mix(x, offset, weight, bias, activation, statistics)
-    if layout.is_channels_last(x):
+    if maps.is_channels_last(x):
         output = result[0] if statistics else result
         output = output.contiguous(memory_format=torch.channels_last)
         return (output, *result[1:]) if statistics else output

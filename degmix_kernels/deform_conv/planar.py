@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from degmix_kernels import layout
+from degmix_kernels import maps
 from degmix_kernels.deform_conv import planar_backward_kernels, planar_kernels
 from degmix_kernels.deform_conv.planar_blocks import Blocks, Span, fits, layouts, tile, touched, warps
-from degmix_kernels.deform_conv.problem import Problem, block, ceil_div
+from degmix_kernels.deform_conv.problem import Problem
 from degmix_kernels.epilogue import Epilogue
 from degmix_kernels.launch import Launch, needs_64_bit
+from degmix_kernels.maps import block_of, ceil_div
 from degmix_kernels.statistics import Statistics, plan_combine
 
 
@@ -67,7 +68,7 @@ def plan_forward(
         {
             "ACTIVATION": activation,
             **layouts(problem, output),
-            "WEIGHT_LAST": layout.is_channels_last(problem.weight),
+            "WEIGHT_LAST": maps.is_channels_last(problem.weight),
             "SPANS": span.groups > 1,
             **blocks.constants(problem),
             "PART": min(16, blocks.pixels),
@@ -85,13 +86,13 @@ def _forward_blocks(problem: Problem, more: bool = False) -> Blocks:
     wide = problem.input.dtype != torch.float32
     largest = 256 if wide else 128
     span = Span.of(problem, largest)
-    out = block(span.groups * problem.group_out, largest)
+    out = block_of(span.groups * problem.group_out, largest)
     # Where it takes registers to tell groups apart, 256 out channels leave room for half as many pixels.
     narrow = out == 256 and problem.groups > 1
-    pixels = block(problem.out_pixels, 64 if wide and out > 16 and not narrow else 32)
+    pixels = block_of(problem.out_pixels, 64 if wide and out > 16 and not narrow else 32)
     # 32 rows spill where addresses have 64 bits, or with more to do.
     rows = 32 if out * pixels >= 16384 and not (more or needs_64_bit(problem.offset[:1])) else 16
-    rows = block(span.channels, rows)
+    rows = block_of(span.channels, rows)
     return Blocks(out, *tile(problem, rows), pixels)
 
 
@@ -129,7 +130,7 @@ def plan_backward_samples(
     wide = problem.input.dtype != torch.float32
     largest, channels = 64 if wide else 32, problem.group_channels
     # Of several groups, a tile should hold only one: rows divide their channels, if 16 do.
-    rows = block(channels if problem.groups == 1 else channels & -channels, largest)
+    rows = block_of(channels if problem.groups == 1 else channels & -channels, largest)
     groups, within = tile(problem, rows)
     while rows > 16 and not fits(problem, _sample_rows(problem, groups, within)):
         rows //= 2
@@ -139,8 +140,8 @@ def plan_backward_samples(
     if groups == 1:
         length, step = within, math.gcd(problem.offset_channels, within)
     span = min(problem.groups, touched(length, step, problem.group_channels))
-    pixels = block(problem.out_pixels, min(32, (1024 if wide else 512) // rows))
-    blocks = Blocks(block(span * problem.group_out, 32), groups, within, pixels)
+    pixels = block_of(problem.out_pixels, min(32, (1024 if wide else 512) // rows))
+    blocks = Blocks(block_of(span * problem.group_out, 32), groups, within, pixels)
     sets = ceil_div(problem.offset_groups, groups)
     pixel_blocks = ceil_div(problem.out_pixels, blocks.pixels)
     return Launch(
@@ -167,7 +168,7 @@ def plan_backward_samples(
             "ACTIVATION": epilogue.activation,
             "FIXED_POINT": scale is not None,
             **layouts(problem, grad),
-            "WEIGHT_LAST": layout.is_channels_last(problem.weight),
+            "WEIGHT_LAST": maps.is_channels_last(problem.weight),
             "SPANS": span > 1,
             **blocks.constants(problem),
         },
@@ -201,12 +202,12 @@ def plan_backward_weight(
     # again: the more rows the better. 256 × 64 sums on 16 warps leave room for 16 pixels.
     wide = problem.input.dtype != torch.float32
     span = Span.of(problem, 256 if wide else 128)
-    out = block(span.groups * problem.group_out, 256 if wide else 128)
+    out = block_of(span.groups * problem.group_out, 256 if wide else 128)
     narrow = out == 256 and problem.groups > 1  # as in the forward pass
-    rows = block(span.channels, 64 if wide and not narrow else 32)
+    rows = block_of(span.channels, 64 if wide and not narrow else 32)
     while rows > 16 and not fits(problem, span.rows(problem, rows)):
         rows //= 2
-    pixels = block(problem.out_pixels, 16 if wide and out * rows >= 4096 else 32)
+    pixels = block_of(problem.out_pixels, 16 if wide and out * rows >= 4096 else 32)
     blocks = Blocks(out, *tile(problem, rows), pixels)
     sets, within_steps = span.tiles(problem, blocks)
     out_blocks = ceil_div(span.groups * problem.group_out, blocks.out)

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from degmix_kernels import layout
-from degmix_kernels.deform_conv.problem import Problem, block, ceil_div
+from degmix_kernels import maps
+from degmix_kernels.deform_conv.problem import Problem
 from degmix_kernels.launch import needs_64_bit
+from degmix_kernels.maps import block_of, ceil_div
 from degmix_kernels.product import precision
 
 # A span of groups larger than this shares no tiles: its block diagonal products would be mostly zeros.
@@ -52,7 +53,7 @@ def touched(length: int, step: int, size: int) -> int:
 
 def tile(problem: Problem, rows: int) -> tuple[int, int]:
     """Offset groups and channels of each in a tile of ``rows``; padding takes less than half of it."""
-    within = block(problem.offset_channels, rows, smallest=1)
+    within = block_of(problem.offset_channels, rows, smallest=1)
     return rows // within, within
 
 
@@ -111,10 +112,10 @@ def layouts(problem: Problem, output: Tensor) -> dict[str, Any]:
         return None if tensor is None else tensor[:1]
 
     return {
-        "INPUT_LAST": layout.is_channels_last(problem.input),
-        "OFFSET_LAST": layout.is_channels_last(problem.offset),
-        "MASK_LAST": mask is not None and layout.is_channels_last(mask),
-        "OUTPUT_LAST": layout.is_channels_last(output),
+        "INPUT_LAST": maps.is_channels_last(problem.input),
+        "OFFSET_LAST": maps.is_channels_last(problem.offset),
+        "MASK_LAST": mask is not None and maps.is_channels_last(mask),
+        "OUTPUT_LAST": maps.is_channels_last(output),
         "PRECISION": precision(problem.input.dtype),
         # Kernels add the image's own start, in 64 bits always.
         "INDEX_64": needs_64_bit(

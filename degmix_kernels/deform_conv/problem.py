@@ -8,6 +8,8 @@ from functools import cached_property
 
 from torch import Tensor
 
+from degmix_kernels.maps import ceil_div
+
 # Programs of a weight gradient that keep a GPU busy. Not the GPU's own number of multiprocessors: sums
 # would then differ between GPUs.
 WEIGHT_PROGRAMS = 512
@@ -130,13 +132,3 @@ class Problem:
         small = WEIGHT_SHARE * self.columns * self.input.element_size()
         small = int(max(small, WEIGHT_BYTES) / bytes_of_one)
         return max(1, min(busy, small))
-
-
-def ceil_div(dividend: int, divisor: int) -> int:
-    """The quotient, rounded up. (``triton.cdiv`` takes microseconds outside of kernels.)"""
-    return -(-dividend // divisor)
-
-
-def block(size: int, largest: int, smallest: int = 16) -> int:
-    """Block size along an axis: a power of two from ``smallest`` (16 for a matrix product) to ``largest``."""
-    return max(smallest, min(largest, 1 << max(size - 1, 0).bit_length()))

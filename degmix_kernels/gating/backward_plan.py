@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from degmix_kernels.batch_norm.plan import ceil_div
 from degmix_kernels.gating import backward_kernels as kernels
-from degmix_kernels.gating.plan import RowTiles, Tiles, power_of_two, row_stride, unit_of
+from degmix_kernels.gating.plan import RowTiles, Tiles, row_stride
 from degmix_kernels.launch import Launch, needs_64_bit
+from degmix_kernels.maps import ceil_div, largest_unit, power_of_two
 
 _PROGRAMS = 1024  # of passes along rows: about one wave of eight programs on each of 132 multiprocessors
 _WEIGHT_PROGRAMS = 512  # of the token weight's gradient
@@ -82,14 +82,14 @@ def plan_gate_backward(
             "grad_u_stride": 0 if grad_u is None else row_stride(grad_u),
             "tokens": rows,
             "columns": columns,
-            "inner": inner // unit_of(inner),
+            "inner": inner // largest_unit(inner),
             "row_blocks": row_blocks,
             "column_blocks": column_blocks,
         },
         {
             "ACTIVATION": activation,
             "TOKENS": by_token,
-            "INNER_UNIT": unit_of(inner),
+            "INNER_UNIT": largest_unit(inner),
             **tiles.constants(normed.dtype, normed, weight, u, grad_u),
         },
         **tiles.resources,

@@ -8,24 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from degmix_kernels.batch_norm.plan import ceil_div
 from degmix_kernels.gating import kernels
 from degmix_kernels.launch import Launch, needs_64_bit
+from degmix_kernels.maps import ceil_div, largest_unit, power_of_two
 from degmix_kernels.product import precision
 
 _WIDEST, _STEP = 4096, 1024  # columns that one tile holds, and of wider rows at a time
 _ELEMENTS_PER_WARP = 512  # 16 per thread
 _MULTIPROCESSORS = 132  # below this many programs, smaller ones are better
-
-
-def unit_of(size: int) -> int:
-    """The largest power of two up to 16 that divides a size; Triton itself only knows of 16."""
-    return min(size & -size, 16) if size else 1
-
-
-def power_of_two(size: int, smallest: int = 1) -> int:
-    """The next power of two, at least ``smallest``."""
-    return max(1 << max(size - 1, 0).bit_length(), smallest)
 
 
 @dataclass(frozen=True)
@@ -265,11 +255,14 @@ def plan_mix_tokens(
             "multiplier_ptr": multiplier,
             "output_ptr": output,
             "multiplier_stride": row_stride(multiplier),
-            "tokens": tokens // unit_of(tokens),
+            "tokens": tokens // largest_unit(tokens),
             "columns": columns,
             "row_blocks": row_blocks,
             "column_blocks": column_blocks,
         },
-        {"TOKENS_UNIT": unit_of(tokens), **tiles.constants(normed.dtype, weight, normed, multiplier, output)},
+        {
+            "TOKENS_UNIT": largest_unit(tokens),
+            **tiles.constants(normed.dtype, weight, normed, multiplier, output),
+        },
         **tiles.resources,
     )

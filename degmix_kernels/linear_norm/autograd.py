@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from degmix_kernels import layout
+from degmix_kernels import maps
 from degmix_kernels.launch import run
 from degmix_kernels.linear_norm.plan import plan_backward, plan_forward
 from degmix_kernels.product import input_gradient, weight_gradient
@@ -33,7 +33,7 @@ def _blocks(parameter: Tensor | None, dims: int) -> Tensor | None:
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    last = x.dim() == 4 and layout.is_channels_last(x)
+    last = x.dim() == 4 and maps.is_channels_last(x)
     return torch.channels_last if last else torch.contiguous_format
 
 

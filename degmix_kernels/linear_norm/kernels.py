@@ -6,7 +6,7 @@ Tiles are (all out channels, pixels), see ``degmix_kernels.product``. Arithmetic
 import triton
 import triton.language as tl
 
-from degmix_kernels.batch_norm.kernels import in_elements, pixels_of_tile, vector
+from degmix_kernels.map_kernels import in_elements, pixels_of_tile, vector
 from degmix_kernels.product import product_tile, tile_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from degmix_kernels import autocast, backend, checks, layout
+from degmix_kernels import autocast, backend, checks, maps
 from degmix_kernels.linear_norm import reference
 
 if backend.HAS_TRITON:
@@ -94,6 +94,6 @@ def linear_norm(
         return norm_op(x, weight, bias, norm_weight, norm_bias, addend, residual, eps, keep)[0]
     output = reference.linear_norm(x, weight, bias, norm_weight, norm_bias, addend, residual, eps)
     if x.dim() == 4:
-        last = layout.is_channels_last(x)
+        last = maps.is_channels_last(x)
         return output.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     return output

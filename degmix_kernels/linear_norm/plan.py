@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from degmix_kernels.batch_norm.plan import Sizes, ceil_div
 from degmix_kernels.launch import Launch, needs_64_bit
 from degmix_kernels.linear_norm import kernels
-from degmix_kernels.product import Product, block_of
+from degmix_kernels.maps import Sizes, block_of, ceil_div, power_of_two
+from degmix_kernels.product import Product
 
 _PROGRAMS = 1024  # of the backward pass, as in ``batch_norm.plan``
 _BACKWARD_TILE = 4096  # elements
@@ -96,7 +96,7 @@ def plan_backward(
     """
     sizes = Sizes.of(normed)
     channels = block_of(sizes.channels, 512)
-    pixels = max(1, min(_BACKWARD_TILE // channels, 1 << max(sizes.pixels - 1, 0).bit_length()))
+    pixels = max(1, min(_BACKWARD_TILE // channels, power_of_two(sizes.pixels)))
     pixel_blocks = ceil_div(sizes.pixels, pixels)
     blocks = len(norm_weight)
     tiles = sizes.images * pixel_blocks // blocks

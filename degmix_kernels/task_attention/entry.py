@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from degmix_kernels import backend
-from degmix_kernels.contract import Cost, Op, Sample
+from degmix_kernels.contract import Sample
+from degmix_kernels.contract_old import Cost, Op
 from degmix_kernels.launch import Launch
 from degmix_kernels.task_attention import reference
 from degmix_kernels.task_attention.module import TaskAttention

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from degmix.model.mixer import MixerLayer
-from degmix_kernels import BatchNorm2d, ChannelMix, batch_norm, use_backend
+from degmix_kernels import BatchNorm2d, ChannelMix, batch_norm, maps, use_backend
 from degmix_kernels.batch_norm import plan
 from degmix_kernels.testing import assert_close
 
@@ -77,7 +77,7 @@ def test_many_parts_and_ragged_blocks(device):
     launch, partial = plan.plan_backward(x, x, mean, variance, None, None, True, True, 1e-5)
     assert launch.programs == partial.shape[1] == 192
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "_PROGRAMS", 5)
+        patch.setattr(maps, "_PROGRAMS", 5)
         for shape in ((3, 2, 30, 70), (9, 70), (2, 300, 1, 3)):
             x = draw(*shape, dtype=torch.float32).to(device).requires_grad_()
             vectors = [draw(shape[1], seed=seed).float().to(device).requires_grad_() for seed in (1, 2, 3, 4)]
@@ -147,7 +147,7 @@ def test_plans_know_how_wide_they_may_read():
     ):
         x = torch.empty(shape, device="meta")
         x = x.contiguous(memory_format=torch.channels_last) if last else x
-        assert plan.Sizes.of(x).unit == unit
+        assert maps.Sizes.of(x).unit == unit
     vector = torch.empty(256, device="meta")
     for size, wide in ((2047, False), (2049, True)):
         x = torch.empty(2, 256, size, 2048, device="meta")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from launches import recorded_launches
 from torch import Tensor
 
-from degmix_kernels import deform_conv2d, layout
+from degmix_kernels import deform_conv2d, maps
 from degmix_kernels.deform_conv import reference
 from degmix_kernels.testing import poisoned_empty, tolerance
 
@@ -232,7 +232,7 @@ def test_random_calls(path: str, device: torch.device, oracles: dict[str, Callab
             torch.use_deterministic_algorithms(False)
         assert kernels_of(launches) == expected_kernels(call)
         assert all(actual[name].dtype == value.dtype for name, value in tensors.items())
-        if layout.is_channels_last(tensors["input"]):
+        if maps.is_channels_last(tensors["input"]):
             assert actual["output"].is_contiguous(memory_format=torch.channels_last)
         else:
             assert actual["output"].is_contiguous()

@@ -1,16 +1,16 @@
-"""What the registry knows of batch normalisation."""
+"""Calls of ``batch_norm``: what the contract tests run, what the compile check compiles."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from degmix_kernels import backend
 from degmix_kernels.batch_norm import reference
 from degmix_kernels.batch_norm.module import BatchNorm2d
-from degmix_kernels.batch_norm.op import batch_norm
-from degmix_kernels.contract import Cost, Op, Sample
-from degmix_kernels.launch import Launch
+from degmix_kernels.batch_norm.op import batch_norm, op
+from degmix_kernels.contract import Op, Sample, Shape
 
 # shape of x, weight and bias, residual
 _CALLS = (
@@ -46,37 +46,28 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
     return samples
 
 
-def _plan(dtype: torch.dtype) -> list[Launch]:
-    """Every kind of launch, on meta tensors; none where Triton is not installed."""
-    if not backend.HAS_TRITON:
-        return []
-    from degmix_kernels.batch_norm.plan import plan_examples
-
-    return plan_examples(dtype)
-
-
-# Memory only: there is no product.
-_COST = Cost(
-    output=lambda arguments: tuple(arguments["x"].shape),
-    products=lambda arguments: 0,
-    backward_products=0,
-    backward_reads=("x", "mean", "variance", "weight"),
-    passed_on=("residual",),
-)
+def _shapes(dtype: torch.dtype) -> Iterator[Shape]:
+    """DeGMix on NYUD-v2 in both layouts; odd and even sizes, more than 2³¹ elements."""
+    calls = [((8, 256, 107, 140), False), ((8, 256, 107, 140), True)]
+    if dtype == torch.bfloat16:
+        calls += [((2, 50, 7, 7), False), ((8, 256, 128, 256), False), ((3, 256, 2048, 2048), True)]
+    for shape, last in calls:
+        x = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last if last else None)
+        vectors = (torch.empty(shape[1]) for _ in range(4))
+        names = ("x", "mean", "variance", "weight", "bias", "residual")
+        yield Shape(dict(zip(names, (x, *vectors, torch.empty_like(x)), strict=True)))
 
 
 OPS = (
     Op(
-        name="batch_norm",
+        op=op,
         function=batch_norm,
         reference=reference.batch_norm,
         module=BatchNorm2d,
         samples=_samples,
-        differentiable=("x", "mean", "variance", "weight", "bias", "residual"),
-        cost=_COST,
+        shapes=_shapes,
         batched=("x", "residual"),
         keeps_layout_of="x",
-        autocast=("x", "residual"),
-        kernels=_plan,
+        backward_reads=("x", "mean", "variance", "weight"),
     ),
 )

@@ -1,0 +1,497 @@
+"""One definition per op: a record of its arguments and three functions become a differentiable op.
+
+:class:`define` takes a NamedTuple whose annotations are the op's schema, and what is particular to the op:
+which results it allocates, how they are filled, how gradients are computed. Everything else is here, once:
+checks of types, dtypes and devices, the autocast rule, registration, fakes, what is saved, the order of
+gradients, vmap, counts of FLOPs, and the refusal of derivatives that do not exist.
+
+A call takes one of three entrances to the same functions:
+
+- Nobody watches: a plain ``autograd.Function``. The dispatcher would cost several times what autograd costs.
+- A compiler, a tracer, a dispatch mode or a tensor subclass watches: the registered op, which they all know.
+- A transform of ``torch.func`` is active: an ``autograd.Function`` with ``setup_context`` and a vmap rule.
+
+:func:`transparent` leaves dispatch modes the first entrance, so that they see what happens inside an op.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
+from torch.autograd import Function
+from torch.utils.flop_counter import register_flop_formula
+
+from degmix_kernels import autocast, backend, checks, maps
+from degmix_kernels.setting import Setting
+
+NAMESPACE = "degmix"
+DEFINED: dict[str, define] = {}
+
+_transparent = Setting("degmix_transparent", False)
+transparent = _transparent.set
+"""``with transparent(True):`` ops run as if no dispatch mode watched: for modes that look inside ops."""
+
+
+# --- what the annotations of a Call can say ----------------------------------------------------------------
+
+_OWN_DTYPE, _COORDINATES, _CONSTANT = "keeps its dtype", "is fp32 or as the first tensor", "has no gradient"
+OwnDtype = Annotated[Tensor, _OWN_DTYPE]
+"""A tensor of any floating dtype, which autocast leaves alone."""
+Coordinates = Annotated[Tensor, _COORDINATES]
+"""A tensor in fp32 or the first tensor's dtype. Under autocast the other half dtype becomes fp32."""
+Constant = Annotated[Tensor, _OWN_DTYPE, _CONSTANT]
+"""As OwnDtype, and without a gradient."""
+NotNegative = Annotated[float, checks.Range(minimum=0.0)]
+"""A finite number that is not negative."""
+
+_SCHEMA = {Tensor: "Tensor", str: "str", float: "float", int: "SymInt", bool: "bool"}
+
+
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+
+
+class Field(NamedTuple):
+    """What an annotation says of one argument."""
+
+    name: str
+    type: type
+    optional: bool
+    own_dtype: bool
+    coordinates: bool
+    differentiable: bool
+    range: checks.Range | checks.OneOf | None
+
+    @classmethod
+    def of(cls, name: str, hint: Any) -> Field:
+        """Read ``T`` or ``Annotated[T, …]``, either of them perhaps ``| None``."""
+        optional = get_origin(hint) in (Union, types.UnionType)
+        if optional:
+            (hint,) = (each for each in get_args(hint) if each is not type(None))
+        kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        ranges = (each for each in marks if isinstance(each, checks.Range | checks.OneOf))
+        allowed = next(ranges, checks.Range() if kind is float else None)
+        own, coordinates, constant = (mark in marks for mark in (_OWN_DTYPE, _COORDINATES, _CONSTANT))
+        return cls(name, kind, optional, own, coordinates, kind is Tensor and not constant, allowed)
+
+    @property
+    def schema(self) -> str:
+        """As ``torch.library`` reads it."""
+        return f"{_SCHEMA[self.type]}{'?' if self.optional else ''} {self.name}"
+
+
+# --- the op ------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class define:
+    """A differentiable op. ``op(op.checked(*arguments))`` runs its kernels and returns all outputs.
+
+    Attributes:
+        name: the public function's.
+        call: a NamedTuple of all arguments, tensors first; its annotations are the op's schema.
+        outputs: ``outputs(call)`` allocates the outputs, uninitialised, which is all that tracers ask for: a
+            tensor, or a tuple, results with gradients first. Those without may be empty if nobody wants them.
+        forward: ``forward(call, *outputs)`` fills them.
+        backward: ``backward(call, kept, grads, wanted)`` gives gradients by names of arguments, in any dtype.
+            In ``call`` tensors that were not saved are None. ``grads`` has one gradient or None per result.
+            ``wanted`` is a ``call`` of booleans. Gradients that are not wanted may be given, too. A gradient
+            is laid out as its tensor, if that is channels_last, and is contiguous otherwise.
+        products: ``products(call)`` counts the FLOPs of the forward pass's matrix products, two per
+            multiply-add. It reads no more than the shapes of tensors that are saved.
+        backward_products: those of the backward pass over those of the forward pass: two for a product whose
+            factors both have a gradient; five halves for attention, whose weights have to be computed again.
+        results: number of outputs with gradients.
+        beside: number of outputs without.
+        keeps: ``keeps(call, outputs)`` are the outputs that the backward pass reads, always as many; by
+            default those without gradients.
+        kept: how many these are.
+        passed_on: tensors whose gradient is the first result's. They are not saved.
+        unsaved: more tensors that the backward pass does not read. They are shaped as the first result.
+    """
+
+    name: str
+    call: Any
+    outputs: Callable[[Any], Any]
+    forward: Callable[..., None]
+    backward: Callable[[Any, Sequence[Tensor], Sequence[Tensor | None], Any], Mapping[str, Tensor]]
+    products: Callable[[Any], int]
+    backward_products: float = 2
+    results: int = 1
+    beside: int = 0
+    keeps: Callable[[Any, Sequence[Tensor]], Sequence[Tensor]] | None = None
+    kept: int | None = None
+    passed_on: tuple[str, ...] = ()
+    unsaved: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(self.call, include_extras=True)
+        self.fields = tuple(Field.of(name, hints[name]) for name in self.call._fields)
+        tensors = [field for field in self.fields if field.type is Tensor]
+        self.count = len(tensors)
+        self.differentiable = tuple(field.name for field in tensors if field.differentiable)
+        self.autocast = tuple(
+            field.name for field in tensors if not field.own_dtype and not field.coordinates
+        )
+        self._no_settings = (False,) * (len(self.fields) - self.count)
+        self._no_gradients = (None,) * len(self._no_settings)
+        self._computed = [each.differentiable and each.name not in self.passed_on for each in tensors]
+        self._saved = [each.name not in (*self.passed_on, *self.unsaved) for each in tensors]
+        self._passed_on = [self.call._fields.index(name) for name in self.passed_on]
+        self._keep = self.call._fields.index("keep") if "keep" in self.call._fields else None
+        self.kept = self.beside if self.kept is None else self.kept
+        self._make_functions()
+        DEFINED[self.name] = self
+
+    # --- arguments -----------------------------------------------------------------------------------------
+
+    def checked(self, *values: Any) -> Any:
+        """The call of these arguments, in the order of ``call``, checked, under the autocast rule.
+
+        Where an op has the field ``keep``, whether to keep more than arguments for a backward pass, it
+        becomes False if there will be none.
+
+        Raises:
+            TypeError: for a wrong type, dtype or device.
+            ValueError: for a scalar out of its range.
+        """
+        first = values[0]
+        if type(first) not in _TENSORS or autocast.enabled(first.device):
+            values = self._cast(values)
+            first = values[0]
+        device, dtype = first.device, first.dtype
+        if dtype not in checks.FLOATS:
+            self._expect(0, first, first)
+        for index in range(self.count):
+            value = values[index]
+            # A shorter way for what is nearly always right: the host's time counts where maps are small.
+            if type(value) in _TENSORS and value.dtype == dtype and value.device == device:
+                if value.layout is torch.strided and not value.is_nested:
+                    continue
+            elif value is None and self.fields[index].optional:
+                continue
+            self._expect(index, value, first)
+        checked = list(values)
+        for index in range(self.count, len(self.fields)):
+            name, kind, optional, *_, allowed = self.fields[index]
+            checked[index] = checks.scalar(name, checked[index], kind, optional, allowed)
+        if self._keep is not None and checked[self._keep]:
+            checked[self._keep] = self._differentiates(checked)
+        return self.call(*checked)
+
+    def _expect(self, index: int, value: Any, first: Tensor) -> None:
+        """Raise unless the argument is a tensor as its annotation wants it, beside the first one."""
+        field = self.fields[index]
+        checks.expect_tensor(field.name, value)
+        if field.own_dtype or (field.coordinates and value.dtype == torch.float32):
+            checks.expect_device(field.name, value, self.fields[0].name, first)
+        else:
+            checks.expect_like(field.name, value, self.fields[0].name, first)
+
+    def _cast(self, values: Sequence[Any]) -> list[Any]:
+        """The values under the autocast rule, after a check that all tensors are some."""
+        for index, field in enumerate(self.fields[: self.count]):
+            if values[index] is not None or not field.optional:
+                checks.expect_tensor(field.name, values[index])
+        cast = list(values)
+        if autocast.enabled(cast[0].device):
+            for index, field in enumerate(self.fields[: self.count]):
+                if field.coordinates:
+                    cast[index] = autocast.widen_other_half(cast[index], cast[0])
+                elif not field.own_dtype:
+                    cast[index] = autocast.cast(cast[index])
+        return cast
+
+    def _differentiates(self, values: Sequence[Any]) -> bool:
+        """Whether there may be a backward pass that computes anything."""
+        if not torch.is_grad_enabled():
+            return False
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            # A tensor does not tell whether outer transforms differentiate it.
+            return True
+        return any(
+            computed and value is not None and value.requires_grad
+            for computed, value in zip(self._computed, values, strict=False)
+        )
+
+    def runs_triton(self, call: Any, missing: str = "") -> bool:
+        """As :func:`degmix_kernels.backend.runs_triton`, of a checked call."""
+        return backend.runs_triton(self.name, call[0].device, call[0].dtype, missing)
+
+    # --- forward -------------------------------------------------------------------------------------------
+
+    def __call__(self, call: Any) -> Any:
+        """Run the kernels of a checked call: the result, or a tuple where there are more outputs than one."""
+        if torch.compiler.is_compiling():
+            return self.registered(*call)
+        if torch._C._are_functorch_transforms_active():
+            return self._transform(*call)
+        if _is_watched(call):
+            return self.registered(*call)
+        return self._eager.apply(call, *call[: self.count])
+
+    def _run(self, call: Any) -> Any:
+        made = self.outputs(call)
+        if isinstance(made, Tensor):
+            self.forward(call, made)
+        else:
+            self.forward(call, *made)
+        return made
+
+    def _setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        saved = inputs[: self.count]
+        if not all(self._saved):
+            saved = [each if save else None for each, save in zip(saved, self._saved, strict=True)]
+        if isinstance(output, Tensor):
+            ctx.save_for_backward(*saved)
+        else:
+            ctx.mark_non_differentiable(*output[self.results :])
+            ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+            beside = output[self.results :] if self.keeps is None else self.keeps(self.call(*inputs), output)
+            ctx.save_for_backward(*saved, *beside)
+        ctx.settings = inputs[self.count :]
+
+    # --- backward ------------------------------------------------------------------------------------------
+
+    def _differentiate(
+        self, ctx: Any, needed: Sequence[bool], grads: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """One gradient or None for every tensor."""
+        grads = grads[: self.results]
+        wanted = [computed and need for computed, need in zip(self._computed, needed, strict=False)]
+        gradients: list[Tensor | None] = [None] * self.count
+        if any(wanted) and any(grad is not None for grad in grads):
+            saved, count = ctx.saved_tensors, self.count
+            call, kept = self.call(*saved[:count], *ctx.settings), saved[count:]
+            if torch.is_grad_enabled() or _is_watched((*grads, *call)) or _is_batched(grads):
+                found = self._enter_backward(*grads, *call, *kept, wanted)
+                gradients = [each if want else None for each, want in zip(found, wanted, strict=True)]
+            else:
+                gradients = self._compute(grads, call, kept, wanted)
+        for index in self._passed_on:
+            if needed[index]:
+                gradients[index] = grads[0]
+        return tuple(gradients)
+
+    def _enter_backward(self, *values: Any) -> Sequence[Tensor]:
+        """Gradients of all tensors, empty ones where not wanted, for whoever watches.
+
+        ``values`` are what :meth:`_parted` takes apart, as of all that follow.
+        """
+        if torch._C._are_functorch_transforms_active():
+            return self._transform_backward(*values)
+        if _is_watched(values) or _is_batched(values[: self.results]):
+            found = self.registered_backward(*values)
+            return (found,) if isinstance(found, Tensor) else found
+        if torch.is_grad_enabled():  # somebody builds a graph of the backward pass
+            return self._twice.apply(*values)
+        return self._gradients(*values)
+
+    def _compute(
+        self, grads: Sequence[Tensor | None], call: Any, kept: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Gradients of all tensors, None where not wanted."""
+        found = self.backward(call, kept, grads, self.call(*wanted, *self._no_settings))
+        gradients: list[Tensor | None] = [None] * self.count
+        for index in range(self.count):
+            if wanted[index]:
+                gradient, tensor = found[self.call._fields[index]], call[index]
+                dtype = grads[0].dtype if tensor is None else tensor.dtype
+                gradients[index] = gradient if gradient.dtype == dtype else gradient.to(dtype)
+        return gradients
+
+    def _gradients(self, *values: Any) -> tuple[Tensor, ...]:
+        """As PyTorch wants an op's results: tensors, and always as many."""
+        found = self._compute(*self._parted(values))
+        return tuple(_some(values).new_empty(0) if each is None else each for each in found)
+
+    def _fake_gradients(self, *values: Any) -> tuple[Tensor, ...]:
+        """The same, uninitialised."""
+        _, call, _, wanted = self._parted(values)
+        gradients = []
+        for want, tensor in zip(wanted, call, strict=False):
+            if not want:
+                gradients.append(_some(values).new_empty(0))
+            elif tensor is not None:
+                gradients.append(maps.empty_like(tensor))
+            else:
+                made = self.outputs(call)
+                gradients.append(maps.empty_like(made if isinstance(made, Tensor) else made[0]))
+        return tuple(gradients)
+
+    def _parted(self, values: Sequence[Any]) -> tuple[Sequence[Any], Any, Sequence[Any], list[bool]]:
+        """Gradients of the results, the call, what was kept, which gradients are wanted."""
+        start, stop = self.results, self.results + len(self.fields)
+        return values[:start], self.call(*values[start:stop]), values[stop:-1], values[-1]
+
+    def _refuse(self, kind: str) -> Callable[..., None]:
+        def refuse(ctx: Any, *_: Any) -> None:
+            raise RuntimeError(
+                f"{NAMESPACE}::{self.name}: the Triton kernels have no {kind} derivative; "
+                'run this call under use_backend("reference")'
+            )
+
+        return refuse
+
+    # --- what PyTorch knows of it --------------------------------------------------------------------------
+
+    def _make_functions(self) -> None:
+        def make(name: str, **functions: Callable[..., Any]) -> Any:
+            return type(name, (Function,), {key: staticmethod(each) for key, each in functions.items()})
+
+        # Not split into forward and setup_context: then PyTorch would look up a signature in every call.
+        def eager_forward(ctx: Any, call: Any, *tensors: Tensor | None) -> Any:
+            output = self._run(call)
+            self._setup_context(ctx, call, output)
+            return output
+
+        def eager_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return None, *self._differentiate(ctx, ctx.needs_input_grad[1:], grads)
+
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return *self._differentiate(ctx, ctx.needs_input_grad, grads), *self._no_gradients
+
+        def enter(*values: Any) -> Any:
+            return self(self.call(*values))
+
+        def enter_backward(*values: Any) -> tuple[Tensor, ...]:
+            return tuple(self._enter_backward(*values))
+
+        def unpacked(made: tuple[Tensor, ...]) -> Any:
+            return made if len(made) > 1 else made[0]
+
+        refuse_forward_mode, refuse_second = self._refuse("forward-mode"), self._refuse("second")
+        self._eager = make(self.name, forward=eager_forward, backward=eager_backward, jvp=refuse_forward_mode)
+        self._transformed = make(
+            self.name, forward=enter, setup_context=self._setup_context, backward=backward,
+            jvp=refuse_forward_mode, vmap=_over_slices(enter),
+        )  # fmt: skip
+        self._twice = make(
+            f"{self.name}_backward", forward=enter_backward, setup_context=lambda ctx, inputs, output: None,
+            backward=refuse_second, jvp=refuse_forward_mode, vmap=_over_slices(enter_backward),
+        )  # fmt: skip
+
+        self._transform = _transform(self._transformed, enter)
+        self._transform_backward = _transform(self._twice, enter_backward)
+
+        arguments = ", ".join(field.schema for field in self.fields)
+        self.registered = _register(
+            self.name,
+            arguments,
+            self.results + self.beside,
+            lambda *values: self._run(self.call(*values)),
+            lambda *values: self.outputs(self.call(*values)),
+            self._transform,
+        )
+        self.registered.register_autograd(backward, setup_context=self._setup_context)
+        grads = "".join(f"Tensor? grad_{index}, " for index in range(self.results))
+        arguments = ", ".join(
+            f"Tensor? {field.name}" if field.type is Tensor else field.schema for field in self.fields
+        )
+        kept = "".join(f"Tensor kept_{index}, " for index in range(self.kept))
+        self.registered_backward = _register(
+            f"{self.name}_backward",
+            f"{grads}{arguments}, {kept}bool[] wanted",
+            self.count,
+            lambda *values: unpacked(self._gradients(*values)),
+            lambda *values: unpacked(self._fake_gradients(*values)),
+            lambda *values: unpacked(self._transform_backward(*values)),
+        )
+        self.registered_backward.register_autograd(
+            refuse_second, setup_context=lambda ctx, inputs, output: None
+        )
+
+        ops = getattr(torch.ops, NAMESPACE)
+
+        @register_flop_formula(getattr(ops, self.name), get_raw=True)
+        def flops(*values: Any, out_val: Any = None) -> int:
+            return self.products(self.call(*values))
+
+        @register_flop_formula(getattr(ops, f"{self.name}_backward"), get_raw=True)
+        def backward_flops(*values: Any, out_val: Any = None) -> int:
+            return round(self.products(self._parted(values)[1]) * self.backward_products)
+
+
+_PLAIN = _TENSORS | {type(None), int, float, bool, str, list}
+
+
+def _is_watched(values: Sequence[Any]) -> bool:
+    """Whether someone would miss what does not go through the dispatcher."""
+    if torch._C._get_tracing_state() is not None:
+        return True
+    if torch._C._len_torch_dispatch_stack() == 0 and _PLAIN.issuperset(map(type, values)):
+        return False
+    return not _transparent.get()
+
+
+def _is_batched(grads: Sequence[Tensor | None]) -> bool:
+    """Whether a gradient is several, for ``torch.autograd.grad(…, is_grads_batched=True)``."""
+    return any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
+
+
+def _some(values: Sequence[Any]) -> Tensor:
+    return next(each for each in values if isinstance(each, Tensor))
+
+
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def _register(
+    name: str,
+    arguments: str,
+    results: int,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    transform: Callable[..., Any],
+) -> Any:
+    """A registered op that transforms of ``torch.func`` find, too, whoever calls it."""
+    returns = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
+    schema = f"({arguments}) -> {returns}"
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    # What torch.library registers for autograd refuses transforms, and compilers trace them through this op.
+    _LIBRARY.impl(name, transform, "FuncTorchDynamicLayerFrontMode")
+    return op
+
+
+def _transform(function: Any, below: Callable[..., Any]) -> Callable[..., Any]:
+    """The call under the innermost transform of ``torch.func``; ``below`` is the call without it."""
+
+    def transform(*values: Any) -> Any:
+        interpreter = retrieve_current_functorch_interpreter()
+        if interpreter.key() != TransformType.Functionalize:
+            return function.apply(*values)
+        functionalize = FunctorchFunctionalizeAPI(interpreter)
+        with functionalize.redispatch_to_next():
+            made = below(*functionalize.unwrap_tensors(values))
+        return functionalize.wrap_tensors(made)
+
+    return transform
+
+
+def _over_slices(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A vmap rule: one call per slice."""
+
+    def vmap(info: Any, in_dims: Sequence[Any], *values: Any) -> tuple[Any, Any]:
+        if info.batch_size == 0:
+            raise ValueError("vmap: expected at least one slice, got an axis of size 0")
+
+        def at(index: int) -> list[Any]:
+            return [
+                value if axis is None or not isinstance(value, Tensor) else value.select(axis, index)
+                for value, axis in zip(values, in_dims, strict=True)
+            ]
+
+        slices = [function(*at(index)) for index in range(info.batch_size)]
+        if isinstance(slices[0], Tensor):
+            return torch.stack(slices), 0
+        return tuple(torch.stack(each) for each in zip(*slices, strict=True)), (0,) * len(slices[0])
+
+    return vmap

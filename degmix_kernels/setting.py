@@ -1,0 +1,65 @@
+"""Values that a block of code chooses for what runs inside it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Generic, TypeVar
+
+import torch
+
+Value = TypeVar("Value")
+
+
+class Setting(Generic[Value]):
+    """A value of the running thread or asyncio task, and of the backward passes that it starts.
+
+    Blocks of several threads or tasks may overlap: none sees another's value. PyTorch runs the backward pass
+    of a GPU on a thread of its own. That thread inherits objects stashed by name, and no context variables.
+
+    Args:
+        name: unique in the process.
+        default: the value outside of all blocks; not None.
+    """
+
+    def __init__(self, name: str, default: Value) -> None:
+        self.name, self.default = name, default
+        self._variable: ContextVar[Value | None] = ContextVar(name, default=None)
+        self._compiled = _Compiled(default)
+
+    def get(self) -> Value:
+        """The value here and now."""
+        if torch.compiler.is_compiling():
+            return self._compiled.value
+        value = self._variable.get()
+        if value is not None:
+            return value
+        if torch._C._is_key_in_tls(self.name):
+            thread, value = torch._C._get_obj_in_tls(self.name)
+            # This thread's own blocks are the context variable's business: they may be another task's.
+            if thread != threading.get_ident():
+                return value
+        return self.default
+
+    @contextmanager
+    def set(self, value: Value) -> Iterator[None]:
+        """Choose a value for the block inside."""
+        stashed = torch._C._get_obj_in_tls(self.name) if torch._C._is_key_in_tls(self.name) else None
+        compiled, self._compiled.value = self._compiled.value, value
+        token = self._variable.set(value)
+        torch._C._stash_obj_in_tls(self.name, (threading.get_ident(), value))
+        try:
+            yield
+        finally:
+            torch._C._stash_obj_in_tls(self.name, stashed or (threading.get_ident(), self.default))
+            self._variable.reset(token)
+            self._compiled.value = compiled
+
+
+class _Compiled(threading.local):
+    """The same for compiled code: older compilers know no context variables, but guard an attribute."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
