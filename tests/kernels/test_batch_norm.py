@@ -125,7 +125,7 @@ def test_saves_the_input_and_vectors_only(device):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         batch_norm(x, mean, variance, weight, bias, torch.ones_like(x))
-    assert saved == [tensor.data_ptr() for tensor in (x, mean, variance, weight)]
+    assert saved == [tensor.data_ptr() for tensor in (x, mean, variance, weight, bias)]
 
 
 def test_opcheck(device):
