@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from bench import model
 from bench.cases import DTYPES, Case
 from bench.compiled import Compiled
 from bench.gpu.trace import NAMES, Specialised, specialise, traced
+from bench.gpu.trace import compiled as compiled_of
 from bench.results import OURS
 from bench.run import CASES
 from bench.shapes import QUICK
@@ -35,10 +36,6 @@ from bench.targets import TARGETS, Target
 from degmix_kernels.launch import Launch
 from degmix_kernels.registry import OPS
 
-# What plans the launches of a dtype, by the op's label.
-PLANS: dict[str, Callable[[torch.dtype], Sequence[Launch]]] = {
-    op.label: op.kernels for op in OPS if op.kernels is not None
-}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 Labelled = tuple[str, str, Launch]
@@ -46,11 +43,11 @@ Labelled = tuple[str, str, Launch]
 
 
 def planned(op_part: str, dtypes: Sequence[str]) -> Iterator[Labelled]:
-    """Every launch that the registry plans."""
-    for label, plans in PLANS.items():
-        if op_part in label:
+    """Every launch of the calls that the registry wants compiled."""
+    for op in OPS:
+        if op_part in op.label:
             for dtype in dtypes:
-                yield from ((label, dtype, launch) for launch in plans(DTYPES[dtype]))
+                yield from ((op.label, dtype, launch) for launch in compiled_of(op, DTYPES[dtype]))
 
 
 def benchmarked(op_part: str, dtypes: Sequence[str]) -> Iterator[Labelled]:

@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bench.compile_kernels import PLANS
 from bench.compiled import Compiled, faults, spills
 from bench.results import expect_writable
 from bench.targets import TARGETS
+from degmix_kernels.registry import OPS
 
 BASELINE = Path(__file__).with_name("resources.json")
 PINNED = "3.6.0"  # Triton, of make test-pinned
@@ -241,8 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     partial = bool(chosen.op or chosen.target or chosen.dtype or chosen.benchmark)
-    if not any(chosen.op in label for label in PLANS):
-        parser.error(f"--op {chosen.op}: no op is called so; there are {', '.join(PLANS)}")
+    if not any(chosen.op in op.label for op in OPS):
+        parser.error(f"--op {chosen.op}: no op is called so; there are {', '.join(op.label for op in OPS)}")
     if chosen.update and partial:
         parser.error("--update: expected no other option that chooses: the baseline has every kernel")
 

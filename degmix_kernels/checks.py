@@ -40,6 +40,12 @@ def expect_tensor(argument: str, value: object, dims: int | None = None) -> None
         expect(value.dim() == dims, argument, f"{dims} dimensions", value.shape)
 
 
+def expect_dims(argument: str, value: Tensor | None, dims: int) -> None:
+    """Raise unless the tensor has this many dimensions; None has any."""
+    if value is not None and value.dim() != dims:
+        expect(False, argument, f"{dims} dimensions", value.shape)
+
+
 def expect_shape(argument: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
     """Raise unless the tensor has exactly this shape; None has any."""
     if value is not None and value.shape != shape:  # the message is made only now: compilers see symbols

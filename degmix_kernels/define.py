@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._guards import TracingContext
 from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
@@ -428,7 +429,8 @@ def _is_watched(values: Sequence[Any]) -> bool:
         return True
     if torch._C._len_torch_dispatch_stack() == 0 and _PLAIN.issuperset(map(type, values)):
         return False
-    return not _transparent.get()
+    # A compiler looks at tensors that have no values: it never sees inside.
+    return not _transparent.get() or TracingContext.try_get() is not None
 
 
 def _is_batched(grads: Sequence[Tensor | None]) -> bool:

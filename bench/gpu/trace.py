@@ -7,7 +7,7 @@ defined.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,12 +16,16 @@ from unittest.mock import patch
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.cases import DTYPES
 from degmix_kernels import backend
 from degmix_kernels import launch as launching
+from degmix_kernels.contract import Op
+from degmix_kernels.define import transparent
 from degmix_kernels.launch import INT32_MAX, Launch
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "i64", torch.int32: "i32"}
@@ -116,6 +120,30 @@ def specialise(launch: Launch) -> Specialised:
     )
 
 
+def compiled(op: Op, dtype: torch.dtype) -> list[Launch]:
+    """What the calls launch that an op wants compiled: in inference, in training, and backward."""
+    seen: list[Launch] = []
+    with FakeTensorMode(), traced(seen.append):
+        for shape in op.shapes(dtype):
+            leaves = [shape.arguments[name] for name in op.differentiable if name in shape.arguments]
+            torch.use_deterministic_algorithms(shape.deterministic)
+            try:
+                both_passes(op.function, shape.arguments, [leaf for leaf in leaves if leaf is not None])
+            finally:
+                torch.use_deterministic_algorithms(False)
+    return seen
+
+
+def both_passes(function: Callable[..., Any], arguments: Mapping[str, Any], leaves: Sequence[Tensor]) -> None:
+    """Call a function in inference and in training, and compute all gradients."""
+    with torch.no_grad():
+        function(**arguments)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    outputs = [output for output in tree_leaves(function(**arguments)) if output.requires_grad]
+    torch.autograd.grad(outputs, leaves, [torch.empty_like(output) for output in outputs])
+
+
 def _runs_everywhere(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     return dtype in backend.KERNEL_DTYPES, f"Triton kernels take no {dtype}"
 
@@ -125,6 +153,7 @@ def traced(record: Callable[[Launch], object]) -> Iterator[None]:
     """Hand every launch made inside to ``record``, as if all tensors were a GPU's; none of them runs."""
     with (
         backend.use_backend("triton"),
+        transparent(True),
         patch.object(launching, "_launch", record),
         patch.object(backend, "can_run", _runs_everywhere),
     ):

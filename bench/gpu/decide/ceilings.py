@@ -14,8 +14,8 @@ from bench.gpu.decide.common import BF16, FP32, SMALL_MAP, model_offsets, multip
 from bench.gpu.decide.meter import Meter
 from bench.shapes import NYUD, SMALL_OFFSETS, WILD_OFFSETS
 from degmix_kernels.backend import INTERPRETED
-from degmix_kernels.deform_conv.problem import ceil_div
 from degmix_kernels.launch import Launch
+from degmix_kernels.maps import ceil_div
 
 BLOCK = 1024  # elements of a program
 

@@ -22,16 +22,16 @@ from bench.gpu.decide.meter import Meter
 from bench.shapes import SMALL_OFFSETS, WILD_OFFSETS, Convolution
 from degmix_kernels import deform_conv2d
 from degmix_kernels.deform_conv import reference
-from degmix_kernels.deform_conv.general_kernels import (
+from degmix_kernels.deform_conv.general.kernels import (
     corner_address,
     corner_weights,
     gather,
     load_mask,
     sample_points,
 )
-from degmix_kernels.deform_conv.problem import ceil_div
 from degmix_kernels.deform_conv.sampling import corners_on_map, is_number, scatter
 from degmix_kernels.launch import Launch, run
+from degmix_kernels.maps import ceil_div
 
 DETECTION = partial(Convolution, 8, 256, 100, 152)
 SMALL = partial(Convolution, 1, 16, 4, 5)

@@ -17,11 +17,11 @@ from bench.gpu.decide.meter import Meter
 from bench.shapes import NYUD, WILD_OFFSETS
 from degmix_kernels import deform_mix
 from degmix_kernels.deform_conv import reference
-from degmix_kernels.deform_conv.autograd import mix_op
-from degmix_kernels.deform_conv.problem import ceil_div
+from degmix_kernels.deform_conv.mix_op import mix_op
 from degmix_kernels.deform_conv.sampling import corners_on_map, is_number, locate
 from degmix_kernels.epilogue import load_gradient
 from degmix_kernels.launch import Launch, run
+from degmix_kernels.maps import ceil_div
 
 ALL = ("x", "offset", "weight", "bias")
 PARTS = (("x",), ("offset",), ("x", "offset"), ("weight", "bias"))  # of the gradients
@@ -146,7 +146,7 @@ class Redesign:
         self.x, self.offset, self.weight = (arguments[name] for name in ("x", "offset", "weight"))
         self.grad = grads[0]
         with torch.no_grad():
-            _, self.pre, mean, _ = mix_op(*arguments.values(), "gelu", True, True)
+            _, mean, _, self.pre = mix_op(mix_op.call(*arguments.values(), "gelu", True, True, False))
         count = self.x.numel() // self.x.shape[1]
         self.linear = 2 / count * grads[2]
         self.constant = grads[1] / count - self.linear * mean

@@ -25,10 +25,10 @@ from bench.gpu.decide.meter import Meter
 from bench.shapes import SMALL_OFFSETS, WILD_OFFSETS, Convolution
 from degmix_kernels import deform_conv2d
 from degmix_kernels.deform_conv import reference
-from degmix_kernels.deform_conv.general_kernels import corner_address, corner_weights, load_mask
-from degmix_kernels.deform_conv.problem import ceil_div
+from degmix_kernels.deform_conv.general.kernels import corner_address, corner_weights, load_mask
 from degmix_kernels.deform_conv.sampling import corners_on_map, locate, scatter
 from degmix_kernels.launch import Launch, run
+from degmix_kernels.maps import ceil_div
 from degmix_kernels.product import multiply, precision
 
 IMAGE = partial(Convolution, 1, 256, 100, 152)

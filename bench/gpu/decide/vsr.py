@@ -19,10 +19,10 @@ from bench.gpu.decide.meter import Meter
 from bench.shapes import SMALL_GROUPS, SMALL_OFFSETS, Convolution
 from degmix_kernels import deform_conv2d
 from degmix_kernels.deform_conv import reference
-from degmix_kernels.deform_conv.general_kernels import corner_weights, weight_address
-from degmix_kernels.deform_conv.problem import ceil_div
+from degmix_kernels.deform_conv.general.kernels import corner_weights, weight_address
 from degmix_kernels.deform_conv.sampling import corners_on_map, locate, tensor_address
 from degmix_kernels.launch import Launch, run
+from degmix_kernels.maps import ceil_div
 from degmix_kernels.product import multiply, precision
 
 SMALL = Convolution(1, 16, 2, 3, SMALL_OFFSETS)

@@ -1,24 +1,21 @@
-"""Launch plans of the planar deformable convolution: few channels per offset group or per group, or both.
-
-``autograd.py`` allocates, plans here and runs the plans. Nothing here touches memory.
-"""
+"""Launch plans of the planar deformable convolution. Nothing here touches memory."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from degmix_kernels import maps
-from degmix_kernels.deform_conv import planar_backward_kernels, planar_kernels
-from degmix_kernels.deform_conv.planar_blocks import Blocks, Span, fits, layouts, tile, touched, warps
+from degmix_kernels.deform_conv.path import Path
+from degmix_kernels.deform_conv.planar import backward_kernels, kernels
+from degmix_kernels.deform_conv.planar.blocks import Blocks, Span, fits, layouts, tile, touched, warps
 from degmix_kernels.deform_conv.problem import Problem
 from degmix_kernels.epilogue import Epilogue
 from degmix_kernels.launch import Launch, needs_64_bit
 from degmix_kernels.maps import block_of, ceil_div
-from degmix_kernels.statistics import Statistics, plan_combine
+from degmix_kernels.statistics import Statistics
 
 
 def plan_forward(
@@ -46,7 +43,7 @@ def plan_forward(
     out_blocks = ceil_div(span.groups * problem.group_out, blocks.out)
     pixel_blocks = ceil_div(problem.out_pixels, blocks.pixels)
     return Launch(
-        planar_kernels.forward,
+        kernels.forward,
         problem.batch * pixel_blocks * span.count * out_blocks,
         {
             "input_ptr": problem.input,
@@ -145,7 +142,7 @@ def plan_backward_samples(
     sets = ceil_div(problem.offset_groups, groups)
     pixel_blocks = ceil_div(problem.out_pixels, blocks.pixels)
     return Launch(
-        planar_backward_kernels.backward_samples,
+        backward_kernels.backward_samples,
         problem.batch * pixel_blocks * sets,
         {
             "grad_ptr": grad,
@@ -219,7 +216,7 @@ def plan_backward_weight(
     bias_partial = new((splits, out_channels), dtype=torch.float32) if bias else None
     pixel_blocks = ceil_div(problem.out_pixels, blocks.pixels)
     plan = Launch(
-        planar_backward_kernels.backward_weight,
+        backward_kernels.backward_weight,
         programs * splits if problem.batch > 0 else 0,
         {
             "grad_ptr": grad,
@@ -254,133 +251,4 @@ def finish_weight(sums: Tensor, weight: Tensor) -> Tensor:
     return sums.permute(1, 2, 0).reshape(weight.shape).to(weight.dtype)
 
 
-def fixed_point_scale(problem: Problem, grad: Tensor, epilogue: Epilogue | None = None) -> Tensor:
-    """The power of two at which no sum of the deterministic input gradient can leave 62 bits.
-
-    The gradient of a sample is at most max|dz| · max over channels and taps of Σ|weight| · max|mask|, and
-    every output pixel adds at most that much, once per tap, to an input pixel. NaN if any of these is not
-    finite: all of the input gradient is then NaN.
-    """
-    weight = problem.weight.detach().double().abs()
-    per_channel = weight.reshape(problem.groups, problem.group_out, -1, problem.taps).sum((1, 3)).amax()
-    bound = _largest(grad)
-    if epilogue is not None:
-        if epilogue.constant is not None:
-            bound = bound + _largest(epilogue.constant)
-        if epilogue.linear is not None:
-            bound = bound + _largest(epilogue.linear) * _largest(epilogue.pre)  # |act(z)| ≤ |z|
-        bound = bound * 1.2  # no activation is steeper
-    bound = bound * per_channel * problem.out_pixels
-    if problem.mask is not None:
-        bound = bound * _largest(problem.mask)
-    exponent = (61 - bound.log2()).floor().clamp(-126, 126)
-    return torch.where(bound.isfinite(), exponent.exp2(), torch.nan).float()
-
-
-def _largest(tensor: Tensor) -> Tensor:
-    """The largest magnitude, without a temporary of the tensor's size; NaN if there is a NaN."""
-    return torch.linalg.vector_norm(tensor.detach(), torch.inf).double()
-
-
-def plan_examples(dtype: torch.dtype) -> list[Launch]:
-    """Every kind of launch the planar path makes, planned on meta tensors, for the compile check."""
-    plans = []
-    for example in _EXAMPLES:
-        plans += example.plans(dtype)
-    return plans
-
-
-@dataclass(frozen=True)
-class _Example:
-    """A call worth compiling; ``extras`` are a bias, a mask, and channels_last tensors.
-
-    An activation may be ``normalised``, by statistics gathered behind it; if not, it is compiled as for
-    inference, too.
-    """
-
-    shape: tuple[int, int, int, int]
-    out: int
-    offset_groups: int
-    groups: int = 1
-    kernel: int = 3
-    extras: bool = False
-    activation: str = "identity"
-    normalised: bool = False
-    deterministic: bool = False
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-
-    def plans(self, dtype: torch.dtype) -> list[Launch]:
-        """Forward, gradient of the weight, gradients of the samples."""
-        if dtype not in self.dtypes:
-            return []
-
-        def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
-            return torch.empty(shape, dtype=of, device="meta")
-
-        def laid_out(tensor: Tensor) -> Tensor:
-            return tensor.contiguous(memory_format=torch.channels_last) if self.extras else tensor
-
-        batch, channels, height, width = self.shape
-        taps, padding = self.kernel**2, (self.kernel // 2,) * 2
-        # Offsets are fp32, or as narrow as the input.
-        of = dtype if self.extras else torch.float32
-        offset = laid_out(empty(batch, 2 * self.offset_groups * taps, height, width, of=of))
-        mask = laid_out(empty(batch, self.offset_groups * taps, height, width)) if self.extras else None
-        weight = empty(self.out, channels // self.groups, self.kernel, self.kernel)
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        input, output = laid_out(empty(*self.shape)), laid_out(empty(batch, self.out, height, width))
-        problem = Problem(input, offset, weight, mask, (1, 1), padding, (1, 1))
-        bias, statistics, epilogue = None, None, None
-        if self.extras or self.activation != "identity":
-            bias = empty(self.out)
-        if self.activation != "identity":
-            epilogue = Epilogue(self.activation, output)
-        if self.normalised:
-            statistics, vector = new_statistics(problem), empty(self.out, of=torch.float32)
-            epilogue = Epilogue(self.activation, output, vector, vector)
-        pre = None if epilogue is None else output
-        sums, scale = input.float(), None
-        if self.deterministic:
-            sums, scale = input.long(), empty(of=torch.float32)
-        combined = (
-            [] if statistics is None else [plan_combine(statistics, problem.out_pixels, vector, vector)]
-        )
-        inference = []
-        if epilogue is not None and not self.normalised:
-            inference.append(plan_forward(problem, bias, output, self.activation))
-        return [
-            *combined,
-            *inference,
-            plan_forward(problem, bias, output, self.activation, pre, statistics),
-            plan_backward_weight(problem, output, epilogue, bias is not None)[0],
-            plan_backward_samples(problem, output, sums, offset, mask, scale, epilogue),
-        ]
-
-
-_HALVES = (torch.bfloat16, torch.float16)
-
-_EXAMPLES = (
-    # DeGMix on NYUD-v2: as deform_mix in training, and without a norm; a convolution with a deterministic
-    # gradient; four tasks side by side.
-    _Example((8, 256, 107, 140), 256, 256, kernel=1, activation="gelu", normalised=True),
-    _Example((8, 256, 107, 140), 256, 256, kernel=1, activation="gelu", dtypes=_HALVES),
-    # On PASCAL-Context, whose sizes are multiples of 16.
-    _Example((8, 256, 128, 128), 256, 256, kernel=1, activation="gelu", dtypes=_HALVES[:1]),
-    _Example((8, 256, 107, 140), 256, 256, kernel=1, deterministic=True),
-    _Example(
-        (1, 1024, 107, 140),
-        1024,
-        1024,
-        groups=4,
-        kernel=1,
-        activation="gelu",
-        normalised=True,
-        dtypes=(torch.float32, torch.bfloat16),
-    ),
-    _Example((2, 96, 56, 56), 96, 96, groups=2, kernel=1, extras=True),
-    # EDVR, BasicVSR++: 8 channels per offset group; depthwise; more than 2³¹ elements in an image.
-    _Example((2, 64, 180, 320), 64, 8, extras=True),
-    _Example((2, 128, 64, 64), 64, 16),
-    _Example((4, 96, 56, 56), 96, 1, groups=96),
-    _Example((1, 256, 2048, 4096), 256, 256, kernel=1, dtypes=(torch.bfloat16,)),
-)
+PLANAR = Path(False, plan_forward, plan_backward_samples, plan_backward_weight, finish_weight)

@@ -1,6 +1,6 @@
 """Tiles of the planar plans: block sizes, groups that share programs, and what kernels must be told of them.
 
-The kernels' own view of a tile is ``planar_tiles``.
+The kernels' own view of a tile is ``tiles``.
 """
 
 from __future__ import annotations

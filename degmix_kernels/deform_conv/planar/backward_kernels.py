@@ -1,9 +1,9 @@
-"""Triton kernels of the gradients of the planar deformable convolution; see ``planar_kernels``."""
+"""Triton kernels of the gradients of the planar deformable convolution; see ``kernels``."""
 
 import triton
 import triton.language as tl
 
-from degmix_kernels.deform_conv.planar_tiles import (
+from degmix_kernels.deform_conv.planar.tiles import (
     corner_addresses,
     gather,
     load_offsets,

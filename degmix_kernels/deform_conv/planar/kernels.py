@@ -1,13 +1,13 @@
 """Triton kernels of the deformable convolution for few channels per offset group: forward.
 
-Tiles and their axes are those of ``planar_tiles``. Small groups of the convolution share a tile (SPANS), so
+Tiles and their axes are those of ``tiles``. Small groups of the convolution share a tile (SPANS), so
 that it is full. Their weight matrix is then block diagonal, with zeros between the groups.
 """
 
 import triton
 import triton.language as tl
 
-from degmix_kernels.deform_conv.planar_tiles import load_offsets, multiply_groups, sample, tile_channels
+from degmix_kernels.deform_conv.planar.tiles import load_offsets, multiply_groups, sample, tile_channels
 from degmix_kernels.deform_conv.sampling import tensor_address
 from degmix_kernels.epilogue import store_result
 

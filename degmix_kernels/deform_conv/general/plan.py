@@ -1,4 +1,4 @@
-"""The general deformable convolution on Triton: launch plans. See ``general_kernels``."""
+"""Launch plans of the general deformable convolution. Nothing here touches memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from degmix_kernels import maps
-from degmix_kernels.deform_conv import general_backward_kernels, general_kernels
+from degmix_kernels.deform_conv.general import backward_kernels, kernels
+from degmix_kernels.deform_conv.path import Path
 from degmix_kernels.deform_conv.problem import Problem
 from degmix_kernels.launch import Launch, needs_64_bit
 from degmix_kernels.maps import block_of, ceil_div
@@ -21,11 +22,6 @@ BUSY_PROGRAMS = 128
 def suits(problem: Problem) -> bool:
     """Whether enough neighbouring channels share offsets and weights for this path."""
     return problem.segment >= 16
-
-
-def weight_layout(weight: Tensor) -> Tensor:
-    """The weight as the kernels read it, (Cout, kh, kw, group_channels): a small copy, or itself."""
-    return weight.contiguous(memory_format=torch.channels_last)
 
 
 def _block_channels(segment: int, largest: int) -> int:
@@ -56,7 +52,7 @@ def _layouts(problem: Problem, output: Tensor) -> dict[str, bool]:
 
 
 def plan_forward(problem: Problem, bias: Tensor | None, output: Tensor) -> Launch:
-    """Plan the forward kernel; tensors as it wants them, see ``general_kernels.forward``."""
+    """Plan the forward kernel; tensors as it wants them, see ``kernels.forward``."""
     sizes = problem.sizes()
     # Every block of out channels gathers the samples again, so it is as large as registers allow: 64 sums a
     # thread for the matrix units, 32 where fp32 products keep their operands in registers, too.
@@ -75,7 +71,7 @@ def plan_forward(problem: Problem, bias: Tensor | None, output: Tensor) -> Launc
     layouts = _layouts(problem, output)
     num_warps = 8 if block_out * block_pixels >= (8192 if wide else 4096) else 4
     return Launch(
-        general_kernels.forward,
+        kernels.forward,
         programs(),
         {
             **_pointers(problem),
@@ -105,7 +101,7 @@ def plan_backward_samples(
     grad_mask: Tensor | None,
     scale: Tensor | None,
 ) -> Launch:
-    """Plan the gradients of input, offset and mask; see ``general_backward_kernels``."""
+    """Plan the gradients of input, offset and mask; see ``backward_kernels``."""
     sizes = problem.sizes()
     wide = problem.input.dtype != torch.float32
     # The scatter keeps four corners of every sample alive, in registers. With 16 channels, 4 samples a
@@ -125,7 +121,7 @@ def plan_backward_samples(
         largest = 16 if not wide else 32 if scale is None else 128
     block_out = block_of(problem.group_out, largest)
     return Launch(
-        general_backward_kernels.backward_samples,
+        backward_kernels.backward_samples,
         problem.batch * problem.offset_groups * ceil_div(problem.out_pixels, block_pixels),
         {
             "grad_output_ptr": grad,
@@ -151,7 +147,7 @@ def plan_backward_samples(
 
 
 def plan_backward_weight(problem: Problem, grad: Tensor) -> tuple[Launch, Tensor]:
-    """Plan the weight gradient and allocate its partial sums; see ``general_backward_kernels``."""
+    """Plan the weight gradient and allocate its partial sums; see ``backward_kernels``."""
     sizes = problem.sizes()
     wide = problem.input.dtype != torch.float32
     block_out = block_of(problem.group_out, 256 if wide else 128)
@@ -167,7 +163,7 @@ def plan_backward_weight(problem: Problem, grad: Tensor) -> tuple[Launch, Tensor
     new = problem.weight.new_empty if problem.batch > 0 else problem.weight.new_zeros
     partial = new((splits, problem.weight.numel()), dtype=torch.float32)
     plan = Launch(
-        general_backward_kernels.backward_weight,
+        backward_kernels.backward_weight,
         programs * splits if problem.batch > 0 else 0,
         {
             "grad_output_ptr": grad,
@@ -195,39 +191,4 @@ def finish_weight(sums: Tensor, weight: Tensor) -> Tensor:
     return sums.view(out_channels, height, width, group_channels).permute(0, 3, 1, 2).to(weight.dtype)
 
 
-def plan_examples(dtype: torch.dtype) -> list[Launch]:
-    """Every kind of launch of this path, planned on meta tensors: what the compile check compiles."""
-
-    def empty(*shape: int, of: torch.dtype = dtype, last: bool = False) -> Tensor:
-        memory_format = torch.channels_last if last else torch.contiguous_format
-        return torch.empty(shape, dtype=of, device="meta", memory_format=memory_format)
-
-    # batch, channels, out channels, size, groups, offset groups, with mask, all channels_last
-    cases = [(32, 256, 256, 56, 1, 1, True, False), (2, 64, 64, 200, 1, 1, False, True)]
-    if dtype == torch.bfloat16:  # a ragged call; more than 2³¹ elements
-        cases += [(2, 72, 72, 28, 1, 2, True, False), (1, 256, 256, 4096, 1, 1, False, False)]
-    else:  # groups and offset groups side by side, a large kernel
-        cases += [(2, 96, 192, 56, 2, 3, True, True)]
-    plans = []
-    for batch, channels, out_channels, size, groups, offset_groups, modulated, last in cases:
-        weight = empty(out_channels, channels // groups, 3, 3, last=True)
-        problem = Problem(
-            empty(batch, channels, size, size, last=True),
-            empty(batch, 18 * offset_groups, size, size, of=torch.float32, last=last),
-            weight,
-            empty(batch, 9 * offset_groups, size, size, last=last) if modulated else None,
-            (1, 1), (1, 1), (1, 1),
-        )  # fmt: skip
-        grad = empty(batch, out_channels, size, size, last=last)
-        sums = problem.input.float()
-        plans.append(plan_forward(problem, empty(out_channels), grad))
-        plans.append(plan_backward_weight(problem, grad)[0])
-        gradients = (sums, problem.offset, problem.mask)
-        plans.append(plan_backward_samples(problem, grad, *gradients, None))
-    # The deterministic input gradient.
-    plans.append(
-        plan_backward_samples(
-            problem, grad, sums.long(), problem.offset, problem.mask, empty(of=torch.float32)
-        )
-    )
-    return plans
+GENERAL = Path(True, plan_forward, plan_backward_samples, plan_backward_weight, finish_weight)

@@ -1,9 +1,9 @@
-"""Triton kernels of the general deformable convolution's gradients; tensors as in ``general_kernels``."""
+"""Triton kernels of the general deformable convolution's gradients; tensors as in ``kernels``."""
 
 import triton
 import triton.language as tl
 
-from degmix_kernels.deform_conv.general_kernels import (
+from degmix_kernels.deform_conv.general.kernels import (
     corner_address,
     corner_weights,
     gather,
