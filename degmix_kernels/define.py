@@ -202,12 +202,13 @@ class define:
             if values[index] is not None or not field.optional:
                 checks.expect_tensor(field.name, values[index])
         cast = list(values)
-        if autocast.enabled(cast[0].device):
+        device = cast[0].device
+        if autocast.enabled(device):
             for index, field in enumerate(self.fields[: self.count]):
                 if field.coordinates:
                     cast[index] = autocast.widen_other_half(cast[index], cast[0])
                 elif not field.own_dtype:
-                    cast[index] = autocast.cast(cast[index])
+                    cast[index] = autocast.cast(cast[index], device)
         return cast
 
     def _differentiates(self, values: Sequence[Any]) -> bool:

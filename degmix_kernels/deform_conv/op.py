@@ -105,7 +105,7 @@ def checked_pair(argument: str, value: object, minimum: int) -> tuple[int, int]:
     """The pair behind an integer or a pair of integers, each at least ``minimum``."""
     pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(pair) != 2 or not all(checks.is_integer(each) for each in pair):
-        raise TypeError(f"{argument}: expected an integer or a pair of integers, got {value!r}")
+        raise TypeError(f"{argument}: expected an integer or a pair of integers, got {checks.shown(value)}")
     checks.expect(min(pair) >= minimum, argument, f"at least {minimum}", value)
     checks.expect(max(pair) <= INT32_MAX, argument, f"at most {INT32_MAX}", value)  # as coordinates are
     return int(pair[0]), int(pair[1])
