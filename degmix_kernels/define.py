@@ -215,8 +215,11 @@ class define:
         """Whether there may be a backward pass that computes anything."""
         if not torch.is_grad_enabled():
             return False
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            # A tensor does not tell whether outer transforms differentiate it.
+        if not torch.compiler.is_compiling() and (
+            torch._C._are_functorch_transforms_active()  # a tensor does not tell of outer transforms
+            or torch._C._get_tracing_state() is not None  # nor what will be asked of a trace
+            or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        ):
             return True
         return any(
             computed and value is not None and value.requires_grad
@@ -270,6 +273,11 @@ class define:
         wanted = [computed and need for computed, need in zip(self._computed, needed, strict=False)]
         gradients: list[Tensor | None] = [None] * self.count
         if any(wanted) and any(grad is not None for grad in grads):
+            if self._keep is not None and not ctx.settings[self._keep - self.count]:
+                raise RuntimeError(
+                    f"{NAMESPACE}::{self.name}: nothing was kept for gradients; call it, or trace it, where they "
+                    "are enabled"
+                )
             saved, count = ctx.saved_tensors, self.count
             call, kept = self.call(*saved[:count], *ctx.settings), saved[count:]
             if torch.is_grad_enabled() or _is_watched((*grads, *call)) or _is_batched(grads):
@@ -498,3 +506,29 @@ def _over_slices(function: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(torch.stack(each) for each in zip(*slices, strict=True)), (0,) * len(slices[0])
 
     return vmap
+
+
+def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], float]]:
+    """What fvcore needs to count the Triton kernels, which it has no way to look up by itself.
+
+    ``FlopCountAnalysis(model, inputs).set_op_handle(**degmix_kernels.fvcore_handles())``. They count one for
+    a multiply-add, as fvcore does.
+    """
+
+    def handle(op: define) -> Callable[[list[Any], list[Any]], float]:
+        def count(inputs: list[Any], outputs: list[Any]) -> float:
+            tensors = [
+                torch.empty(sizes, device="meta") if (sizes := _sizes(value)) is not None else None
+                for value in inputs[: op.count]
+            ]
+            return op.products(op.call(*tensors, *op._no_settings)) / 2
+
+        return count
+
+    return {f"{NAMESPACE}::{name}": handle(op) for name, op in DEFINED.items()}
+
+
+def _sizes(value: Any) -> list[int] | None:
+    """The sizes of a tensor in a trace; None of what is none."""
+    kind = value.type()
+    return kind.sizes() if kind.isSubtypeOf(torch._C.TensorType.get()) else None
