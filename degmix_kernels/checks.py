@@ -20,6 +20,7 @@ from torch import Tensor
 def expect(condition: bool, argument: str, expected: str, got: object) -> None:
     """Raise ``ValueError`` naming the argument, what was expected and what came, unless true."""
     if not condition:
+        got = tuple(got) if isinstance(got, torch.Size) else got
         raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
@@ -72,12 +73,18 @@ class Range:
     minimum: float = -sys.float_info.max
     maximum: float = sys.float_info.max
 
+    def __contains__(self, value: float) -> bool:
+        return self.minimum <= value <= self.maximum
+
 
 @dataclass(frozen=True)
 class OneOf:
     """A few values."""
 
     values: tuple[object, ...]
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.values
 
 
 def shown(value: object) -> str:
@@ -93,7 +100,7 @@ def scalar(
 
     Numbers are finite. NumPy's are accepted.
     """
-    if type(value) is float and kind is float and allowed.minimum <= value <= allowed.maximum:
+    if type(value) is kind and (allowed is None or value in allowed):  # a shorter way for what is right
         return value
     if value is None and optional:
         return None

@@ -52,6 +52,8 @@ Constant = Annotated[Tensor, _OWN_DTYPE, _CONSTANT]
 """As OwnDtype, and without a gradient."""
 NotNegative = Annotated[float, checks.Range(minimum=0.0)]
 """A finite number that is not negative."""
+Positive = Annotated[int, checks.Range(minimum=1)]
+"""An integer of at least 1."""
 
 _SCHEMA = {Tensor: "Tensor", str: "str", float: "float", int: "SymInt", bool: "bool"}
 
@@ -103,8 +105,7 @@ class define:
         forward: ``forward(call, *outputs)`` fills them.
         backward: ``backward(call, kept, grads, wanted)`` gives gradients by names of arguments, in any dtype.
             In ``call`` tensors that were not saved are None. ``grads`` has one gradient or None per result.
-            ``wanted`` is a ``call`` of booleans. Gradients that are not wanted may be given, too. A gradient
-            is laid out as its tensor, if that is channels_last, and is contiguous otherwise.
+            ``wanted`` is a ``call`` of booleans. Gradients that are not wanted may be given, too.
         products: ``products(call)`` counts the FLOPs of the forward pass's matrix products, two per
             multiply-add. It reads no more than the shapes of tensors that are saved.
         backward_products: those of the backward pass over those of the forward pass: two for a product whose
@@ -116,6 +117,8 @@ class define:
         kept: how many these are.
         passed_on: tensors whose gradient is the first result's. They are not saved.
         unsaved: more tensors that the backward pass does not read. They are shaped as the first result.
+        like: ``like(tensor)`` is an uninitialised tensor, laid out as a gradient of this one is: by default
+            channels_last if the tensor is, else contiguous.
     """
 
     name: str
@@ -131,6 +134,7 @@ class define:
     kept: int | None = None
     passed_on: tuple[str, ...] = ()
     unsaved: tuple[str, ...] = ()
+    like: Callable[[Tensor], Tensor] = maps.empty_like
 
     def __post_init__(self) -> None:
         hints = get_type_hints(self.call, include_extras=True)
@@ -251,6 +255,7 @@ class define:
         return made
 
     def _setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        ctx.settings = inputs[self.count :]
         saved = inputs[: self.count]
         if not all(self._saved):
             saved = [each if save else None for each, save in zip(saved, self._saved, strict=True)]
@@ -259,9 +264,10 @@ class define:
         else:
             ctx.mark_non_differentiable(*output[self.results :])
             ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+            if self._keep is not None and not inputs[self._keep]:
+                return  # gradients that are passed on read nothing
             beside = output[self.results :] if self.keeps is None else self.keeps(self.call(*inputs), output)
             ctx.save_for_backward(*saved, *beside)
-        ctx.settings = inputs[self.count :]
 
     # --- backward ------------------------------------------------------------------------------------------
 
@@ -330,10 +336,10 @@ class define:
             if not want:
                 gradients.append(_some(values).new_empty(0))
             elif tensor is not None:
-                gradients.append(maps.empty_like(tensor))
+                gradients.append(self.like(tensor))
             else:
                 made = self.outputs(call)
-                gradients.append(maps.empty_like(made if isinstance(made, Tensor) else made[0]))
+                gradients.append(self.like(made if isinstance(made, Tensor) else made[0]))
         return tuple(gradients)
 
     def _parted(self, values: Sequence[Any]) -> tuple[Sequence[Any], Any, Sequence[Any], list[bool]]:
