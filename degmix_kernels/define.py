@@ -219,11 +219,9 @@ class define:
         """Whether there may be a backward pass that computes anything."""
         if not torch.is_grad_enabled():
             return False
-        if not torch.compiler.is_compiling() and (
-            torch._C._are_functorch_transforms_active()  # a tensor does not tell of outer transforms
-            or torch._C._get_tracing_state() is not None  # nor what will be asked of a trace
-            or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-        ):
+        if torch._C._are_functorch_transforms_active():  # a tensor does not tell of outer transforms
+            return True
+        if not torch.compiler.is_compiling() and _is_traced():  # nor what will be asked of a trace
             return True
         return any(
             computed and value is not None and value.requires_grad
@@ -436,6 +434,12 @@ class define:
 
 
 _PLAIN = _TENSORS | {type(None), int, float, bool, str, list}
+
+
+def _is_traced() -> bool:
+    """Whether a graph is being made by ``torch.jit.trace`` or ``make_fx``."""
+    proxies = torch._C._TorchDispatchModeKey.PROXY
+    return torch._C._get_tracing_state() is not None or torch._C._get_dispatch_mode(proxies) is not None
 
 
 def _is_watched(values: Sequence[Any]) -> bool:
