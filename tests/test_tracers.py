@@ -201,7 +201,7 @@ def test_vmap_equals_a_loop(op: Op, chosen: str, device: torch.device) -> None:
     for index, tensor in enumerate(call.tensors):
         slices = call.with_slices(index)
         in_dims = tuple(0 if each == index else None for each in range(len(slices)))
-        output = torch.vmap(call, in_dims)(*slices)
+        output = torch.vmap(call.__call__, in_dims)(*slices)
         for each in range(2):
             part = [value[each] if at == index else value for at, value in enumerate(slices)]
             close(call, output[each], call(*part))
@@ -249,7 +249,7 @@ def test_transforms_compile(op: Op, chosen: str, device: torch.device) -> None:
     slices, in_dims = call.with_slices(0), (0, *(None for _ in call.tensors[1:]))
     for function, values in (
         (torch.func.grad(call.loss), call.tensors),
-        (torch.vmap(call, in_dims), slices),
+        (torch.vmap(call.__call__, in_dims), slices),
         (torch.vmap(torch.func.grad(call.loss), in_dims), slices),
     ):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
