@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import DTYPES, SEED
-from bench.program import FAILURE, USER_ERROR
+from bench.harness.case import DTYPES, SEED
+from bench.harness.command import FAILURE, USER_ERROR
 from degmix_kernels import use_backend
 from degmix_kernels.contract import Op, Sample
 from degmix_kernels.registry import OPS

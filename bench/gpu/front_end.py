@@ -41,10 +41,10 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
-from bench.cases import SEED
-from bench.compile_kernels import PLANS
-from bench.gpu.trace import Specialised, specialise, traced
-from bench.targets import TARGETS
+from bench.compiler.compile_kernels import PLANS
+from bench.compiler.targets import TARGETS
+from bench.compiler.trace import Specialised, specialise, traced
+from bench.harness.case import SEED
 from degmix_kernels.backend import INTERPRETED, KERNEL_DTYPES
 from degmix_kernels.contract import Op
 from degmix_kernels.launch import Launch

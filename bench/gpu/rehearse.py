@@ -22,7 +22,7 @@ from pathlib import Path
 from bench.gpu import prepared, pretend, visit
 from bench.gpu.prepared import CACHE, FOLDER, REPOSITORY
 from bench.gpu.visits import VISITS
-from bench.program import FAILURE, USER_ERROR
+from bench.harness.command import FAILURE, USER_ERROR
 
 FAULTS = {  # words of a command → what its process does
     "--op deform_mix": "crash",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.compile_kernels import PLANS
-from bench.targets import TARGETS
+from bench.compiler.compile_kernels import PLANS
+from bench.compiler.targets import TARGETS
 from degmix_kernels.backend import KERNEL_DTYPES
 
 REPOSITORY = Path(__file__).parents[2]
