@@ -21,7 +21,7 @@ class Prediction:
     """One row that is expected.
 
     Attributes:
-        key: of the row, as :attr:`bench.results.Row.key`.
+        key: of the row, as :attr:`bench.harness.results.Row.key`.
         low: milliseconds at least.
         high: milliseconds at most.
         because: where they come from, in words.
