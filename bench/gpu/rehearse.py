@@ -58,7 +58,7 @@ def rehearse(work: Path) -> int:
         (tools / name).chmod(0o755)
     shutil.rmtree(CACHE, ignore_errors=True)  # the visit unpacks it
     environment = os.environ | pretend.environment(work / "pretended", CACHE)
-    environment["TMPDIR"] = str(work)  # no real visit goes on with what a rehearsal leaves
+    environment["TMPDIR"] = str(work)  # the visits leave their logs there
     environment |= {"PATH": f"{tools}{os.pathsep}{environment['PATH']}", "DEGMIX_FAULTS": json.dumps(FAULTS)}
     carried = work / "gpu"  # without the wheels
     carried.mkdir()

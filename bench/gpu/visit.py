@@ -7,7 +7,6 @@ processes of their own, each ended when its time is up. A stage that fails stops
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
@@ -23,21 +22,19 @@ from pathlib import Path
 
 from bench.gpu import prepared
 from bench.gpu.prepared import REPOSITORY
+from bench.gpu.process import SECONDS_AFTER_KILL, TO_END, limited
 from bench.gpu.visits import BENCH, OPS, VISITS, WITHOUT_GPU, Stage, stages_of
 from bench.harness.results import KILLED, Results, read
 
 OK, FAILED, USER_ERROR, NO_GPU = 0, 1, 2, 3  # exit codes
 LOST = 3  # of the benchmark: the GPU answers no more, another process can go on
 MOST_ARE_WRONG = 4  # of bench.gpu.check_ops
-TO_KILL = 12  # seconds that a stage may take until it is gone; pytest waits 10 for its workers
-SECONDS_AFTER_KILL = 3  # of these, at most, until it is no longer waited for
-POLL_SECONDS = 0.05
+TO_KILL = TO_END + SECONDS_AFTER_KILL  # seconds that a stage may take until it is gone
 TO_FINISH = 3  # seconds for the summary
 WORTHWHILE = 15  # with less left, a stage would hardly have loaded torch
 SHOWN = 30  # lines of a stage's log
 RESULTS = "results.jsonl"
 KEPT = (RESULTS, "results.md", "profile.md", "decide.jsonl", "training.json")
-STATE = Path(tempfile.gettempdir()) / "degmix-visit"  # what one command leaves to the next on the machine
 SANITIZER = ("--error-exitcode=9",)
 # PyTorch's own kernels are not what is to be checked, and are most of the work. initcheck has to see what
 # they write.
@@ -45,29 +42,19 @@ EXCLUDED = tuple(f"--kernel-name-exclude=kns={words}" for words in ("at6native",
 PLUGINS = {"--timeout": "pytest_timeout", "-n": "xdist"}  # what an option of pytest needs
 
 
-# What an earlier command has measured is its argument.
 PROBE = """
-import json, sys, torch
-from pathlib import Path
-from bench.harness import machine, results
+import json, torch
 gpu = torch.cuda.is_available()
-key, another = "", ""
+key = ""
 try:
     from bench.gpu.prepared import triton_key
     key = triton_key()
 except ImportError:
     pass
-try:
-    before = results.read(Path(sys.argv[1]))
-    now = machine.read_machine(torch.device("cuda" if gpu else "cpu"))
-    results.continue_(before, results.Part(now, before.ceilings, ""))
-except (OSError, ValueError) as error:
-    another = str(error)
 print(json.dumps({
     "gpu": torch.cuda.get_device_name() if gpu else "",
     "capability": torch.cuda.get_device_capability() if gpu and torch.version.hip is None else None,
     "triton": key,
-    "another": another,
 }))
 """
 
@@ -86,7 +73,6 @@ class Call:
         self.missing: set[str] = set()  # packages
         self.facts: prepared.Facts | None = None
         self.same = False  # sources as when they were prepared
-        self.another = ""  # why this is another run than the command before on this machine
         self.failed = self.interrupted = False
         self.environment = dict(os.environ, PYTHONUNBUFFERED="1")  # what is killed leaves a whole log
         self.environment.pop("TRITON_INTERPRET", None)  # the real compiler
@@ -121,14 +107,13 @@ class Call:
             RuntimeError: if torch does not load.
         """
         self._ready("prepared", self._look_up)
-        command = [self.python, "-c", PROBE, str(STATE / RESULTS)]
+        command = [self.python, "-c", PROBE]
         try:
             done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
             found = json.loads(done.stdout.strip().splitlines()[-1])
         except (subprocess.TimeoutExpired, IndexError, ValueError):
             raise RuntimeError("torch does not load, or not within 120 s") from None
         self.note("GPU", found["gpu"] or "none")
-        self.another = found["another"]
         if found["gpu"]:
             self._ready("cache", self._warm, tuple(found["capability"] or ()) or None, found["triton"])
             self._ready("packages", self._install)
@@ -282,30 +267,9 @@ class Call:
         return sanitizer, ""
 
     def _limited(self, stage: Stage, seconds: int, command: Sequence[str]) -> int:
-        """The exit code, 128 + n if signal n ended it.
-
-        When its time is up, every process of the command is interrupted, as Ctrl-C does it, and shows what it
-        has. Those that do not hear are killed, and not waited for if even that does not end them: a driver
-        may hold them. ``timeout`` would interrupt twice, and the second interrupt ends the first's report.
-        """
         with (self.logs / f"{stage.name}.log").open("ab") as log:
             environment = {**self.environment, **stage.environment}
-            process = subprocess.Popen(
-                command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-        until = time.monotonic() + seconds
-        while process.poll() is None and time.monotonic() < until and not self.interrupted:
-            time.sleep(POLL_SECONDS)
-        if process.poll() is None:
-            _signal(process, signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(TO_KILL - SECONDS_AFTER_KILL)
-        _signal(process, signal.SIGKILL)
-        try:
-            code = process.wait(SECONDS_AFTER_KILL)
-        except subprocess.TimeoutExpired:
-            code = -signal.SIGKILL
-        return code if code >= 0 else 128 - code
+            return limited(command, seconds, log, environment, lambda: self.interrupted)
 
     def _measured(self) -> tuple[str, bool]:
         """What the benchmark has left, in words, and whether there is something and none of ours failed."""
@@ -334,29 +298,6 @@ class Call:
         for path in sorted(set(self.out.rglob("*")) - self.others, reverse=True):
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-
-    def go_on(self) -> None:
-        """Take what the command before has left, if this one can continue it."""
-        if (STATE / RESULTS).exists() and self.another:
-            self.note("results", f"begun anew: {self.another}")
-        elif (STATE / RESULTS).exists():
-            shutil.copy(STATE / RESULTS, self.out)
-
-    def hand_on(self) -> None:
-        """Leave the results where the next command on this machine looks for them."""
-        try:
-            shutil.rmtree(STATE, ignore_errors=True)
-            STATE.mkdir()
-            if (self.out / RESULTS).exists():
-                shutil.copy(self.out / RESULTS, STATE)
-        except OSError as error:  # somebody else's folder
-            self.note("state", f"not handed on: {error}")
-
-
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    """Send a signal to all processes of a command that are left."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -433,11 +374,7 @@ def main(
         print(f"gpu_check: {error}", file=sys.stderr)
         return USER_ERROR
     if gpu:
-        if options.visit == "compare" and options.resume is None:
-            call.go_on()
         call.run(stages_of(visit, options.seconds))
-        if options.visit in ("first", "compare"):
-            call.hand_on()
     else:
         print("The benchmark runs at small sizes on the CPU; its times say nothing about the kernels.")
         call.run([WITHOUT_GPU] if options.resume is None else [])

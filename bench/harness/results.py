@@ -65,11 +65,9 @@ class Machine:
 
     def device(self, impl: str) -> str:
         """What computed a row: the GPU, or the CPU and, of ours, in which way."""
-        if self.gpu is not None:
-            return self.gpu
-        if self.interpreted:  # perhaps a kernel of somebody else's, too
-            return "CPU (interpreter)"
-        return "CPU (reference)" if impl == OURS else "CPU"
+        if self.gpu is not None or impl != OURS:
+            return self.gpu or "CPU"
+        return f"CPU ({'interpreter' if self.interpreted else 'reference'})"
 
     @property
     def folder(self) -> str:

@@ -65,7 +65,7 @@ def test_a_line_is_a_measurement_with_all_that_is_known_of_it(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("interpreted", "labels"),
-    [(False, ["CPU (reference)", "CPU"]), (True, ["CPU (interpreter)", "CPU (interpreter)"])],
+    [(False, ["CPU (reference)", "CPU"]), (True, ["CPU (interpreter)", "CPU"])],
 )
 def test_what_a_cpu_computed_says_so(tmp_path: Path, interpreted: bool, labels: list[str]) -> None:
     cpu = replace(PART, machine=replace(MACHINE, gpu=None, interpreted=interpreted))

@@ -51,7 +51,6 @@ import sys
 from pathlib import Path
 from bench.gpu import visit
 python, folder, *arguments = sys.argv[1:]
-visit.STATE = Path(folder) / "state"
 arguments += ["--prepared", folder + "/gpu"]
 sys.exit(visit.main(arguments, python=python, cache=Path(folder) / "cache"))
 """
@@ -73,7 +72,6 @@ class Check:
     def __init__(self, folder: Path) -> None:
         self.root, self.folder = folder, folder / "out"
         self.tools, self.calls = folder / "tools", folder / "calls"
-        self.another = ""
         self.tools.mkdir()
         for name, text in {
             "python": PYTHON,
@@ -86,7 +84,7 @@ class Check:
 
     def __call__(self, *options: str, command: str = "", **settings: str) -> subprocess.CompletedProcess[str]:
         """Run it with these options and variables, or the shell command that runs "$@"."""
-        known = {"gpu": GPU, "capability": [9, 0], "triton": "a key", "another": self.another}
+        known = {"gpu": GPU, "capability": [9, 0], "triton": "a key"}
         environment = {
             "PATH": f"{self.tools}:/usr/local/bin:/usr/bin:/bin",
             "HOME": os.environ.get("HOME", "/"),
@@ -194,7 +192,7 @@ def test_quick_tests_before_it_benchmarks(check: Check) -> None:
 
 
 def test_without_a_gpu_the_benchmark_runs_on_the_cpu(check: Check) -> None:
-    none = json.dumps({"gpu": "", "capability": None, "triton": "", "another": ""})
+    none = json.dumps({"gpu": "", "capability": None, "triton": ""})
     done = check(STUB_TORCH=f"echo '{none}'")
     assert done.returncode == visit.NO_GPU, done.stdout + done.stderr
     assert check.summary.keys() == {"GPU", "bench"}
@@ -205,7 +203,7 @@ def test_without_a_gpu_the_benchmark_runs_on_the_cpu(check: Check) -> None:
 
 def test_another_machine_is_told_what_it_lacks(check: Check) -> None:
     (check.tools / "compute-sanitizer").unlink()
-    amd = json.dumps({"gpu": "Stub MI300X", "capability": None, "triton": "a key", "another": ""})
+    amd = json.dumps({"gpu": "Stub MI300X", "capability": None, "triton": "a key"})
     done = check(STUB_TORCH=f"echo '{amd}'")
     assert done.returncode == 0, done.stdout + done.stderr
     why = "one can be prepared for Nvidia's compute capability 9.0 only"
@@ -358,26 +356,16 @@ def test_resume(check: Check) -> None:
         assert aside >= {"results.jsonl", "summary.txt", "logs.tgz"}
 
 
-def test_a_second_command_goes_on_with_what_the_first_has_measured(check: Check) -> None:
-    assert check(*only("bench")).returncode == 0
-    (check.folder / "results.jsonl").unlink()  # another folder, as far as it knows
-    done = check("compare", STUB_BENCH=f"test -f {check.folder}/results.jsonl")
+def test_other_visits(check: Check) -> None:
+    done = check(
+        "compare", "--resume", str(check.measured), STUB_BENCH=f"test -f {check.folder}/results.jsonl"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "--baseline torch.compile" in check.called("-m bench ")[0]
     trains = f"mkdir {check.folder}/training && echo > {check.folder}/training/training.json"
     for _ in range(2):
         assert check("compare", STUB_TRAINING=trains).returncode == 0, check.summary
         assert (check.folder / "training.json").exists()
-    # It is another run, of another commit, say.
-    check.another = "commit was 1 and is 2 now, so it cannot be continued"
-    done = check("compare", STUB_BENCH=f"test ! -f {check.folder}/results.jsonl && {check.leaves_results}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert check.summary["results"] == f"begun anew: {check.another}"
-    check.another = ""
-    # What quick measures cannot be continued.
-    assert check("quick").returncode == 0
-    check(*only("bench"), STUB_BENCH="exit 1")
-    assert check("compare", STUB_BENCH=f"test ! -f {check.folder}/results.jsonl").returncode == visit.FAILED
     assert check("decide").returncode == 0
     assert check.summary["decide"].startswith("ok")
 
