@@ -98,7 +98,8 @@ def _resumed(options: argparse.Namespace) -> Results | None:
         raise UsageError("--json, --resume: expected one of them: a file that is continued is written itself")
     if options.quick:
         raise UsageError("--resume: expected no --quick: what it measures is no part of another run")
-    return results.read(options.resume) if options.resume.exists() else None
+    begun = options.resume.exists() and options.resume.stat().st_size  # empty, if it was killed at once
+    return results.read(options.resume) if begun else None
 
 
 def _start(

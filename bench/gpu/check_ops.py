@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.cases.op import op_run
 from bench.gpu.process import limited
 from bench.harness.case import DTYPES, SEED
 from bench.harness.command import FAILURE, USER_ERROR
@@ -38,17 +39,12 @@ def differentiated(
     op: Op, function: Callable[..., Tensor], arguments: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The output of a call, and the gradients of its arguments, by name, for :func:`upstream`."""
-    own = {
-        name: value.detach().clone() if isinstance(value, Tensor) else value
-        for name, value in arguments.items()
-    }
-    names = [name for name in op.differentiable if isinstance(own.get(name), Tensor)]
-    leaves = {name: own[name].requires_grad_() for name in names}
-    output = function(**own)
+    run = op_run(op, function, arguments)
+    (output,) = run.forward()
     if not output.numel():
         return output, {}
-    found = torch.autograd.grad(output, list(leaves.values()), upstream(output, dtype))
-    return output, dict(zip(leaves, found, strict=True))
+    found = torch.autograd.grad(output, list(run.leaves.values()), upstream(output, dtype))
+    return output, dict(zip(run.leaves, found, strict=True))
 
 
 def upstream(output: Tensor, dtype: torch.dtype) -> Tensor:

@@ -91,6 +91,7 @@ def test_a_file_is_continued(
     here = replace(read_machine(CPU), commit="c" * 40, dirty=False)
     monkeypatch.setattr(program, "read_machine", lambda device: here)
     options = ["--op", "batch_norm", "--shapes", QUICK, "--baseline", "none", "--resume", str(file)]
+    file.touch()  # as of a process that was killed at once
     assert program.main([*options, "--mode", "fwd"]) == 0
     (first,) = read(file).rows
     assert program.main([*options, "--mode", "fwd", "bwd"]) == 0
