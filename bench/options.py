@@ -39,7 +39,7 @@ baselines:  {", ".join(_baselines(CASES))}
 
 examples:
   python -m bench                                            everything, into bench/results/<gpu>/
-  python -m bench --resume FILE                              likewise into FILE, what is not in it yet
+  python -m bench --resume FILE                              what is not in FILE yet, and into FILE
   python -m bench --op deform_mix --shapes nyud --mode fwd   one op at one shape
   python -m bench --with mine.py                             contenders and shapes of your own
   python -m bench --op gating --compare HEAD~1               against the previous commit, measured now

@@ -22,7 +22,7 @@ class Map:
         batch: pictures.
         channels: of every task's map.
         height: of the maps.
-        width: likewise.
+        width: of the maps.
         picture: (height, width) of the pictures, for the model; ops need none.
         classes: of semantic segmentation, for the model.
         task_names: the data set's tasks, names of :data:`degmix.tasks.TASKS`, one map each.
@@ -75,7 +75,7 @@ class Convolution:
         batch: pictures.
         channels: of input and output.
         height: of input and output.
-        width: likewise.
+        width: of input and output.
         spread: standard deviation of the offsets, in pixels.
         called: a name, if it is not made of the sizes.
         kernel: side of the kernel, odd.

@@ -33,7 +33,7 @@ class Compiled:
         products: whether the kernel has matrix products.
         matrix: the instruction that computes them on matrix units, the target's own if it is there, or None.
         loads: bits per lane → number of load instructions from global memory.
-        reductions: likewise, of atomic additions into global memory.
+        reductions: bits per lane → number of atomic additions into global memory.
     """
 
     op: str

@@ -64,7 +64,7 @@ class Checker:
         """See that ours is within the problem's limit, where nothing around it is rounded to TF32.
 
         Raises:
-            CheckFailed, Unchecked: likewise.
+            CheckFailed, Unchecked: as of :meth:`check`.
         """
         with exact_products():
             self.check(run, gradients, self.problem.limit(self, gradients))

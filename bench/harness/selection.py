@@ -26,7 +26,7 @@ class Selection:
     Attributes:
         cases: in their order.
         modes: "fwd", "bwd", "fwdbwd"; a case without one of them leaves it out.
-        dtypes: names; likewise.
+        dtypes: names; a case without one of them leaves it out.
         baselines: names of the baselines beside ours; None for all.
         seconds: for one measurement.
         quick: whether what takes minutes to start is left out.

@@ -48,7 +48,7 @@ def section(results: Results, source: str, pictures: Sequence[str]) -> str:
     Args:
         results: what was measured.
         source: where the file is, as the report's reader finds it.
-        pictures: likewise, of the pictures.
+        pictures: where the pictures are, as the report's reader finds them.
     """
     lines = [_provenance(results, source), ""]
     ops, model = shown(results), model_calls(results)
