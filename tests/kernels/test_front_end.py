@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu.trace import compiled
-from bench.targets import TARGETS
+from bench.compiler.targets import TARGETS
+from bench.compiler.trace import launches_of
 from degmix_kernels.backend import KERNEL_DTYPES
 from degmix_kernels.registry import OPS
 
@@ -20,7 +20,7 @@ KERNELS = {
     (launch.kernel.fn.__module__, launch.kernel.fn.__name__)
     for op in OPS
     for dtype in KERNEL_DTYPES
-    for launch in compiled(op, dtype)
+    for launch in launches_of(op, dtype)
 }
 
 FAULTY = """

@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bench.cases import Draw
-from bench.deform_conv import deform_mix_of, mix
+from bench.cases.deform_conv import deform_mix_of, mix
+from bench.cases.op import Draw
+from bench.cases.shapes import NYUD, WILD_OFFSETS
 from bench.gpu.decide.common import BF16, FP32, SMALL_MAP, backward, model_offsets, product, torchvision_rows
 from bench.gpu.decide.meter import Meter
-from bench.shapes import NYUD, WILD_OFFSETS
 from degmix_kernels import deform_mix
 from degmix_kernels.deform_conv import reference
 from degmix_kernels.deform_conv.mix_op import mix_op
@@ -231,7 +231,7 @@ class Redesign:
 def rows(meter: Meter) -> None:
     """The section."""
     shape = SMALL_MAP if meter.dry else NYUD
-    drawn = mix(shape)(Draw(meter.device, BF16)).arguments
+    drawn = mix(Draw(meter.device, BF16), shape).arguments
     offsets = {
         "as the model": lambda: model_offsets(drawn["x"].float()),
         "sigma 1": lambda: drawn["offset"],
