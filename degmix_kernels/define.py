@@ -279,8 +279,8 @@ class define:
         if any(wanted) and any(grad is not None for grad in grads):
             if self._keep is not None and not ctx.settings[self._keep - self.count]:
                 raise RuntimeError(
-                    f"{NAMESPACE}::{self.name}: nothing was kept for a gradient: the call, or its trace, was made "
-                    "where no tensor required one"
+                    f"{NAMESPACE}::{self.name}: nothing was kept for gradients: the call, or its trace, was "
+                    "made where no tensor required one"
                 )
             saved, count = ctx.saved_tensors, self.count
             call, kept = self.call(*saved[:count], *ctx.settings), saved[count:]
