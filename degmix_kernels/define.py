@@ -145,6 +145,9 @@ class define:
         self.autocast = tuple(
             field.name for field in tensors if not field.own_dtype and not field.coordinates
         )
+        self._scalars = tuple(
+            (field.name, field.type, field.optional, field.range) for field in self.fields[self.count :]
+        )
         self._no_settings = (False,) * (len(self.fields) - self.count)
         self._no_gradients = (None,) * len(self._no_settings)
         self._computed = [each.differentiable and each.name not in self.passed_on for each in tensors]
@@ -183,10 +186,9 @@ class define:
             elif value is None and self.fields[index].optional:
                 continue
             self._expect(index, value, first)
-        checked = list(values)
-        for index in range(self.count, len(self.fields)):
-            name, kind, optional, *_, allowed = self.fields[index]
-            checked[index] = checks.scalar(name, checked[index], kind, optional, allowed)
+        checked = [*values[: self.count]]
+        for (name, kind, optional, allowed), value in zip(self._scalars, values[self.count :], strict=True):
+            checked.append(checks.scalar(name, value, kind, optional, allowed))
         if self._keep is not None and checked[self._keep]:
             checked[self._keep] = self._differentiates(checked)
         return self.call(*checked)
@@ -230,7 +232,8 @@ class define:
 
     def runs_triton(self, call: Any, missing: str = "") -> bool:
         """As :func:`degmix_kernels.backend.runs_triton`, of a checked call."""
-        return backend.runs_triton(self.name, call[0].device, call[0].dtype, missing)
+        first = call[0]
+        return backend.runs_triton(self.name, first.device, first.dtype, missing)
 
     # --- forward -------------------------------------------------------------------------------------------
 

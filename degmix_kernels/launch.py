@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from operator import mul
 from typing import Any
 
 import torch
@@ -52,11 +53,10 @@ class Launch:
 def needs_64_bit(*tensors: Tensor | None) -> bool:
     """Whether an element of any tensor lies 2³¹ elements or more from its start."""
     for tensor in tensors:
-        if tensor is not None and tensor.numel() > 0:
-            last = 0
-            for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-                last += (size - 1) * abs(stride)
-            if last > INT32_MAX:
+        if tensor is not None:
+            strides = tensor.stride()  # never negative in PyTorch
+            last = sum(map(mul, tensor.shape, strides)) - sum(strides)
+            if last > INT32_MAX and tensor.numel() > 0:
                 return True
     return False
 

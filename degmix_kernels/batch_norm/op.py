@@ -67,43 +67,38 @@ def batch_norm(
     Follows Ioffe and Szegedy, arXiv 1502.03167, algorithm 1.
     """
     call = op.checked(x, mean, variance, weight, bias, residual, eps)
-    x = call.x
-    checks.expect(x.dim() in (2, 4), "x", "2 or 4 dimensions", x.shape)
-    checks.expect(x.shape[1] > 0, "x", "at least one channel", x.shape)
+    shape = call.x.shape
+    checks.expect(len(shape) in (2, 4), "x", "2 or 4 dimensions", shape)
+    checks.expect(shape[1] > 0, "x", "at least one channel", shape)
     for name, vector in zip(Call._fields[1:5], call[1:5], strict=True):
-        checks.expect_shape(name, vector, x.shape[1:2])
-    checks.expect_shape("residual", call.residual, x.shape)
+        checks.expect_shape(name, vector, shape[1:2])
+    checks.expect_shape("residual", call.residual, shape)
     if op.runs_triton(call):
         return op(call)
-    return maps.laid_out(x, reference.batch_norm(*call))[0]
+    return maps.laid_out(call.x, reference.batch_norm(*call))[0]
 
 
 def _outputs(call: Call) -> Tensor:
     return maps.empty_like(call.x)
 
 
-def _dense(call: Call) -> Call:
-    """The call as kernels read it: maps laid out as x, vectors contiguous."""
-    x, residual = maps.laid_out(call.x, call.x, call.residual)
-    return Call(x, *maps.contiguous(*call[1:5]), residual, call.eps)
-
-
 def _forward(call: Call, output: Tensor) -> None:
-    run(plan.plan_forward(*_dense(call)[:6], output, call.eps), output.device)
+    x, residual = maps.laid_out(output, call.x, call.residual)
+    run(plan.plan_forward(x, *maps.contiguous(*call[1:5]), residual, output, call.eps), output.device)
 
 
 def _backward(
     call: Call, kept: Sequence[Tensor], grads: Sequence[Tensor], wanted: Call
 ) -> dict[str, Tensor | None]:
-    x, mean, variance, weight, *_, eps = _dense(call)
-    (grad,) = maps.laid_out(x, *grads)
+    x, grad = maps.laid_out(call.x, call.x, grads[0])
+    mean, variance, weight = maps.contiguous(*call[1:4])
     grad_x = torch.empty_like(x) if wanted.x else None
     sums, products = any(wanted[1:5]), wanted.variance or wanted.weight
     vectors = [torch.empty_like(mean, dtype=torch.float32) if want else None for want in wanted[1:5]]
-    launch, partial = plan.plan_backward(grad, x, mean, variance, weight, grad_x, sums, products, eps)
+    launch, partial = plan.plan_backward(grad, x, mean, variance, weight, grad_x, sums, products, call.eps)
     run(launch, x.device)
     if sums:
-        run(plan.plan_finish(partial, variance, weight, *vectors, eps), x.device)
+        run(plan.plan_finish(partial, variance, weight, *vectors, call.eps), x.device)
     return dict(zip(Call._fields, (grad_x, *vectors), strict=False))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,11 +22,25 @@ WEIGHT_SHARE = 1 / 64
 WEIGHT_BYTES = 8 * 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Problem:
-    """The tensors of one call, shaped as in :func:`degmix_kernels.deform_conv2d`, and its geometry.
+    """One call: its tensors, shaped as in :func:`degmix_kernels.deform_conv2d`, its geometry, its sizes.
 
-    Pairs are (vertical, horizontal). Tensors may be meta tensors: nothing here touches memory.
+    Pairs are (vertical, horizontal). Tensors may be meta tensors: nothing here touches memory. Sizes are plain
+    attributes, computed at once: a launch reads most of them several times.
+
+    Attributes:
+        batch: images.
+        channels: input channels.
+        group_channels: input channels per group of the convolution.
+        groups: groups of the convolution.
+        group_out: output channels per group of the convolution.
+        taps: of the kernel.
+        offset_groups: blocks of input channels that share their offsets.
+        offset_channels: input channels per offset group.
+        segment: the largest block of channels that never straddles a group or an offset group.
+        out_pixels: output pixels of one image.
+        columns: elements of the column buffer that a convolution by im2col would allocate.
     """
 
     input: Tensor
@@ -38,6 +51,19 @@ class Problem:
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
+    def __post_init__(self) -> None:
+        self.batch, self.channels, self.height, self.width = self.input.shape
+        out_channels, self.group_channels, kernel_height, self.kernel_width = self.weight.shape
+        self.groups = self.channels // self.group_channels
+        self.group_out = out_channels // self.groups
+        self.taps = kernel_height * self.kernel_width
+        _, offset_maps, out_height, self.out_width = self.offset.shape
+        self.offset_groups = offset_maps // (2 * self.taps)
+        self.offset_channels = self.channels // self.offset_groups
+        self.segment = math.gcd(self.group_channels, self.offset_channels)
+        self.out_pixels = out_height * self.out_width
+        self.columns = self.batch * self.channels * self.taps * self.out_pixels
+
     @classmethod
     def of(
         cls, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, geometry: Sequence[int]
@@ -47,61 +73,6 @@ class Problem:
         weight = weight.contiguous(memory_format=torch.channels_last)
         return cls(input, offset, weight, mask, geometry[0:2], geometry[2:4], geometry[4:6])
 
-    @cached_property
-    def batch(self) -> int:
-        """Images."""
-        return self.input.shape[0]
-
-    @cached_property
-    def channels(self) -> int:
-        """Input channels."""
-        return self.input.shape[1]
-
-    @cached_property
-    def group_channels(self) -> int:
-        """Input channels per group of the convolution."""
-        return self.weight.shape[1]
-
-    @cached_property
-    def groups(self) -> int:
-        """Groups of the convolution."""
-        return self.channels // self.group_channels
-
-    @cached_property
-    def group_out(self) -> int:
-        """Output channels per group of the convolution."""
-        return self.weight.shape[0] // self.groups
-
-    @cached_property
-    def taps(self) -> int:
-        """Kernel taps."""
-        return self.weight.shape[2] * self.weight.shape[3]
-
-    @cached_property
-    def offset_groups(self) -> int:
-        """Blocks of input channels that share their offsets."""
-        return self.offset.shape[1] // (2 * self.taps)
-
-    @cached_property
-    def offset_channels(self) -> int:
-        """Input channels per offset group."""
-        return self.channels // self.offset_groups
-
-    @cached_property
-    def segment(self) -> int:
-        """The largest block of channels that never straddles a group or an offset group."""
-        return math.gcd(self.group_channels, self.offset_channels)
-
-    @cached_property
-    def out_pixels(self) -> int:
-        """Output pixels of one image."""
-        return self.offset.shape[2] * self.offset.shape[3]
-
-    @cached_property
-    def columns(self) -> int:
-        """Elements of the column buffer that a convolution by im2col would allocate."""
-        return self.batch * self.channels * self.taps * self.out_pixels
-
     def sizes(self) -> dict[str, int]:
         """The run-time sizes every kernel takes, by argument name."""
         return {
@@ -109,11 +80,11 @@ class Problem:
             "group_channels": self.group_channels,
             "group_out": self.group_out,
             "offset_channels": self.offset_channels,
-            "height": self.input.shape[2],
-            "width": self.input.shape[3],
+            "height": self.height,
+            "width": self.width,
             "taps": self.taps,
-            "kernel_width": self.weight.shape[3],
-            "out_width": self.offset.shape[3],
+            "kernel_width": self.kernel_width,
+            "out_width": self.out_width,
             "out_pixels": self.out_pixels,
             "stride_y": self.stride[0],
             "stride_x": self.stride[1],
