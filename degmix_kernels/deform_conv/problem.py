@@ -26,8 +26,8 @@ WEIGHT_BYTES = 8 * 2**20
 class Problem:
     """One call: its tensors, shaped as in :func:`degmix_kernels.deform_conv2d`, its geometry, its sizes.
 
-    Pairs are (vertical, horizontal). Tensors may be meta tensors: nothing here touches memory. Sizes are plain
-    attributes, computed at once: a launch reads most of them several times.
+    Pairs are (vertical, horizontal). Tensors may be meta tensors: nothing here touches memory. Sizes are
+    plain attributes, computed at once: a launch reads most of them several times.
 
     Attributes:
         batch: images.
