@@ -144,6 +144,11 @@ class define:
         self.autocast = tuple(
             field.name for field in tensors if not field.own_dtype and not field.coordinates
         )
+        self._scalars = [
+            (index, field.name, field.type, field.optional, field.range)
+            for index, field in enumerate(self.fields)
+            if field.type is not Tensor
+        ]
         self._no_settings = (False,) * (len(self.fields) - self.count)
         self._no_gradients = (None,) * len(self._no_settings)
         self._computed = [each.differentiable and each.name not in self.passed_on for each in tensors]
@@ -183,8 +188,7 @@ class define:
                 continue
             self._expect(index, value, first)
         checked = list(values)
-        for index in range(self.count, len(self.fields)):
-            name, kind, optional, *_, allowed = self.fields[index]
+        for index, name, kind, optional, allowed in self._scalars:
             checked[index] = checks.scalar(name, checked[index], kind, optional, allowed)
         if self._keep is not None and checked[self._keep]:
             checked[self._keep] = self._differentiates(checked)
@@ -217,7 +221,7 @@ class define:
         """Whether there may be a backward pass that computes anything."""
         if not torch.is_grad_enabled():
             return False
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active():
             # A tensor does not tell whether outer transforms differentiate it.
             return True
         return any(
