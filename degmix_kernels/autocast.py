@@ -19,8 +19,8 @@ def cast_inputs(device, *tensors):
 
 
 def cast(tensor: Tensor | None) -> Tensor | None:
-    """A half or single precision tensor in the autocast dtype of its device; doubles and None as they are."""
-    if tensor is None or tensor.dtype == torch.float64:
+    """A half or single precision tensor in the autocast dtype of its device; others and None as they are."""
+    if tensor is None or tensor.dtype == torch.float64 or tensor.device.type == "meta":
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
