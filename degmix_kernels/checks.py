@@ -41,6 +41,12 @@ def expect_tensor(argument: str, value: object, dims: int | None = None) -> None
         expect(value.dim() == dims, argument, f"{dims} dimensions", value.shape)
 
 
+def expect_dims(argument: str, value: Tensor | None, dims: int) -> None:
+    """Raise unless the tensor has this many dimensions; None has any."""
+    if value is not None and value.dim() != dims:
+        expect(False, argument, f"{dims} dimensions", value.shape)
+
+
 def expect_shape(argument: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
     """Raise unless the tensor has exactly this shape; None has any."""
     if value is not None and value.shape != shape:  # the message is made only now: compilers see symbols
@@ -81,6 +87,12 @@ class OneOf:
         return value in self.values
 
 
+def shown(value: object) -> str:
+    """A value as a message shows it: in one line."""
+    text = repr(value)
+    return f"a value of type {type(value).__name__}" if "\n" in text or len(text) > 80 else text
+
+
 def scalar(
     argument: str, value: Any, kind: type, optional: bool = False, allowed: Range | OneOf | None = None
 ) -> Any:
@@ -94,15 +106,15 @@ def scalar(
         return None
     if kind is float:
         if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{argument}: expected a number, got {value!r}")
+            raise TypeError(f"{argument}: expected a number, got {shown(value)}")
         value = float(value)
         expect(math.isfinite(value), argument, "a finite number", value)
     elif kind is int:
         if not is_integer(value):
-            raise TypeError(f"{argument}: expected an integer, got {value!r}")
+            raise TypeError(f"{argument}: expected an integer, got {shown(value)}")
     elif not isinstance(value, kind):
         article = {bool: "True or False", str: "a string"}[kind]
-        raise TypeError(f"{argument}: expected {article}, got {value!r}")
+        raise TypeError(f"{argument}: expected {article}, got {shown(value)}")
     if isinstance(allowed, OneOf):
         expect_choice(argument, value, allowed.values)
     elif allowed is not None:
@@ -119,10 +131,10 @@ def is_integer(value: object) -> bool:
 def expect_integer(argument: str, value: object, minimum: int) -> None:
     """Raise unless the value is an integer and at least ``minimum``."""
     if not is_integer(value):
-        raise TypeError(f"{argument}: expected an integer, got {value!r}")
+        raise TypeError(f"{argument}: expected an integer, got {shown(value)}")
     expect(value >= minimum, argument, f"at least {minimum}", value)
 
 
 def expect_choice(argument: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise unless the value is one of the choices."""
-    expect(value in choices, argument, f"one of {choices}", repr(value))
+    expect(value in choices, argument, f"one of {choices}", shown(value))

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._guards import TracingContext
 from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
@@ -144,11 +145,6 @@ class define:
         self.autocast = tuple(
             field.name for field in tensors if not field.own_dtype and not field.coordinates
         )
-        self._scalars = [
-            (index, field.name, field.type, field.optional, field.range)
-            for index, field in enumerate(self.fields)
-            if field.type is not Tensor
-        ]
         self._no_settings = (False,) * (len(self.fields) - self.count)
         self._no_gradients = (None,) * len(self._no_settings)
         self._computed = [each.differentiable and each.name not in self.passed_on for each in tensors]
@@ -188,7 +184,8 @@ class define:
                 continue
             self._expect(index, value, first)
         checked = list(values)
-        for index, name, kind, optional, allowed in self._scalars:
+        for index in range(self.count, len(self.fields)):
+            name, kind, optional, *_, allowed = self.fields[index]
             checked[index] = checks.scalar(name, checked[index], kind, optional, allowed)
         if self._keep is not None and checked[self._keep]:
             checked[self._keep] = self._differentiates(checked)
@@ -209,20 +206,22 @@ class define:
             if values[index] is not None or not field.optional:
                 checks.expect_tensor(field.name, values[index])
         cast = list(values)
-        if autocast.enabled(cast[0].device):
+        device = cast[0].device
+        if autocast.enabled(device):
             for index, field in enumerate(self.fields[: self.count]):
                 if field.coordinates:
                     cast[index] = autocast.widen_other_half(cast[index], cast[0])
                 elif not field.own_dtype:
-                    cast[index] = autocast.cast(cast[index])
+                    cast[index] = autocast.cast(cast[index], device)
         return cast
 
     def _differentiates(self, values: Sequence[Any]) -> bool:
         """Whether there may be a backward pass that computes anything."""
         if not torch.is_grad_enabled():
             return False
-        if torch._C._are_functorch_transforms_active():
-            # A tensor does not tell whether outer transforms differentiate it.
+        if torch._C._are_functorch_transforms_active():  # a tensor does not tell of outer transforms
+            return True
+        if not torch.compiler.is_compiling() and _is_traced():  # nor what will be asked of a trace
             return True
         return any(
             computed and value is not None and value.requires_grad
@@ -278,6 +277,11 @@ class define:
         wanted = [computed and need for computed, need in zip(self._computed, needed, strict=False)]
         gradients: list[Tensor | None] = [None] * self.count
         if any(wanted) and any(grad is not None for grad in grads):
+            if self._keep is not None and not ctx.settings[self._keep - self.count]:
+                raise RuntimeError(
+                    f"{NAMESPACE}::{self.name}: nothing was kept for gradients: the call, or its trace, was "
+                    "made where no tensor required one"
+                )
             saved, count = ctx.saved_tensors, self.count
             call, kept = self.call(*saved[:count], *ctx.settings), saved[count:]
             if torch.is_grad_enabled() or _is_watched((*grads, *call)) or _is_batched(grads):
@@ -432,13 +436,20 @@ class define:
 _PLAIN = _TENSORS | {type(None), int, float, bool, str, list}
 
 
+def _is_traced() -> bool:
+    """Whether a graph is being made by ``torch.jit.trace`` or ``make_fx``."""
+    proxies = torch._C._TorchDispatchModeKey.PROXY
+    return torch._C._get_tracing_state() is not None or torch._C._get_dispatch_mode(proxies) is not None
+
+
 def _is_watched(values: Sequence[Any]) -> bool:
     """Whether someone would miss what does not go through the dispatcher."""
     if torch._C._get_tracing_state() is not None:
         return True
     if torch._C._len_torch_dispatch_stack() == 0 and _PLAIN.issuperset(map(type, values)):
         return False
-    return not _transparent.get()
+    # A compiler looks at tensors that have no values: it never sees inside.
+    return not _transparent.get() or TracingContext.try_get() is not None
 
 
 def _is_batched(grads: Sequence[Tensor | None]) -> bool:
@@ -505,3 +516,29 @@ def _over_slices(function: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(torch.stack(each) for each in zip(*slices, strict=True)), (0,) * len(slices[0])
 
     return vmap
+
+
+def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], float]]:
+    """What fvcore needs to count the Triton kernels, which it has no way to look up by itself.
+
+    ``FlopCountAnalysis(model, inputs).set_op_handle(**degmix_kernels.fvcore_handles())``. They count one for
+    a multiply-add, as fvcore does.
+    """
+
+    def handle(op: define) -> Callable[[list[Any], list[Any]], float]:
+        def count(inputs: list[Any], outputs: list[Any]) -> float:
+            tensors = [
+                torch.empty(sizes, device="meta") if (sizes := _sizes(value)) is not None else None
+                for value in inputs[: op.count]
+            ]
+            return op.products(op.call(*tensors, *op._no_settings)) / 2
+
+        return count
+
+    return {f"{NAMESPACE}::{name}": handle(op) for name, op in DEFINED.items()}
+
+
+def _sizes(value: Any) -> list[int] | None:
+    """The sizes of a tensor in a trace; None of what is none."""
+    kind = value.type()
+    return kind.sizes() if kind.isSubtypeOf(torch._C.TensorType.get()) else None
