@@ -151,7 +151,8 @@ def missing(query: Tensor) -> str:
 
 
 def _heads_inside(tokens: Tensor) -> bool:
-    return tokens.shape[1] > 1 and tokens.stride(1) < tokens.stride(2)
+    _, head, token, _ = tokens.stride()
+    return head < token and tokens.shape[1] > 1
 
 
 def _laid_out_as(like: Tensor, tokens: Tensor | None) -> Tensor | None:

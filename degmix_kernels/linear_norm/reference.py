@@ -44,5 +44,5 @@ def linear_norm(
             output = output + rows(residual)
         output = output.to(x.dtype)
         if x.dim() == 4:
-            return output.view(x.shape[0], *x.shape[2:], z.shape[2]).permute(0, 3, 1, 2)
-        return output.view(*x.shape[:2], z.shape[2])
+            return output.reshape(x.shape[0], *x.shape[2:], z.shape[2]).permute(0, 3, 1, 2)
+        return output.reshape(*x.shape[:2], z.shape[2])
