@@ -264,7 +264,7 @@ def test_saves_x_and_z_only(device):
 
     with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         channel_mix(**call)
-    parameters = {call[name].data_ptr() for name in ("weight", "norm_weight")}
+    parameters = {call[name].data_ptr() for name in ("weight", "bias", "norm_weight", "norm_bias")}
     kept = sum(size for pointer, size in saved.items() if pointer not in parameters)
     z = 3 * 7 * 24
     assert kept <= 4 * (call["x"].numel() + z + 2 * 7)
