@@ -54,8 +54,9 @@ def coordinate_bias(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """
     call = op.checked(x, rows, columns)
     x, rows, columns = call
-    for name, tensor in zip(Call._fields, call, strict=True):
-        checks.expect(tensor.dim() == 4, name, "4 dimensions", tensor.shape)
+    checks.expect(x.dim() == 4, "x", "4 dimensions", x.shape)
+    checks.expect(rows.dim() == 4, "rows", "4 dimensions", rows.shape)
+    checks.expect(columns.dim() == 4, "columns", "4 dimensions", columns.shape)
     batch, channels, height, width = x.shape
     groups, of_rows, of_columns = rows.shape[0], rows.shape[1], columns.shape[1]
     checks.expect(channels > 0 and height > 0 and width > 0, "x", "no empty dimension but the batch", x.shape)
@@ -72,8 +73,9 @@ def _outputs(call: Call) -> Tensor:
 
 
 def _forward(call: Call, output: Tensor) -> None:
-    (x,) = maps.laid_out(call.x, call.x)
-    run(plan.plan_forward(x, *maps.contiguous(call.rows, call.columns), output), x.device)
+    x, rows, columns = call
+    x = x.contiguous(memory_format=maps.memory_format(x))
+    run(plan.plan_forward(x, rows.contiguous(), columns.contiguous(), output), x.device)
 
 
 def _backward(
