@@ -213,7 +213,7 @@ class define:
         """Whether there may be a backward pass that computes anything."""
         if not torch.is_grad_enabled():
             return False
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active():
             # A tensor does not tell whether outer transforms differentiate it.
             return True
         return any(

@@ -140,7 +140,8 @@ def gated_mlp(
         checks.expect_shape(name, getattr(call, name), shape)
     if op.runs_triton(call):
         return op(call)[0]
-    if recompute and torch.is_grad_enabled():
+    # Transforms of torch.func refuse the hooks that checkpointing needs.
+    if recompute and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         return checkpoint(reference.gated_mlp, *call[:13], use_reentrant=False)
     return reference.gated_mlp(*call[:13])
 
