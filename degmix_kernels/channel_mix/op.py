@@ -158,9 +158,9 @@ def _check_shapes(call: Call) -> None:
     divides = inner > 0 and x.shape[1] % inner == 0 and out_channels % (x.shape[1] // inner) == 0
     checks.expect(divides, "weight", "C/groups inputs and a multiple of groups rows", tuple(weight.shape))
     checks.expect_shape("weight", weight, (out_channels, inner, *([1] * (weight.dim() - 2))))
-    checks.expect_shape("residual", call.residual, (x.shape[0], out_channels, *x.shape[2:]))
     for name, vector in zip(Call._fields[3:8], call[3:8], strict=True):
         checks.expect_shape(name, vector, (out_channels,))
+    checks.expect_shape("residual", call.residual, (x.shape[0], out_channels, *x.shape[2:]))
 
 
 def _outputs(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Channel mixing against its formula written out, and nn.BatchNorm2d's habits."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -214,6 +215,14 @@ def test_bad_input(change, error, message):
     arguments = {"x": torch.zeros(2, 3), "weight": torch.zeros(5, 3)} | change
     with pytest.raises(error, match=message):
         channel_mix(**arguments)
+
+
+@pytest.mark.parametrize("module", [BatchNorm2d, partial(ChannelMix, 4), lambda size: ChannelMix(size, 4)])
+def test_modules_of_no_size_are_refused(module):
+    with pytest.raises(TypeError, match="expected an integer, got 4.5"):
+        module(4.5)
+    with pytest.raises(ValueError, match="expected at least 1, got 0"):
+        module(0)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------
