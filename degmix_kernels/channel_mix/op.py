@@ -173,9 +173,9 @@ def _outputs(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape, layout = (x.shape[0], channels, *x.shape[2:]), maps.memory_format(x)
     output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     pre = torch.empty_like(output) if call.keep else x.new_empty(0)
-    vectors = (channels if call.running_mean is None else 0,) * 2
-    numbers = (*vectors, 0 if call.group is None else 1)
-    return output, pre, *(x.new_empty(number, dtype=torch.float32) for number in numbers)
+    size = channels if call.running_mean is None else 0
+    sizes = (size, size, 0 if call.group is None else 1)
+    return output, pre, *(x.new_empty(each, dtype=torch.float32) for each in sizes)
 
 
 def _dense(call: Call) -> Call:
@@ -230,7 +230,7 @@ def _backward(
     sizes = maps.Sizes.of(x)
     elements = sizes.images * sizes.pixels
     if not batch:
-        sums = None  # what the statistics are of does not depend on x
+        sums = None  # running statistics are constants
     elif call.group is not None:
         sums, elements = mean_of(sums, count, call.group), 1
     grad_pre = torch.empty_like(pre)

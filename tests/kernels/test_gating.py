@@ -87,9 +87,9 @@ def test_bad_input():
         SpatialGatingUnit(4, "pixel")
     with pytest.raises(ValueError, match="tokens: expected a token count in mode 'token', got None"):
         SpatialGatingUnit(4, "token")
-    with pytest.raises(TypeError, match="tokens: expected an integer, got 7.0"):
+    with pytest.raises(TypeError, match=r"tokens: expected an integer, got 7\.0"):
         SpatialGatingUnit(4, "token", tokens=7.0)
-    with pytest.raises(TypeError, match="hidden: expected an integer, got 4.5"):
+    with pytest.raises(TypeError, match=r"hidden: expected an integer, got 4\.5"):
         GatedMLP(4, 4.5)
     with pytest.raises(ValueError, match="dim: expected at least 1, got 0"):
         GatedMLP(0)
