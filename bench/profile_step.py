@@ -18,12 +18,12 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.cases import DTYPES, Case, Unavailable
-from bench.machine import read_machine
-from bench.measure import call_of
-from bench.model import CASES, FORMULA, HEAD
-from bench.program import USER_ERROR
-from bench.results import OURS, expect_writable
+from bench.cases.model import CASES, FORMULA, HEAD
+from bench.harness.case import DTYPES, Case, Unavailable
+from bench.harness.command import USER_ERROR
+from bench.harness.machine import read_machine
+from bench.harness.measure import call_of
+from bench.harness.results import OURS, expect_writable
 from degmix.files import atomic_file
 
 SHAPE, DTYPE, MODE = "nyud b8", "bf16", "fwdbwd"

@@ -13,11 +13,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bench.cases import DTYPES, Case
-from bench.measure import call_of
-from bench.results import OURS
-from bench.run import CASES
-from bench.shapes import LAUNCH, NYUD, QUICK
+from bench.cases.registry import CASES
+from bench.cases.shapes import LAUNCH, NYUD, QUICK
+from bench.harness.case import DTYPES, Case
+from bench.harness.measure import call_of
+from bench.harness.results import OURS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = (NYUD.name, f"{NYUD.name} b1", LAUNCH) if DEVICE.type == "cuda" else (QUICK,)

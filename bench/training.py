@@ -16,77 +16,39 @@ import json
 import shutil
 import signal
 import sys
-import textwrap
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
-from bench.cases import Unavailable
-from bench.ceilings import at_work
-from bench.deform_conv import load_torchvision
-from bench.machine import read_machine
-from bench.model import FORMULA
-from bench.program import FAILURE, INTERRUPTED, LOG_WIDTH, USER_ERROR
-from bench.results import OK, OURS, Machine, expect_writable
+from bench.cases.deform_conv import load_torchvision
+from bench.cases.model import FORMULA
+from bench.harness.case import Unavailable
+from bench.harness.ceilings import at_work
+from bench.harness.command import FAILURE, INTERRUPTED, LOG_WIDTH, USER_ERROR
+from bench.harness.machine import read_machine
+from bench.harness.results import OK, OURS, expect_writable
+from bench.report.curves import JSON_NAME, PLOT_NAME, Curve, write
 from degmix import DeGMixHead, build, train
 from degmix.config import Config, ConfigError, load_config
 from degmix.data import synthetic
 from degmix.data.errors import DataError
 from degmix.data.nyud import one_line
 from degmix.data.synthetic.writer import usable_cores
-from degmix.files import atomic_file
 from degmix.model.formula import formula
 from degmix.progress import stage
 
-JSON_NAME, PLOT_NAME = "training.json", "training.png"
 STOPPED, LATE = "interrupted", "out of time"
-NOTICEABLE = 0.03  # share of the time spent waiting for data that the plot names
-LONGEST_REASON = 60  # characters
 MOST_WORKERS = 14
 SHARED_MEMORY = Path("/dev/shm")  # where loader processes leave their batches
 BATCHES_OF_A_WORKER = 3  # that are there at once: two ahead, as PyTorch's loader has it, and one in use
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What one run reached.
-
-    Attributes:
-        status: "ok" if it did all its steps, otherwise why not.
-        steps_asked: the steps it was to do.
-        steps_done: the steps it did.
-        images_per_second: in the second half of those, when all is compiled; waiting for data included.
-        waiting_for_data: share of that time spent waiting. Both are None after fewer than two steps.
-        losses: of every step, all tasks together.
-    """
-
-    status: str
-    steps_asked: int
-    steps_done: int
-    images_per_second: float | None
-    waiting_for_data: float | None
-    losses: list[float]
-
-    def __str__(self) -> str:
-        """In a line, as the plot's legend has it."""
-        words = []
-        if self.images_per_second is not None:
-            words.append(f"{self.images_per_second:.3g} images/s")
-            if self.waiting_for_data > NOTICEABLE:
-                words.append(f"{self.waiting_for_data:.0%} of the time waiting for data")
-        if self.status != OK:
-            why = textwrap.shorten(self.status, LONGEST_REASON, placeholder="…")
-            words.append(f"{self.steps_done} of {self.steps_asked} steps: {why}")
-        return ", ".join(words)
 
 
 @contextmanager
@@ -155,7 +117,7 @@ def read_curve(log: Path, status: str, config: Config) -> Curve:
         )
         images = (len(records) - len(records) // 2) * config.train.batch_size
         rate, waiting = images / (seconds - before), (waited - waited_before) / (seconds - before)
-    losses = [record["loss"] for record in records]
+    losses = tuple(record["loss"] for record in records)
     return Curve(status, config.train.steps, len(records), rate, waiting, losses)
 
 
@@ -163,41 +125,6 @@ def _times(record: dict, batch: int) -> tuple[float, float]:
     """Seconds since the start, and those of waiting among them."""
     seconds = record["step"] * batch / record["images_per_second"]
     return seconds, record["waiting_for_data"] * seconds
-
-
-def write(out: Path, machine: Machine, what: str, curves: dict[str, Curve]) -> None:
-    """Write the numbers, then the plot, each whole or not at all."""
-    runs = {name: asdict(curve) for name, curve in curves.items()}
-    record = {"machine": asdict(machine), "what": what, "runs": runs}
-    with atomic_file(out / JSON_NAME) as file:
-        file.write((json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
-    with atomic_file(out / PLOT_NAME) as file:
-        draw(curves, what).savefig(file, format="png", dpi=150)
-
-
-def curves_of(path: Path) -> tuple[str, dict[str, Curve]]:
-    """What was trained and the curves, of a file that :func:`write` left.
-
-    Raises:
-        OSError: if there is no such file.
-        ValueError: if it is none of them.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return record["what"], {name: Curve(**run) for name, run in record["runs"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not what bench.training writes: {error}") from None
-
-
-def draw(curves: dict[str, Curve], title: str) -> Figure:
-    """The loss curves on one plot, each as far as it goes."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="step", ylabel="loss, all tasks together")
-    for name, curve in curves.items():
-        steps = range(1, curve.steps_done + 1)
-        axes.plot(steps, curve.losses, label=f"{name}: {curve}", alpha=0.8, linewidth=1)
-    axes.legend(fontsize=8)
-    return figure
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

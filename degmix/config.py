@@ -6,11 +6,8 @@ An unknown key or a value of the wrong type is an error that names the key, what
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +17,7 @@ import yaml
 
 from degmix.data.transforms import SCALES
 from degmix.losses import EDGE_POSITIVE_WEIGHT
+from degmix.records import RecordError, convert
 from degmix.tasks import TASKS
 
 PRESETS = Path(__file__).parent / "presets"
@@ -231,8 +229,8 @@ def preset_names() -> list[str]:
 def config_from_tree(tree: object, where: str) -> Config:
     """A configuration from nested dictionaries; ``where`` they came from is named in errors."""
     try:
-        return _convert(tree, Config, "")
-    except ConfigError as error:
+        return convert(tree, Config)
+    except (RecordError, ConfigError) as error:
         raise ConfigError(f"{where}: {error}") from None
 
 
@@ -282,87 +280,6 @@ def _override(tree: object, override: str) -> None:
     if not isinstance(tree, dict):
         raise ConfigError(f"{key}: unknown key: {key.rpartition('.')[0]} is a value, not a section")
     tree[last] = value
-
-
-def _convert(value: object, wanted: Any, key: str) -> Any:
-    """``value`` as the type ``wanted``, or a ConfigError that names ``key``."""
-    if dataclasses.is_dataclass(wanted):
-        return _convert_section(value, wanted, key)
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin is types.UnionType:
-        for choice in arguments:
-            try:
-                return _convert(value, choice, key)
-            except ConfigError:
-                continue
-    elif origin is tuple and isinstance(value, (list, tuple)):
-        if arguments[-1] is Ellipsis:
-            return tuple(_convert(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value))
-        if len(value) == len(arguments):
-            return tuple(
-                _convert(item, kind, f"{key}[{i}]")
-                for i, (item, kind) in enumerate(zip(value, arguments, strict=True))
-            )
-    elif origin is dict and isinstance(value, dict):
-        return {
-            _convert(name, arguments[0], key): _convert(item, arguments[1], f"{key}.{name}")
-            for name, item in value.items()
-        }
-    elif wanted is float and not isinstance(value, bool):
-        # YAML 1.1 reads 1e-3 as a string.
-        if isinstance(value, (int, float, str)) and _is_finite(value):
-            return float(value)
-    elif isinstance(wanted, type) and type(value) is wanted:
-        return value
-    raise ConfigError(f"{key}: expected {_describe(wanted)}, got {_show(value)}")
-
-
-def _convert_section(value: object, section: Any, key: str) -> Any:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{key or 'the file'}: expected a section of keys, got {_show(value)}")
-    wanted = typing.get_type_hints(section)
-    for name in value:
-        if name not in wanted:
-            close = difflib.get_close_matches(str(name), wanted, n=1)
-            prefix = f"{key}." if key else ""
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(wanted)}"
-            raise ConfigError(f"{prefix}{name}: unknown key; {hint}")
-    return section(
-        **{
-            name: _convert(item, wanted[name], f"{key}.{name}" if key else name)
-            for name, item in value.items()
-        }
-    )
-
-
-def _is_finite(value: float | str) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except (ValueError, OverflowError):
-        return False
-
-
-def _show(value: object) -> str:
-    """A value as its author wrote it, or nearly so where JSON cannot hold it."""
-    try:
-        return json.dumps(value, default=str)
-    except (ValueError, TypeError, RecursionError):
-        return repr(value)
-
-
-def _describe(wanted: Any) -> str:
-    """A type in words."""
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin is types.UnionType:
-        return " or ".join(_describe(choice) for choice in arguments)
-    if origin is tuple and arguments[-1] is Ellipsis:
-        return f"a list of {_describe(arguments[0])}"
-    if origin is tuple:
-        return f"a list of {len(arguments)} × {_describe(arguments[0])}"
-    if origin is dict:
-        return "a section of keys"
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
-    return names[wanted]
 
 
 def _expect(condition: bool, key: str, expected: str, got: str) -> None:

@@ -5,6 +5,7 @@ from degmix_kernels.backend import can_run, use_backend
 from degmix_kernels.batch_norm import BatchNorm2d, batch_norm
 from degmix_kernels.channel_mix import ChannelMix, channel_mix
 from degmix_kernels.coordinate_bias import CoordinateBias, coordinate_bias
+from degmix_kernels.define import fvcore_handles
 from degmix_kernels.deform_conv import DeformConv2d, DeformMix, deform_conv2d, deform_mix, replace_deform_conv
 from degmix_kernels.gating import GatedMLP, SpatialGatingUnit, gated_mlp, spatial_gating_unit
 from degmix_kernels.linear_norm import LinearNorm, linear_norm
@@ -28,6 +29,7 @@ __all__ = [
     "coordinate_bias",
     "deform_conv2d",
     "deform_mix",
+    "fvcore_handles",
     "gated_attention",
     "gated_mlp",
     "linear_attention",

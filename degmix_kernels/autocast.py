@@ -15,14 +15,14 @@ def enabled(device: torch.device) -> bool:
 
 def cast_inputs(device, *tensors):
     """TRANSITIONAL."""
-    return tuple(cast(tensor) for tensor in tensors) if enabled(device) else tensors
+    return tuple(cast(tensor, device) for tensor in tensors) if enabled(device) else tensors
 
 
-def cast(tensor: Tensor | None) -> Tensor | None:
-    """A half or single precision tensor in the autocast dtype of its device; doubles and None as they are."""
+def cast(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """A half or single precision tensor in the device's autocast dtype; doubles and None as they are."""
     if tensor is None or tensor.dtype == torch.float64:
         return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    return tensor.to(torch.get_autocast_dtype(device.type))
 
 
 def widen_other_half(tensor: Tensor, like: Tensor) -> Tensor:

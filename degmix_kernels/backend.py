@@ -83,7 +83,7 @@ def runs_triton(op: str, device: torch.device, dtype: torch.dtype, missing: str 
         return False
     if missing:
         if forced == "triton":
-            warnings.warn(f"{op}: {missing} has no Triton kernel yet; running the reference", stacklevel=3)
+            warnings.warn(f"{op}: {missing} has no Triton kernel yet; running the reference", stacklevel=4)
         return False
     runnable, reason = can_run(device, dtype)
     if forced == "triton" and not runnable:

@@ -20,6 +20,7 @@ from torch import Tensor
 def expect(condition: bool, argument: str, expected: str, got: object) -> None:
     """Raise ``ValueError`` naming the argument, what was expected and what came, unless true."""
     if not condition:
+        got = tuple(got) if isinstance(got, torch.Size) else got
         raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
@@ -38,6 +39,12 @@ def expect_tensor(argument: str, value: object, dims: int | None = None) -> None
         raise TypeError(f"{argument}: expected {bits}, got {value.dtype}")
     if dims is not None:
         expect(value.dim() == dims, argument, f"{dims} dimensions", value.shape)
+
+
+def expect_dims(argument: str, value: Tensor | None, dims: int) -> None:
+    """Raise unless the tensor has this many dimensions; None has any."""
+    if value is not None and value.dim() != dims:
+        expect(False, argument, f"{dims} dimensions", value.shape)
 
 
 def expect_shape(argument: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -66,12 +73,24 @@ class Range:
     minimum: float = -sys.float_info.max
     maximum: float = sys.float_info.max
 
+    def __contains__(self, value: float) -> bool:
+        return self.minimum <= value <= self.maximum
+
 
 @dataclass(frozen=True)
 class OneOf:
     """A few values."""
 
     values: tuple[object, ...]
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.values
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: in one line."""
+    text = repr(value)
+    return f"a value of type {type(value).__name__}" if "\n" in text or len(text) > 80 else text
 
 
 def scalar(
@@ -81,21 +100,21 @@ def scalar(
 
     Numbers are finite. NumPy's are accepted.
     """
-    if type(value) is float and kind is float and allowed.minimum <= value <= allowed.maximum:
+    if type(value) is kind and (allowed is None or value in allowed):  # a shorter way for what is right
         return value
     if value is None and optional:
         return None
     if kind is float:
         if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{argument}: expected a number, got {value!r}")
+            raise TypeError(f"{argument}: expected a number, got {shown(value)}")
         value = float(value)
         expect(math.isfinite(value), argument, "a finite number", value)
     elif kind is int:
         if not is_integer(value):
-            raise TypeError(f"{argument}: expected an integer, got {value!r}")
+            raise TypeError(f"{argument}: expected an integer, got {shown(value)}")
     elif not isinstance(value, kind):
         article = {bool: "True or False", str: "a string"}[kind]
-        raise TypeError(f"{argument}: expected {article}, got {value!r}")
+        raise TypeError(f"{argument}: expected {article}, got {shown(value)}")
     if isinstance(allowed, OneOf):
         expect_choice(argument, value, allowed.values)
     elif allowed is not None:
@@ -112,10 +131,10 @@ def is_integer(value: object) -> bool:
 def expect_integer(argument: str, value: object, minimum: int) -> None:
     """Raise unless the value is an integer and at least ``minimum``."""
     if not is_integer(value):
-        raise TypeError(f"{argument}: expected an integer, got {value!r}")
+        raise TypeError(f"{argument}: expected an integer, got {shown(value)}")
     expect(value >= minimum, argument, f"at least {minimum}", value)
 
 
 def expect_choice(argument: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise unless the value is one of the choices."""
-    expect(value in choices, argument, f"one of {choices}", repr(value))
+    expect(value in choices, argument, f"one of {choices}", shown(value))

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._guards import TracingContext
 from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
@@ -51,6 +52,8 @@ Constant = Annotated[Tensor, _OWN_DTYPE, _CONSTANT]
 """As OwnDtype, and without a gradient."""
 NotNegative = Annotated[float, checks.Range(minimum=0.0)]
 """A finite number that is not negative."""
+Positive = Annotated[int, checks.Range(minimum=1)]
+"""An integer of at least 1."""
 
 _SCHEMA = {Tensor: "Tensor", str: "str", float: "float", int: "SymInt", bool: "bool"}
 
@@ -102,8 +105,7 @@ class define:
         forward: ``forward(call, *outputs)`` fills them.
         backward: ``backward(call, kept, grads, wanted)`` gives gradients by names of arguments, in any dtype.
             In ``call`` tensors that were not saved are None. ``grads`` has one gradient or None per result.
-            ``wanted`` is a ``call`` of booleans. Gradients that are not wanted may be given, too. A gradient
-            is laid out as its tensor, if that is channels_last, and is contiguous otherwise.
+            ``wanted`` is a ``call`` of booleans. Gradients that are not wanted may be given, too.
         products: ``products(call)`` counts the FLOPs of the forward pass's matrix products, two per
             multiply-add. It reads no more than the shapes of tensors that are saved.
         backward_products: those of the backward pass over those of the forward pass: two for a product whose
@@ -115,6 +117,8 @@ class define:
         kept: how many these are.
         passed_on: tensors whose gradient is the first result's. They are not saved.
         unsaved: more tensors that the backward pass does not read. They are shaped as the first result.
+        like: ``like(tensor)`` is an uninitialised tensor, laid out as a gradient of this one is: by default
+            channels_last if the tensor is, else contiguous.
     """
 
     name: str
@@ -130,6 +134,7 @@ class define:
     kept: int | None = None
     passed_on: tuple[str, ...] = ()
     unsaved: tuple[str, ...] = ()
+    like: Callable[[Tensor], Tensor] = maps.empty_like
 
     def __post_init__(self) -> None:
         hints = get_type_hints(self.call, include_extras=True)
@@ -201,20 +206,22 @@ class define:
             if values[index] is not None or not field.optional:
                 checks.expect_tensor(field.name, values[index])
         cast = list(values)
-        if autocast.enabled(cast[0].device):
+        device = cast[0].device
+        if autocast.enabled(device):
             for index, field in enumerate(self.fields[: self.count]):
                 if field.coordinates:
                     cast[index] = autocast.widen_other_half(cast[index], cast[0])
                 elif not field.own_dtype:
-                    cast[index] = autocast.cast(cast[index])
+                    cast[index] = autocast.cast(cast[index], device)
         return cast
 
     def _differentiates(self, values: Sequence[Any]) -> bool:
         """Whether there may be a backward pass that computes anything."""
         if not torch.is_grad_enabled():
             return False
-        if torch._C._are_functorch_transforms_active():
-            # A tensor does not tell whether outer transforms differentiate it.
+        if torch._C._are_functorch_transforms_active():  # a tensor does not tell of outer transforms
+            return True
+        if not torch.compiler.is_compiling() and _is_traced():  # nor what will be asked of a trace
             return True
         return any(
             computed and value is not None and value.requires_grad
@@ -246,6 +253,7 @@ class define:
         return made
 
     def _setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        ctx.settings = inputs[self.count :]
         saved = list(inputs[: self.count])
         for index in self._unsaved:
             saved[index] = None
@@ -254,9 +262,10 @@ class define:
         else:
             ctx.mark_non_differentiable(*output[self.results :])
             ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+            if self._keep is not None and not inputs[self._keep]:
+                return  # gradients that are passed on read nothing
             beside = output[self.results :] if self.keeps is None else self.keeps(self.call(*inputs), output)
             ctx.save_for_backward(*saved, *beside)
-        ctx.settings = inputs[self.count :]
 
     # --- backward ------------------------------------------------------------------------------------------
 
@@ -268,6 +277,11 @@ class define:
         wanted = [computed and need for computed, need in zip(self._computed, needed, strict=False)]
         gradients: list[Tensor | None] = [None] * self.count
         if any(wanted) and any(grad is not None for grad in grads):
+            if self._keep is not None and not ctx.settings[self._keep - self.count]:
+                raise RuntimeError(
+                    f"{NAMESPACE}::{self.name}: nothing was kept for gradients: the call, or its trace, was "
+                    "made where no tensor required one"
+                )
             saved, count = ctx.saved_tensors, self.count
             call, kept = self.call(*saved[:count], *ctx.settings), saved[count:]
             if torch.is_grad_enabled() or _is_watched((*grads, *call)) or _is_batched(grads):
@@ -320,10 +334,10 @@ class define:
             if not want:
                 gradients.append(_some(values).new_empty(0))
             elif tensor is not None:
-                gradients.append(maps.empty_like(tensor))
+                gradients.append(self.like(tensor))
             else:
                 made = self.outputs(call)
-                gradients.append(maps.empty_like(made if isinstance(made, Tensor) else made[0]))
+                gradients.append(self.like(made if isinstance(made, Tensor) else made[0]))
         return tuple(gradients)
 
     def _parted(self, values: Sequence[Any]) -> tuple[Sequence[Any], Any, Sequence[Any], list[bool]]:
@@ -422,13 +436,20 @@ class define:
 _PLAIN = _TENSORS | {type(None), int, float, bool, str, list}
 
 
+def _is_traced() -> bool:
+    """Whether a graph is being made by ``torch.jit.trace`` or ``make_fx``."""
+    proxies = torch._C._TorchDispatchModeKey.PROXY
+    return torch._C._get_tracing_state() is not None or torch._C._get_dispatch_mode(proxies) is not None
+
+
 def _is_watched(values: Sequence[Any]) -> bool:
     """Whether someone would miss what does not go through the dispatcher."""
     if torch._C._get_tracing_state() is not None:
         return True
     if torch._C._len_torch_dispatch_stack() == 0 and _PLAIN.issuperset(map(type, values)):
         return False
-    return not _transparent.get()
+    # A compiler looks at tensors that have no values: it never sees inside.
+    return not _transparent.get() or TracingContext.try_get() is not None
 
 
 def _is_batched(grads: Sequence[Tensor | None]) -> bool:
@@ -495,3 +516,29 @@ def _over_slices(function: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(torch.stack(each) for each in zip(*slices, strict=True)), (0,) * len(slices[0])
 
     return vmap
+
+
+def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], float]]:
+    """What fvcore needs to count the Triton kernels, which it has no way to look up by itself.
+
+    ``FlopCountAnalysis(model, inputs).set_op_handle(**degmix_kernels.fvcore_handles())``. They count one for
+    a multiply-add, as fvcore does.
+    """
+
+    def handle(op: define) -> Callable[[list[Any], list[Any]], float]:
+        def count(inputs: list[Any], outputs: list[Any]) -> float:
+            tensors = [
+                torch.empty(sizes, device="meta") if (sizes := _sizes(value)) is not None else None
+                for value in inputs[: op.count]
+            ]
+            return op.products(op.call(*tensors, *op._no_settings)) / 2
+
+        return count
+
+    return {f"{NAMESPACE}::{name}": handle(op) for name, op in DEFINED.items()}
+
+
+def _sizes(value: Any) -> list[int] | None:
+    """The sizes of a tensor in a trace; None of what is none."""
+    kind = value.type()
+    return kind.sizes() if kind.isSubtypeOf(torch._C.TensorType.get()) else None

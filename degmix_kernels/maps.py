@@ -63,6 +63,16 @@ def empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=memory_format(tensor))
 
 
+def empty_contiguous(tensor: Tensor) -> Tensor:
+    """A contiguous tensor like this one, uninitialised."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def readable(tokens: Tensor) -> Tensor:
+    """The 4-D tensor itself if its last axis is contiguous, else a contiguous copy."""
+    return tokens if tokens.shape[3] == 1 or tokens.stride(3) == 1 else tokens.contiguous()
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether a 4-D tensor is contiguous or channels_last."""
     return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,13 +51,21 @@ class Setting(Generic[Value]):
         stashed = torch._C._get_obj_in_tls(self.name) if torch._C._is_key_in_tls(self.name) else None
         compiled, self._compiled.value = self._compiled.value, value
         token = self._variable.set(value)
-        torch._C._stash_obj_in_tls(self.name, (threading.get_ident(), value))
+        _stash(self.name, (threading.get_ident(), value))
         try:
             yield
         finally:
-            torch._C._stash_obj_in_tls(self.name, stashed or (threading.get_ident(), self.default))
+            _stash(self.name, stashed or (threading.get_ident(), self.default))
             self._variable.reset(token)
             self._compiled.value = compiled
+
+
+def _stash(name: str, value: object) -> None:
+    """Have backward passes inherit an object, on which PyTorch then has a reference of its own."""
+    before = sys.getrefcount(value)
+    torch._C._stash_obj_in_tls(name, value)
+    if sys.getrefcount(value) == before:  # PyTorch 2.11 forgets to count it, and gives it back all the same
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
 class _Compiled(threading.local):

@@ -111,7 +111,7 @@ class _Poison(TorchDispatchMode):
 
 @contextmanager
 def inside_ops(mode: TorchDispatchMode) -> Iterator[TorchDispatchMode]:
-    """Enter a dispatch mode that sees what happens inside the ops: their allocations and PyTorch's own products.
+    """Enter a dispatch mode that sees inside the ops: their allocations, and PyTorch's own products.
 
     Without it a mode sees each op as one call. Launches of Triton kernels are seen by no mode.
     """

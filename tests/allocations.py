@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from degmix_kernels.define import transparent
+
 
 @dataclass
 class Allocation:
@@ -53,6 +55,15 @@ class Allocations(TorchDispatchMode):
         self._events += 1
         if allocation is not None:
             allocation.freed = self._events
+
+    def __enter__(self) -> Allocations:
+        self._inside = transparent(True)  # what an op allocates, not the op as one call
+        self._inside.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._inside.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -19,6 +19,7 @@ gpu_arithmetic.switch_on_if_wanted()
 
 
 FULL = "--full"
+CHOOSE_THEMSELVES = ("test_contract.py", "test_arguments.py", "test_tracers.py", "test_plants.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,7 +49,7 @@ def backend_of_the_test(request: pytest.FixtureRequest) -> Iterator[None]:
     from degmix_kernels import use_backend
 
     path = Path(request.node.path)
-    chooses_itself = "kernels" in path.parts or path.name == "test_contract.py"
+    chooses_itself = "kernels" in path.parts or path.name in CHOOSE_THEMSELVES
     with use_backend("auto" if HAS_GPU or chooses_itself else "reference"):
         yield
 

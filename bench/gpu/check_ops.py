@@ -11,19 +11,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.cases import DTYPES, SEED
-from bench.program import FAILURE, USER_ERROR
+from bench.cases.op import op_run
+from bench.gpu.process import limited
+from bench.harness.case import DTYPES, SEED
+from bench.harness.command import FAILURE, USER_ERROR
 from degmix_kernels import use_backend
 from degmix_kernels.contract import Op, Sample
 from degmix_kernels.registry import OPS
@@ -37,17 +39,12 @@ def differentiated(
     op: Op, function: Callable[..., Tensor], arguments: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The output of a call, and the gradients of its arguments, by name, for :func:`upstream`."""
-    own = {
-        name: value.detach().clone() if isinstance(value, Tensor) else value
-        for name, value in arguments.items()
-    }
-    names = [name for name in op.differentiable if isinstance(own.get(name), Tensor)]
-    leaves = {name: own[name].requires_grad_() for name in names}
-    output = function(**own)
+    run = op_run(op, function, arguments)
+    (output,) = run.forward()
     if not output.numel():
         return output, {}
-    found = torch.autograd.grad(output, list(leaves.values()), upstream(output, dtype))
-    return output, dict(zip(leaves, found, strict=True))
+    found = torch.autograd.grad(output, list(run.leaves.values()), upstream(output, dtype))
+    return output, dict(zip(run.leaves, found, strict=True))
 
 
 def upstream(output: Tensor, dtype: torch.dtype) -> Tensor:
@@ -99,35 +96,28 @@ def check_op(op: Op, write: Callable[[dict[str, Any]], None]) -> None:
 
 def check_all(out: Path, seconds: float, processes: int) -> tuple[list[dict[str, Any]], list[str]]:
     """The lines of all ops, and what to say of processes that did not come to their end."""
-    began, notes, running = time.monotonic(), [], {}
+    until = time.monotonic() + seconds
     parts = {op.label: out.with_name(f"{out.stem}-{index}.jsonl") for index, op in enumerate(OPS)}
-    waiting = list(parts)
-    while waiting or running:
-        while waiting and len(running) < processes:
-            label = waiting.pop(0)
-            with parts[label].with_suffix(".err").open("w") as errors:
-                command = [sys.executable, "-m", "bench.gpu.check_ops", str(parts[label]), "--op", label]
-                running[label] = subprocess.Popen(command, stdout=errors, stderr=errors)
-        late = time.monotonic() - began > seconds
-        for label, process in list(running.items()):
-            code = process.poll()
-            if code is None and late:
-                process.kill()  # and not waited for: a driver may hold it
-                notes.append(f"{label}: not done within {seconds:.0f} s")
-            elif code:
-                tail = parts[label].with_suffix(".err").read_text().strip()[-700:]
-                notes.append(f"{label}: ended with {code}: {tail}")
-            if code is not None or late:
-                del running[label]
-        if late:
-            notes += [f"{label}: not begun" for label in waiting]
-            waiting.clear()
-        time.sleep(0.05)
+
+    def check_one(label: str) -> str:
+        errors, left = parts[label].with_suffix(".err"), until - time.monotonic()
+        if left <= 0:
+            return f"{label}: not begun"
+        command = [sys.executable, "-m", "bench.gpu.check_ops", str(parts[label]), "--op", label]
+        with errors.open("wb") as log:
+            code = limited(command, left, log, to_end=0)
+        tail = errors.read_text().strip()[-700:]
+        errors.unlink()
+        if time.monotonic() > until:
+            return f"{label}: not done within {seconds:.0f} s"
+        return f"{label}: ended with {code}: {tail}" if code else ""
+
+    with ThreadPoolExecutor(processes) as pool:
+        notes = [note for note in pool.map(check_one, parts) if note]
     text = "".join(part.read_text() for part in parts.values() if part.exists())
     out.write_text(text)
     for part in parts.values():
         part.unlink(missing_ok=True)
-        part.with_suffix(".err").unlink(missing_ok=True)
     return [json.loads(line) for line in text.splitlines() if line.endswith("}")], notes
 
 

@@ -41,10 +41,9 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
-from bench.cases import SEED
-from bench.compile_kernels import PLANS
-from bench.gpu.trace import Specialised, specialise, traced
-from bench.targets import TARGETS
+from bench.compiler.targets import TARGETS
+from bench.compiler.trace import Specialised, launches_of, specialise, traced
+from bench.harness.case import SEED
 from degmix_kernels.backend import INTERPRETED, KERNEL_DTYPES
 from degmix_kernels.contract import Op
 from degmix_kernels.launch import Launch
@@ -81,10 +80,8 @@ def launches() -> Iterator[tuple[str, Launch]]:
     """Label of an op and launch, of all that the contract's samples make and the plans name."""
     for dtype in KERNEL_DTYPES:
         for op in OPS:
-            for aligned in (True, False) if op.kernels is not None else ():
-                yield from ((op.label, launch) for launch in sampled(op, dtype, aligned))
-        for label, plans in PLANS.items():
-            yield from ((label, launch) for launch in plans(dtype))
+            found = *sampled(op, dtype, True), *sampled(op, dtype, False), *launches_of(op, dtype)
+            yield from ((op.label, launch) for launch in found)
 
 
 def sampled(op: Op, dtype: torch.dtype, aligned: bool) -> list[Launch]:

@@ -22,12 +22,13 @@ import torch
 import triton
 from rich.console import Console
 
-from bench import model
+from bench.cases import model
+from bench.cases.registry import FAMILIES
 from bench.gpu import pretend
 from bench.gpu.prepared import CACHE, FOLDER, REPOSITORY, WHEELS, pack, sources
 from bench.gpu.visits import VISITS
-from bench.program import FAILURE, LOG_WIDTH, NONE, USER_ERROR
-from bench.run import FAMILIES
+from bench.harness.command import FAILURE, LOG_WIDTH, USER_ERROR
+from bench.harness.selection import NONE
 from degmix.progress import stage
 
 STACK = {"Python": "3.12", "torch": "2.11.0", "triton": "3.6.0"}  # of the machines that are visited
@@ -40,10 +41,10 @@ def commands() -> dict[str, tuple[str, ...]]:
     stages = [each for one in (*first, *VISITS["decide"].stages) for each in (one, *one.beside)]
     found = {each.name: each.command for each in stages if each.name not in ("racecheck", "initcheck")}
     ours = ("--baseline", NONE)
-    ops = tuple(family.FAMILY for family in FAMILIES if family is not model)
+    ops = tuple(name for name in FAMILIES if name != model.FAMILY)
     head = ("--op", model.FAMILY, "--dtype", "bf16")
-    found["bench"] = ("-m", "bench", "--json", "{out}/results.json", *ours, "--op", *ops)
-    found["model"] = ("-m", "bench", "--json", "{out}/model.json", *ours, *head)
+    found["bench"] = ("-m", "bench", "--json", "{out}/results.jsonl", *ours, "--op", *ops)
+    found["model"] = ("-m", "bench", "--json", "{out}/model.jsonl", *ours, *head)
     found["tests"] = tuple(word for word in found["tests"] if not word.startswith(("-n", "--timeout")))
     return found
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from bench.gpu import prepared, pretend, visit
 from bench.gpu.prepared import CACHE, FOLDER, REPOSITORY
 from bench.gpu.visits import VISITS
-from bench.program import FAILURE, USER_ERROR
+from bench.harness.command import FAILURE, USER_ERROR
 
 FAULTS = {  # words of a command → what its process does
     "--op deform_mix": "crash",
@@ -58,7 +58,7 @@ def rehearse(work: Path) -> int:
         (tools / name).chmod(0o755)
     shutil.rmtree(CACHE, ignore_errors=True)  # the visit unpacks it
     environment = os.environ | pretend.environment(work / "pretended", CACHE)
-    environment["TMPDIR"] = str(work)  # no real visit goes on with what a rehearsal leaves
+    environment["TMPDIR"] = str(work)  # the visits leave their logs there
     environment |= {"PATH": f"{tools}{os.pathsep}{environment['PATH']}", "DEGMIX_FAULTS": json.dumps(FAULTS)}
     carried = work / "gpu"  # without the wheels
     carried.mkdir()

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.cases import SEED
 from bench.gpu.check_ops import differentiated
-from bench.program import USER_ERROR
+from bench.harness.case import SEED
+from bench.harness.command import USER_ERROR
 from degmix_kernels import use_backend
 from degmix_kernels.registry import OPS
 

@@ -22,18 +22,19 @@ from pathlib import Path
 
 from bench.gpu import prepared
 from bench.gpu.prepared import REPOSITORY
+from bench.gpu.process import SECONDS_AFTER_KILL, TO_END, limited
 from bench.gpu.visits import BENCH, OPS, VISITS, WITHOUT_GPU, Stage, stages_of
-from bench.results import OURS, read
+from bench.harness.results import KILLED, Results, read
 
 OK, FAILED, USER_ERROR, NO_GPU = 0, 1, 2, 3  # exit codes
 LOST = 3  # of the benchmark: the GPU answers no more, another process can go on
 MOST_ARE_WRONG = 4  # of bench.gpu.check_ops
-TO_KILL = 12  # seconds that a stage may take until it is gone; pytest waits 10 for its workers
+TO_KILL = TO_END + SECONDS_AFTER_KILL  # seconds that a stage may take until it is gone
 TO_FINISH = 3  # seconds for the summary
 WORTHWHILE = 15  # with less left, a stage would hardly have loaded torch
 SHOWN = 30  # lines of a stage's log
-KEPT = ("results.json", "results.json.begun", "results.md", "profile.md", "decide.jsonl", "training.json")
-STATE = Path(tempfile.gettempdir()) / "degmix-visit"  # what one command leaves to the next on the machine
+RESULTS = "results.jsonl"
+KEPT = (RESULTS, "results.md", "profile.md", "decide.jsonl", "training.json")
 SANITIZER = ("--error-exitcode=9",)
 # PyTorch's own kernels are not what is to be checked, and are most of the work. initcheck has to see what
 # they write.
@@ -41,29 +42,19 @@ EXCLUDED = tuple(f"--kernel-name-exclude=kns={words}" for words in ("at6native",
 PLUGINS = {"--timeout": "pytest_timeout", "-n": "xdist"}  # what an option of pytest needs
 
 
-# What an earlier command has measured is its argument.
 PROBE = """
-import json, sys, torch
-from pathlib import Path
-from bench import machine, results
+import json, torch
 gpu = torch.cuda.is_available()
-key, another = "", ""
+key = ""
 try:
     from bench.gpu.prepared import triton_key
     key = triton_key()
 except ImportError:
     pass
-try:
-    before = results.read(Path(sys.argv[1]))
-    now = machine.read_machine(torch.device("cuda" if gpu else "cpu"))
-    results.continue_(before, results.Part(now, before.ceilings, ""))
-except (OSError, ValueError) as error:
-    another = str(error)
 print(json.dumps({
     "gpu": torch.cuda.get_device_name() if gpu else "",
     "capability": torch.cuda.get_device_capability() if gpu and torch.version.hip is None else None,
     "triton": key,
-    "another": another,
 }))
 """
 
@@ -82,9 +73,7 @@ class Call:
         self.missing: set[str] = set()  # packages
         self.facts: prepared.Facts | None = None
         self.same = False  # sources as when they were prepared
-        self.another = ""  # why this is another run than the command before on this machine
         self.failed = self.interrupted = False
-        self.running: set[subprocess.Popen[bytes]] = set()
         self.environment = dict(os.environ, PYTHONUNBUFFERED="1")  # what is killed leaves a whole log
         self.environment.pop("TRITON_INTERPRET", None)  # the real compiler
         self.environment["DEGMIX_CRASHES"] = str(self.logs / "crashes.txt")
@@ -110,8 +99,6 @@ class Call:
     def interrupt(self, *_: object) -> None:
         """End what runs, begin nothing more, and still write the summary."""
         self.interrupted = True
-        for process in list(self.running):
-            process.send_signal(signal.SIGINT)
 
     def probe(self) -> str:
         """The GPU's name, "" without one; makes the machine ready.
@@ -120,14 +107,13 @@ class Call:
             RuntimeError: if torch does not load.
         """
         self._ready("prepared", self._look_up)
-        command = [self.python, "-c", PROBE, str(STATE / "results.json")]
+        command = [self.python, "-c", PROBE]
         try:
             done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
             found = json.loads(done.stdout.strip().splitlines()[-1])
         except (subprocess.TimeoutExpired, IndexError, ValueError):
             raise RuntimeError("torch does not load, or not within 120 s") from None
         self.note("GPU", found["gpu"] or "none")
-        self.another = found["another"]
         if found["gpu"]:
             self._ready("cache", self._warm, tuple(found["capability"] or ()) or None, found["triton"])
             self._ready("packages", self._install)
@@ -281,31 +267,22 @@ class Call:
         return sanitizer, ""
 
     def _limited(self, stage: Stage, seconds: int, command: Sequence[str]) -> int:
-        """Interrupted when its time is up, so that it shows what it has; killed if it does not hear."""
-        limited = [sys.executable, "-m", "bench.limited", str(seconds), str(TO_KILL), *command]
         with (self.logs / f"{stage.name}.log").open("ab") as log:
             environment = {**self.environment, **stage.environment}
-            process = subprocess.Popen(limited, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
-            self.running.add(process)
-            if self.interrupted:  # between the last look and now
-                process.send_signal(signal.SIGINT)
-            code = process.wait()
-            self.running.discard(process)
-        return code
+            return limited(command, seconds, log, environment, lambda: self.interrupted)
 
     def _measured(self) -> tuple[str, bool]:
         """What the benchmark has left, in words, and whether there is something and none of ours failed."""
-        path = self.out / "results.json"
         try:
-            rows = read(path).rows
+            found = read(self.out / RESULTS)
         except (OSError, ValueError):
             return "; nothing was measured", False
-        failed = sum(row.impl == OURS and row.failed for row in rows)
-        words = f"; results.json has {len(rows)} rows; {failed} of ours failed"
-        begun = path.with_name(f"{path.name}.begun")
-        if begun.exists():
-            words += f"; killed while it measured {begun.read_text().strip()}"
-        return words, bool(rows) and not failed
+        *rows, last = found.rows
+        whole = Results(found.parts, tuple(rows)) if last.status == KILLED else found
+        words = f"; {RESULTS} has {len(whole.rows)} rows; {whole.failed} of ours failed"
+        if whole is not found:
+            words += f"; killed while it measured {', '.join(last.key)}"
+        return words, bool(whole.rows) and not whole.failed
 
     def keep(self) -> None:
         """Leave at most eight files, whole at any time: results, the summary, and all else in one archive."""
@@ -321,26 +298,6 @@ class Call:
         for path in sorted(set(self.out.rglob("*")) - self.others, reverse=True):
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-
-    def go_on(self) -> None:
-        """Take what the command before has left, if this one can continue it."""
-        if not (STATE / "results.json").exists():
-            return
-        if self.another:
-            self.note("results", f"begun anew: {self.another}")
-            return
-        for path in STATE.glob("results.json*"):
-            shutil.copy(path, self.out / path.name)
-
-    def hand_on(self) -> None:
-        """Leave the results where the next command on this machine looks for them."""
-        try:
-            shutil.rmtree(STATE, ignore_errors=True)
-            STATE.mkdir()
-            for path in self.out.glob("results.json*"):
-                shutil.copy(path, STATE / path.name)
-        except OSError as error:  # somebody else's folder
-            self.note("state", f"not handed on: {error}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -386,21 +343,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def lay_out(options: argparse.Namespace, out: Path) -> None:
     """The folder: what an earlier call left there aside, and the results that this call goes on with."""
     out.mkdir(parents=True, exist_ok=True)
-    before = options.resume
-    begun = None if before is None else before.with_name(f"{before.name}.begun")
-    continued = {
-        name: source.read_bytes()
-        for name, source in (("results.json", before), ("results.json.begun", begun))
-        if source is not None and source.exists()
-    }
+    continued = None if options.resume is None else options.resume.read_bytes()
     earlier = [path for path in (out / name for name in (*KEPT, "summary.txt", "logs.tgz")) if path.exists()]
     if earlier:
         aside = out / f"earlier-{1 + sum(1 for _ in out.glob('earlier-*'))}"
         aside.mkdir()
         for path in earlier:
             path.replace(aside / path.name)
-    for name, content in continued.items():
-        (out / name).write_bytes(content)
+    if continued is not None:
+        (out / RESULTS).write_bytes(continued)
 
 
 def main(
@@ -423,11 +374,7 @@ def main(
         print(f"gpu_check: {error}", file=sys.stderr)
         return USER_ERROR
     if gpu:
-        if options.visit == "compare" and options.resume is None:
-            call.go_on()
         call.run(stages_of(visit, options.seconds))
-        if options.visit in ("first", "compare"):
-            call.hand_on()
     else:
         print("The benchmark runs at small sizes on the CPU; its times say nothing about the kernels.")
         call.run([WITHOUT_GPU] if options.resume is None else [])

@@ -56,7 +56,7 @@ def _sanitized(tool: str, seconds: int, *options: str) -> Stage:
     return Stage(tool, seconds, ("-m", "bench.gpu.small_calls", *options), tool, environment)
 
 
-BENCH = ("-m", "bench", "--resume", "{out}/results.json")
+BENCH = ("-m", "bench", "--resume", "{out}/results.jsonl")
 OPS = Stage("ops", 70, ("-m", "bench.gpu.check_ops", "{logs}/ops.jsonl", "--seconds", "{seconds}"))
 COMPILED = ("--op", "channel_mix", "gated_mlp", "spatial_gating_unit", "--shapes", "nyud", "--dtype", "bf16")
 TRAINING = ("-m", "bench.training", "--out", "{out}/training", "--rooms", "64", "--seconds", "{seconds}")
@@ -121,7 +121,7 @@ VISITS = {
                 "-k=values_and_gradients or deterministic",
                 beside=(_sanitized("memcheck", 75),),
             ),
-            Stage("bench", 110, ("-m", "bench", "--quick", "--json", "{out}/results.json")),
+            Stage("bench", 110, ("-m", "bench", "--quick", "--json", "{out}/results.jsonl")),
         ),
     ),
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -23,7 +21,7 @@ def plan_multiply_tokens(left: Tensor, right: Tensor, scale: float) -> tuple[Lau
 
     Args:
         left: (B, heads, N, D), channels contiguous.
-        right: likewise.
+        right: (B, heads, N, D), channels contiguous.
         scale: factor.
 
     Returns:
@@ -50,7 +48,7 @@ def plan_multiply_tokens(left: Tensor, right: Tensor, scale: float) -> tuple[Lau
             "right_ptr": right,
             "product_ptr": parts,
             **named,
-            "scale": float(scale),
+            "scale": scale,
             "heads": heads,
             "tokens": tokens,
             "splits": splits,
@@ -106,21 +104,3 @@ def plan_apply_matrix(tokens: Tensor, matrix: Tensor, transposed: bool, output: 
         },
         num_warps=warps,
     )
-
-
-def plan_examples(dtype: torch.dtype) -> list[Launch]:
-    """Every kind of launch, planned on meta tensors: what the compile check compiles."""
-    return list(_examples(dtype))
-
-
-def _examples(dtype: torch.dtype) -> Iterator[Launch]:
-    """Launches of DeGMix on NYUD-v2, 4 tasks of 107×140 tokens, and of other heads, whole and ragged."""
-    calls = [(8, 2, 4 * 107 * 140, 128)]
-    if dtype == torch.bfloat16:  # the last has more than 2³¹ elements
-        calls += [(2, 6, 700, 40), (2, 3, 33, 5), (64, 4, 65536 + 64, 128)]
-    for batch, heads, length, head_dim in calls:
-        tokens = torch.empty(batch, length, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
-        launch, parts = plan_multiply_tokens(tokens, tokens, head_dim**-0.5)
-        yield launch
-        for transposed in (False, True):
-            yield plan_apply_matrix(tokens, parts[:, :, 0], transposed, tokens)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from degmix_kernels.attention.op import gated_attention, linear_attention
-from degmix_kernels.task_attention.module import TaskAttention
-from degmix_kernels.task_attention.op import check_heads
+from degmix_kernels.attention.linear_op import linear_attention
+from degmix_kernels.attention.op import gated_attention
+from degmix_kernels.task_attention.module import TaskAttention, check_sizes
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
@@ -30,8 +30,8 @@ class GatedAttention(TaskAttention):
         heads: number of heads; divides ``dim``.
 
     Raises:
-        TypeError: for heads that are no integer.
-        ValueError: for heads that do not divide ``dim``.
+        TypeError: for a size that is no integer.
+        ValueError: for a size below 1, or heads that do not divide ``dim``.
     """
 
     def forward(self, query: Tensor, context: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -52,13 +52,13 @@ class LinearAttention(nn.Module):
         heads: number of heads; divides ``dim``.
 
     Raises:
-        TypeError: for heads that are no integer.
-        ValueError: for heads that do not divide ``dim``.
+        TypeError: for a size that is no integer.
+        ValueError: for a size below 1, or heads that do not divide ``dim``.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        check_heads(dim, heads)
+        check_sizes(dim, heads)
         self.heads = heads
         self.scale = (dim // heads) ** -0.5
         self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(dim) for _ in range(3))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,31 +13,6 @@ from degmix_kernels.attention import backward_kernels, kernels
 from degmix_kernels.launch import Launch, needs_64_bit
 from degmix_kernels.maps import ceil_div, power_of_two
 from degmix_kernels.product import precision
-
-
-def empty_like(tokens: Tensor) -> Tensor:
-    """A dense (B, heads, N, D), its heads inside the tokens if they are in ``tokens``.
-
-    So what a module split into heads gives a result whose heads join without a copy.
-    """
-    batch, heads, length, head_dim = tokens.shape
-    if tokens.stride(1) < tokens.stride(2):
-        return tokens.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-    return tokens.new_empty(batch, heads, length, head_dim)
-
-
-def readable(tokens: Tensor) -> Tensor:
-    """The tokens, with the channels of each next to each other: a copy only if they are not."""
-    return tokens if tokens.shape[3] == 1 or tokens.stride(3) == 1 else tokens.contiguous()
-
-
-def laid_out_as(tokens: Tensor | None, like: Tensor) -> Tensor | None:
-    """The tokens in exactly the layout of a tensor of their shape: a copy only if they have another."""
-    if tokens is None or tokens.stride() == like.stride():
-        return tokens
-    return torch.empty_strided(like.shape, like.stride(), dtype=tokens.dtype, device=tokens.device).copy_(
-        tokens
-    )
 
 
 def strides(**tensors: Tensor) -> tuple[dict[str, int], int]:
@@ -290,45 +264,3 @@ def plan_backward_context(
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
-
-
-def plan_examples(dtype: torch.dtype) -> list[Launch]:
-    """Every kind of launch, planned on meta tensors: what the compile check compiles."""
-    return list(_examples(dtype))
-
-
-def _examples(dtype: torch.dtype) -> Iterator[Launch]:
-    """Launches of DeGMix on NYUD-v2, 4 tasks of 107×140 tokens, and of other heads, whole and ragged."""
-    calls = [(8, 2, 107 * 140, 4 * 107 * 140, 128), (8, 4, 4096, 4096, 64), (2, 6, 700, 700, 40)]
-    if dtype == torch.bfloat16:  # the last has more than 2³¹ elements
-        calls += [
-            (2, 3, 33, 65, 5),
-            (64, 4, 65536 + 64, 65536 + 64, 128),
-            (8, 2, 128 * 128, 5 * 128 * 128, 128),
-        ]
-    if dtype == torch.float16:  # the code of bf16 but for conversions
-        calls = calls[:1]
-    for call in calls:
-        yield from call_examples(dtype, call)
-    yield from call_examples(dtype, (8, 2, 107 * 140, 107 * 140, 128), heads_inside=False)
-
-
-def call_examples(
-    dtype: torch.dtype, shape: tuple[int, int, int, int, int], heads_inside: bool = True
-) -> Iterator[Launch]:
-    """The launches of one call and its backward pass: batch, heads, queries, keys, head dimension.
-
-    Heads are inside the tokens, as a module splits them, or outside, as those of contiguous tensors.
-    """
-    batch, heads, queries, keys, head_dim = shape
-
-    def tokens(length: int) -> Tensor:
-        inside = torch.empty(batch, length, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
-        return inside if heads_inside else inside.contiguous()
-
-    query, key = tokens(queries), tokens(keys)
-    rows = torch.empty(batch, heads, queries, device="meta")
-    yield plan_forward(query, key, key, query, query, query, query, rows)
-    yield plan_prepare(query, query, query, query, query, rows)
-    yield plan_backward_query(query, key, key, query, rows, rows, query)
-    yield plan_backward_context(query, key, key, query, rows, rows, key, key)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from degmix_kernels import checks
 from degmix_kernels.activation import ACTIVATIONS
-from degmix_kernels.deform_conv.op import checked_pair, deform_conv2d, deform_mix
+from degmix_kernels.deform_conv.mix_op import deform_mix
+from degmix_kernels.deform_conv.op import checked_pair, deform_conv2d
 
 
 def _initialise(weight: Tensor, bias: Tensor | None) -> None:

@@ -1,17 +1,41 @@
-"""Deformable convolution, the public functions: checks, autocast, choice of backend."""
+"""Deformable convolution."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from degmix_kernels import autocast, backend, checks, maps
-from degmix_kernels.activation import ACTIVATIONS
+from degmix_kernels import backend, checks, maps
+from degmix_kernels.define import Coordinates, define
 from degmix_kernels.deform_conv import reference
+from degmix_kernels.deform_conv.problem import Problem
 from degmix_kernels.launch import INT32_MAX
 
 if backend.HAS_TRITON:
-    from degmix_kernels.deform_conv.autograd import conv_op, mix_op
+    from degmix_kernels.deform_conv.general.plan import GENERAL, suits
+    from degmix_kernels.deform_conv.path import Path
+    from degmix_kernels.deform_conv.planar.plan import PLANAR
+
+
+class Call(NamedTuple):
+    """Arguments of :func:`deform_conv2d`, and whether the gradient of ``input`` must be deterministic."""
+
+    input: Tensor
+    offset: Coordinates
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    stride_y: int
+    stride_x: int
+    padding_y: int
+    padding_x: int
+    dilation_y: int
+    dilation_x: int
+    deterministic: bool
 
 
 def deform_conv2d(
@@ -50,123 +74,52 @@ def deform_conv2d(
         (N, Cout, Ho, Wo), in the dtype of ``input``.
 
     Raises:
-        TypeError: for a wrong dtype or device.
+        TypeError: for a wrong type, dtype or device.
         ValueError: for a wrong shape or value.
         RuntimeError: if the Triton backend is forced and cannot run.
 
     Follows Dai et al., arXiv 1703.06211, equation 2; Zhu et al., arXiv 1811.11168, equation 1, with the mask.
     """
-    for name, value in {"input": input, "offset": offset, "weight": weight}.items():
-        checks.expect_tensor(name, value, dims=4)
-    if mask is not None:
-        checks.expect_tensor("mask", mask, dims=4)
-    if bias is not None:
-        checks.expect_tensor("bias", bias, dims=1)
-    input, weight, bias, mask = autocast.cast_inputs(input.device, input, weight, bias, mask)
-    offset = autocast.widen_other_half(offset, input)
-    stride, padding, dilation = (
-        checked_pair("stride", stride, 1),
-        checked_pair("padding", padding, 0),
-        checked_pair("dilation", dilation, 1),
+    geometry = (
+        *checked_pair("stride", stride, 1),
+        *checked_pair("padding", padding, 0),
+        *checked_pair("dilation", dilation, 1),
     )
-    check_arguments(input, offset, weight, bias, stride, padding, dilation, mask)
-    if backend.runs_triton("deform_conv2d", input.device, input.dtype):
-        return conv_op(input, offset, weight, bias, mask, *stride, *padding, *dilation)
-    output = reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
-    if maps.is_channels_last(input):
-        output = output.contiguous(memory_format=torch.channels_last)
-    return output
-
-
-def deform_mix(
-    x: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str = "gelu",
-    statistics: bool = False,
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """DeGMix's spatial mixing, ``activation(W · sample(x, offset) + b)``, one offset per channel and pixel.
-
-    Autocast, layout and special values are those of :func:`deform_conv2d`.
-
-    Args:
-        x: (N, C, H, W), floating point.
-        offset: (N, 2·C, H, W) in pixels; channel 2i is dy of channel i, 2i + 1 its dx.
-        weight: (Cout, C/groups, 1, 1); the number of groups follows from it.
-        bias: (Cout,).
-        activation: ``"gelu"`` (exact), ``"relu"``, ``"silu"`` or ``"identity"``.
-        statistics: whether to return what a BatchNorm of the result needs, gathered in the same pass. Both
-            statistics have gradients.
-
-    Returns:
-        (N, Cout, H, W), in the dtype of ``x``; with ``statistics`` that, its mean and biased variance over
-        images and pixels, both (Cout,) in fp32 (fp64 for doubles).
-
-    Raises:
-        TypeError: for a wrong dtype or device.
-        ValueError: for a wrong shape or value.
-        RuntimeError: if the Triton backend is forced and cannot run.
-
-    Follows DeGMix, arXiv 2308.05721, the spatial-aware deformable operator.
-    """
-    checks.expect_choice("activation", activation, tuple(ACTIVATIONS))
-    for name, value in {"x": x, "offset": offset, "weight": weight}.items():
-        checks.expect_tensor(name, value, dims=4)
-    batch, channels, height, width = x.shape
-    checks.expect_shape("offset", offset, (batch, 2 * channels, height, width))
-    checks.expect_shape("weight", weight, (*weight.shape[:2], 1, 1))
-    x, weight, bias = autocast.cast_inputs(x.device, x, weight, bias)
-    offset = autocast.widen_other_half(offset, x)
-    check_arguments(x, offset, weight, bias, (1, 1), (0, 0), (1, 1), None)
-    if backend.runs_triton("deform_mix", x.device, x.dtype):
-        leaves = (tensor for tensor in (x, offset, weight, bias) if tensor is not None)
-        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in leaves)
-        output, _, mean, variance = mix_op(x, offset, weight, bias, activation, keep, statistics)
-        return (output, mean, variance) if statistics else output
-    result = reference.deform_mix(x, offset, weight, bias, activation, statistics)
-    if maps.is_channels_last(x):
-        output = result[0] if statistics else result
-        output = output.contiguous(memory_format=torch.channels_last)
-        return (output, *result[1:]) if statistics else output
-    return result
+    # The user may have left the region that asks for it by the time the backward pass runs.
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    call = conv_op.checked(input, offset, weight, bias, mask, *geometry, deterministic)
+    for name, tensor in zip(Call._fields, call[:5], strict=False):
+        checks.expect_dims(name, tensor, 1 if name == "bias" else 4)
+    input, offset, weight, bias, mask, *geometry, _ = call
+    check_weight("input", input, weight, bias)
+    _check_maps(input, offset, weight.shape[2:], mask, geometry)
+    if conv_op.runs_triton(call):
+        return conv_op(call)
+    output = reference.deform_conv2d(
+        input, offset, weight, bias, geometry[:2], geometry[2:4], geometry[4:], mask
+    )
+    return maps.laid_out(input, output)[0]
 
 
 def checked_pair(argument: str, value: object, minimum: int) -> tuple[int, int]:
     """The pair behind an integer or a pair of integers, each at least ``minimum``."""
     pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(pair) != 2 or not all(checks.is_integer(each) for each in pair):
-        raise TypeError(f"{argument}: expected an integer or a pair of integers, got {value!r}")
+        raise TypeError(f"{argument}: expected an integer or a pair of integers, got {checks.shown(value)}")
     checks.expect(min(pair) >= minimum, argument, f"at least {minimum}", value)
     checks.expect(max(pair) <= INT32_MAX, argument, f"at most {INT32_MAX}", value)  # as coordinates are
     return int(pair[0]), int(pair[1])
 
 
-def check_arguments(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    mask: Tensor | None,
-) -> None:
-    """Raise on any inconsistency between the arguments."""
-    batch, channels = input.shape[:2]
-    out_channels, group_channels, *kernel = weight.shape
-    taps = kernel[0] * kernel[1]
-    checks.expect_like("weight", weight, "input", input)
-    if offset.dtype == torch.float32:
-        checks.expect_device("offset", offset, "input", input)
-    else:
-        checks.expect_like("offset", offset, "input", input)
-    checks.expect(channels > 0, "input", "at least one channel", input.shape)
+def check_weight(argument: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise unless the weight, and so the number of groups, fits the input, which ``argument`` names."""
+    channels, (out_channels, group_channels, *_) = input.shape[1], weight.shape
+    checks.expect(channels > 0, argument, "at least one channel", input.shape)
     checks.expect(min(weight.shape) > 0, "weight", "no empty dimension", weight.shape)
     checks.expect(
         channels % group_channels == 0,
         "weight",
-        "a second dimension (input channels per group) that divides the channels of input",
+        f"a second dimension (input channels per group) that divides the channels of {argument}",
         f"{group_channels} for {channels} channels",
     )
     groups = channels // group_channels
@@ -176,14 +129,22 @@ def check_arguments(
         "a first dimension (out channels) divisible by the number of groups",
         f"{out_channels} for {groups} groups",
     )
-    out_size = tuple(
+    checks.expect_shape("bias", bias, (out_channels,))
+
+
+def _check_maps(
+    input: Tensor, offset: Tensor, kernel: Sequence[int], mask: Tensor | None, geometry: Sequence[int]
+) -> None:
+    """Raise unless offset and mask are as large as the output."""
+    (batch, channels), taps = input.shape[:2], kernel[0] * kernel[1]
+    stride, padding, dilation = geometry[:2], geometry[2:4], geometry[4:]
+    height, width = (
         (input.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis]
         + 1
         for axis in (0, 1)
     )
-    checks.expect(
-        out_size[0] > 0 and out_size[1] > 0, "input", "a padded map no smaller than the kernel", input.shape
-    )
+    fits = height > 0 and width > 0
+    checks.expect(fits, "input", "a padded map no smaller than the kernel", input.shape)
     offset_groups = offset.shape[1] // (2 * taps)
     checks.expect(
         offset_groups > 0 and offset.shape[1] % (2 * taps) == 0 and channels % offset_groups == 0,
@@ -191,10 +152,50 @@ def check_arguments(
         "2 · offset groups · kernel taps channels, with offset groups that divide the channels of input",
         offset.shape,
     )
-    checks.expect_shape("offset", offset, (batch, 2 * offset_groups * taps, *out_size))
-    if mask is not None:
-        checks.expect_like("mask", mask, "input", input)
-        checks.expect_shape("mask", mask, (batch, offset_groups * taps, *out_size))
-    if bias is not None:
-        checks.expect_like("bias", bias, "input", input)
-        checks.expect_shape("bias", bias, (out_channels,))
+    checks.expect_shape("offset", offset, (batch, 2 * offset_groups * taps, height, width))
+    checks.expect_shape("mask", mask, (batch, offset_groups * taps, height, width))
+
+
+def empty_output(input: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
+    """The result, uninitialised: channels_last if the input is."""
+    shape = (input.shape[0], weight.shape[0], *offset.shape[2:])
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=maps.memory_format(input))
+
+
+def _outputs(call: Call) -> Tensor:
+    return empty_output(call.input, call.offset, call.weight)
+
+
+def _problem(call: Call) -> tuple[Problem, Path]:
+    """The call as kernels see it, and the kernels for it."""
+    problem = Problem.of(call.input, call.offset, call.weight, call.mask, call[5:11])
+    return problem, GENERAL if suits(problem) else PLANAR
+
+
+def _forward(call: Call, output: Tensor) -> None:
+    problem, path = _problem(call)
+    path.forward(problem, call.bias, output)
+
+
+def _backward(
+    call: Call, kept: Sequence[Tensor], grads: Sequence[Tensor], wanted: Call
+) -> dict[str, Tensor | None]:
+    problem, path = _problem(call)
+    gradients = path.gradients(problem, grads[0], wanted[:5], call.deterministic)
+    return laid_out_gradients(call, gradients)
+
+
+def laid_out_gradients(call: NamedTuple, gradients: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+    """Gradients by names; the weight's in the weight's own layout, not in that of the kernels."""
+    found = dict(zip(call._fields, gradients, strict=False))
+    if found["weight"] is not None:
+        found["weight"] = maps.empty_like(call.weight).copy_(found["weight"])
+    return found
+
+
+def products(call: Call) -> int:
+    """2 · pixels · Cout · C/groups · kh · kw: W times the samples; blending them is no product."""
+    return 2 * call.offset.shape[0] * math.prod(call.offset.shape[2:]) * call.weight.numel()
+
+
+conv_op = define("deform_conv2d", Call, _outputs, _forward, _backward, products)

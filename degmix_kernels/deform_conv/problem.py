@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from degmix_kernels.maps import ceil_div
@@ -35,6 +37,15 @@ class Problem:
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
+
+    @classmethod
+    def of(
+        cls, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, geometry: Sequence[int]
+    ) -> Problem:
+        """A call with the weight as kernels read it; ``geometry``: stride, padding, dilation, each (y, x)."""
+        # Taps last: neighbouring channels of the weight are then neighbours in memory.
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        return cls(input, offset, weight, mask, geometry[0:2], geometry[2:4], geometry[4:6])
 
     @cached_property
     def batch(self) -> int:

@@ -31,7 +31,7 @@ if backend.HAS_TRITON:
 
 
 class Call(NamedTuple):
-    """Arguments of :func:`gated_mlp`, and whether to keep what fc1 gives, before its activation."""
+    """Arguments of :func:`gated_mlp`, and whether to keep anything for a backward pass."""
 
     x: Tensor
     norm_weight: OwnDtype
@@ -46,7 +46,13 @@ class Call(NamedTuple):
     fc2_bias: Tensor
     mode: Mode
     eps: NotNegative
+    recompute: bool
     keep: bool
+
+    @property
+    def keeps_pre(self) -> bool:
+        """Whether to keep what fc1 gives, before its activation."""
+        return self.keep and not self.recompute
 
     @property
     def norm(self) -> Norm:
@@ -110,10 +116,9 @@ def gated_mlp(
 
     Follows Liu et al., arXiv 2105.08050, section 2 (tokens); DeGMix, arXiv 2308.05721, gating (channels).
     """
-    recompute = checks.scalar("recompute", recompute, bool)
     call = op.checked(
         x, norm_weight, norm_bias, fc1_weight, fc1_bias, gate_norm_weight, gate_norm_bias, gate_weight,
-        gate_bias, fc2_weight, fc2_bias, mode, eps, not recompute,
+        gate_bias, fc2_weight, fc2_bias, mode, eps, recompute, True,
     )  # fmt: skip
     x = call.x
     checks.expect(x.dim() == 3, "x", "3 dimensions", x.shape)
@@ -141,7 +146,7 @@ def gated_mlp(
     if op.runs_triton(call):
         return op(call)[0]
     # Transforms of torch.func refuse the hooks that checkpointing needs.
-    if recompute and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+    if call.recompute and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         return checkpoint(reference.gated_mlp, *call[:13], use_reentrant=False)
     return reference.gated_mlp(*call[:13])
 
@@ -153,7 +158,7 @@ def _contiguous(call: Call) -> Call:
 def _outputs(call: Call) -> tuple[Tensor, Tensor]:
     """The result, and what fc1 gives, empty if not to be kept."""
     x = call.x
-    pre = x.new_empty((*x.shape[:2], call.fc1_weight.shape[0]) if call.keep else 0)
+    pre = x.new_empty((*x.shape[:2], call.fc1_weight.shape[0]) if call.keeps_pre else 0)
     return maps.empty_like(x), pre
 
 
@@ -161,7 +166,7 @@ def _forward(call: Call, output: Tensor, pre: Tensor) -> None:
     call = _contiguous(call)
     x = call.x
     hidden = x.new_empty((*x.shape[:2], call.fc1_weight.shape[0]))
-    _run_fc1(call, "gelu", pre if call.keep else None, hidden)
+    _run_fc1(call, "gelu", pre if call.keeps_pre else None, hidden)
     u, v = hidden.chunk(2, dim=2)
     gate_forward(u, v, *call.gate, None)  # into u
     run(plan_linear(u, call.fc2_weight, call.fc2_bias, residual=x, output=output), x.device)
@@ -186,7 +191,7 @@ def _backward(
     gradients: dict[str, Tensor | None] = {}
     if through_fc1 or any(wanted[5:10]):  # from the gate's LayerNorm to fc2's weight
         pre = kept[0]
-        if not call.keep:
+        if call.recompute:
             pre = x.new_empty((*x.shape[:2], call.fc1_weight.shape[0]))
             _run_fc1(call, "identity", pre, None)
         grad_pre = torch.empty_like(pre) if through_fc1 else None

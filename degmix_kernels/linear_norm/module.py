@@ -18,13 +18,14 @@ class LinearNorm(nn.Module):
         eps: of the LayerNorm.
 
     Raises:
+        TypeError: for a channel count that is no integer.
         ValueError: for a channel count below 1.
     """
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True, eps: float = 1e-5) -> None:
         super().__init__()
-        for name, channels in {"in_channels": in_channels, "out_channels": out_channels}.items():
-            checks.expect(channels > 0, name, "at least 1", channels)
+        checks.expect_integer("in_channels", in_channels, 1)
+        checks.expect_integer("out_channels", out_channels, 1)
         self.linear = nn.Linear(in_channels, out_channels, bias=bias)
         self.norm = nn.LayerNorm(out_channels, eps=eps)
 

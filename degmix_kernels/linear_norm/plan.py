@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from degmix_kernels.linear_norm import kernels
 from degmix_kernels.maps import Sizes, block_of, ceil_div, power_of_two
 from degmix_kernels.product import Product
 
-_PROGRAMS = 1024  # of the backward pass, as in ``batch_norm.plan``
+_PROGRAMS = 1024  # of the backward pass, as in ``maps``
 _BACKWARD_TILE = 4096  # elements
 
 
@@ -38,7 +36,7 @@ def plan_forward(
         norm_weight: (blocks, Cout).
         norm_bias: (blocks, Cout).
         addend: laid out as the result, or None.
-        residual: likewise.
+        residual: laid out as the result, or None.
         output: to be filled, laid out as x.
         normed: to be filled with x̂, laid out as x, if given.
         deviation: to be filled with 1 / √(variance + eps) of every pixel, fp32, with ``normed``.
@@ -86,7 +84,7 @@ def plan_backward(
     Args:
         grad: of the result, laid out as ``normed``.
         normed: from the forward pass.
-        deviation: likewise.
+        deviation: from the forward pass.
         norm_weight: (blocks, Cout).
         grad_pre: to be filled with the gradient before the LayerNorm, laid out as ``normed``; or None.
 
@@ -139,33 +137,3 @@ def _backward_warps(normed: Tensor, tile: int, channels: int) -> int:
     if channels > 256 or normed.dtype == torch.float32:
         return 16
     return 8 if tile >= 4096 else 4
-
-
-def plan_examples(dtype: torch.dtype) -> list[Launch]:
-    """Every kind of launch, planned on meta tensors: what the compile check compiles."""
-    return list(_examples(dtype))
-
-
-def _examples(dtype: torch.dtype) -> Iterator[Launch]:
-    """DeGMix's embedding (maps) and blocks (tokens) on NYUD-v2, ragged sizes, more than 2³¹ elements."""
-    # shape of x, out channels; maps are also tried with channels last
-    calls = [((8, 96, 107, 140), 256), ((1, 4 * 8 * 14980, 256), 256), ((4, 8 * 14980, 512), 256)]
-    if dtype == torch.bfloat16:
-        calls += [((2, 50, 7, 7), 27), ((1, 1000, 384), 512), ((3, 256, 2048, 2048), 256)]
-    for shape, out_channels in calls:
-        x = torch.empty(shape, dtype=dtype, device="meta")
-        is_map = len(shape) == 4
-        blocks, inner = (1, shape[1]) if is_map else (shape[0], shape[2])
-        output = (
-            x.new_empty(shape[0], out_channels, *shape[2:])
-            if is_map
-            else x.new_empty(*shape[:2], out_channels)
-        )
-        weight, vector = x.new_empty(blocks, out_channels, inner), x.new_empty(blocks, out_channels)
-        norm = torch.empty(blocks, out_channels, device="meta")
-        deviation = torch.empty(output.numel() // out_channels, device="meta")
-        for last in (False, True) if is_map else (True,):
-            if last and is_map:
-                x, output = (each.contiguous(memory_format=torch.channels_last) for each in (x, output))
-            yield plan_forward(x, weight, vector, norm, norm, output, output, output, output, deviation, 1e-5)
-            yield plan_backward(output, output, deviation, norm, output)[0]

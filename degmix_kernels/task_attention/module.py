@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from degmix_kernels import checks
 from degmix_kernels.task_attention.op import check_heads, task_attention
+
+
+def check_sizes(dim: int, heads: int) -> None:
+    """Raise unless these are positive integers, of which the second divides the first."""
+    checks.expect_integer("dim", dim, 1)
+    checks.expect_integer("heads", heads, 1)
+    check_heads(heads, dim)
 
 
 class TaskAttention(nn.Module):
@@ -20,13 +28,13 @@ class TaskAttention(nn.Module):
         heads: number of heads; divides ``dim``.
 
     Raises:
-        TypeError: for heads that are no integer.
-        ValueError: for heads that do not divide ``dim``.
+        TypeError: for a size that is no integer.
+        ValueError: for a size below 1, or heads that do not divide ``dim``.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        check_heads(dim, heads)
+        check_sizes(dim, heads)
         self.dim = dim
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))

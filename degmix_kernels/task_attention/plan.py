@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from math import gcd
 from typing import Any
 
-import torch
-import triton
 from torch import Tensor
 
 from degmix_kernels.launch import Launch, needs_64_bit
+from degmix_kernels.maps import ceil_div, power_of_two
 from degmix_kernels.task_attention import kernels
 
 _WARPS, _MOST_WARPS = 4, 8
@@ -67,7 +65,7 @@ class Sizes:
         given = [tensor for tensor in strided.values() if tensor is not None]
         unit = reduce(gcd, (stride for tensor in given for stride in _strides(tensor)), self.head_dim)
         unit = gcd(unit, 16)
-        block_channels = triton.next_power_of_2(self.head_dim)
+        block_channels = power_of_two(self.head_dim)
         # Where loads must be narrow there are fewer, for the registers that their addresses take.
         elements = min(_LOAD // given[0].element_size(), max(unit, 2))
         if kernel is kernels.backward and self.tasks > _BACKWARD_TASKS[strided["value"] is not None]:
@@ -75,7 +73,7 @@ class Sizes:
         warps = min(max(_WARPS, block_channels // (32 * elements)), _MOST_WARPS)
         block_rows = max(32 * warps * elements // block_channels, 1)
         rows, queries = self.pixels * self.heads, self.query_tasks * self.sharing
-        row_blocks = triton.cdiv(rows, block_rows)
+        row_blocks = ceil_div(rows, block_rows)
         for name, tensor in strided.items():
             arguments[f"{name}_ptr"] = tensor
             strides = (0, 0, 0) if tensor is None else _strides(tensor)
@@ -95,7 +93,7 @@ class Sizes:
             "TASKS": self.tasks,
             "HEADS": self.heads,
             "HEAD_DIM": self.head_dim,
-            "CHUNK": triton.cdiv(queries, triton.cdiv(queries, chunk)),
+            "CHUNK": ceil_div(queries, ceil_div(queries, chunk)),
             "BLOCK_ROWS": block_rows,
             "BLOCK_CHANNELS": block_channels,
         }
@@ -143,38 +141,3 @@ def plan_backward(
         grad_value_ptr=grad_value,
         scale=scale,
     )
-
-
-def plan_examples(dtype: torch.dtype) -> list[Launch]:
-    """Every kind of launch, planned on meta tensors: what the compile check compiles."""
-    return list(_examples(dtype))
-
-
-def _examples(dtype: torch.dtype) -> Iterator[Launch]:
-    """Launches of DeGMix on NYUD-v2, of the most tasks, of odd, small and large heads, of 2³¹ elements."""
-    nyud = 107 * 140
-    # batch, query tasks, tasks, pixels, heads, head dim, shared keys, values
-    calls = [
-        (8, 4, 4, nyud, 2, 128, False, True),
-        (8, 4, 4, nyud, 2, 256, True, False),
-        (8, 8, 8, nyud, 1, 256, False, True),
-        (2, 2, 8, 900, 1, 16, False, True),
-    ]
-    if dtype == torch.bfloat16:
-        calls += [
-            (8, 1, 4, nyud, 2, 256, True, False),
-            (8, 5, 5, nyud, 2, 128, False, True),
-            (2, 2, 8, 900, 1, 1023, False, True),
-            (2, 3, 3, 99, 2, 37, False, True),
-            (2, 3, 2, 99, 2, 40, False, True),
-            (8, 4, 4, 1024 * 2048, 2, 128, False, True),
-        ]
-    if dtype == torch.float16:  # the code of bf16 but for conversions
-        calls = calls[:2]
-    for batch, query_tasks, tasks, pixels, heads, head_dim, shared, values in calls:
-        query = torch.empty((batch, query_tasks, pixels, heads * head_dim), dtype=dtype, device="meta")
-        channels = head_dim if shared else heads * head_dim
-        key = torch.empty((batch, tasks, pixels, channels), dtype=dtype, device="meta")
-        value = key if values else None
-        yield plan_forward(query, key, value, query, heads, head_dim**-0.5)
-        yield plan_backward(query, query, key, value, query, key, value, heads, head_dim**-0.5)

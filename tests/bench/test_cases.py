@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import cases, model, task_attention
-from bench.cases import COMPILED, DEFORMOPS, DTYPES, MODES, Case
-from bench.run import CASES, Selection, is_quick
-from bench.shapes import MAPS
+from bench.cases import model, op, task_attention
+from bench.cases.registry import CASES
+from bench.cases.shapes import MAPS
+from bench.harness.case import COMPILED, DEFORMOPS, DTYPES, MODES, Case
+from bench.harness.selection import Selection
 from degmix.tasks import TASKS
 from degmix_kernels.registry import find
 
@@ -20,7 +21,7 @@ NOTICED = 1e-3  # relative error that a check in fp32 has to see; 1 % and everyt
 
 
 class DrawMeta:
-    """:class:`bench.cases.Draw` of shapes and dtypes alone."""
+    """:class:`bench.harness.case.Draw` of shapes and dtypes alone."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -31,7 +32,7 @@ class DrawMeta:
 
 @pytest.fixture(autouse=True)
 def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cases, "Draw", DrawMeta)
+    monkeypatch.setattr(op, "Draw", DrawMeta)
     monkeypatch.setattr(model, "Draw", DrawMeta)
 
 
@@ -69,7 +70,7 @@ def test_sdpa_in_chunks_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_matters_most_is_measured_first() -> None:
-    real = tuple(case for case in CASES if not is_quick(case))
+    real = tuple(case for case in CASES if not case.quick)
     order = [
         (case, dtype, names, {mode for modes in names.values() for mode in modes})
         for case, dtype, names in Selection(real, MODES, ("fp32", "bf16"), None, 0).rounds()
@@ -100,6 +101,6 @@ def test_every_small_op_is_timed_without_and_with_its_launches() -> None:
     ops = [case for case in CASES if case.family != model.FAMILY]
     small = {case.timers for case in ops if case.shape.split()[0] in ("launch", "quick")}
     assert small == {("cuda graph", "cuda loop")}
-    assert {case.timers for case in CASES if case.family == model.FAMILY and is_quick(case)} == {
+    assert {case.timers for case in CASES if case.family == model.FAMILY and case.quick} == {
         ("cuda events", "cuda loop")
     }

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import ceilings
-from bench.measure import Timing
-from bench.results import Ceilings
+from bench.harness import ceilings
+from bench.harness.measure import Timing
+from bench.harness.results import Ceilings
 from degmix_kernels.contract import Work
 
 
 def test_bytes_are_read_and_written_and_products_are_two_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceilings, "measure", lambda call, timer, *seconds: Timing(2.0, 2.0, 2.0))
+    monkeypatch.setattr(ceilings, "measure", lambda call, timer, *seconds: Timing(2.0, 2.0, 2.0, 10))
     found = ceilings.measure_ceilings(torch.device("cpu"), ("fp32", "bf16"))
     assert found.copy == 2 * ceilings.COPY_BYTES["cpu"] / 2e-3
     assert found.matrix == dict.fromkeys(("fp32", "bf16"), 2 * ceilings.PRODUCT_SIZE["cpu"] ** 3 / 2e-3)

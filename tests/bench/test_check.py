@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.cases import Problem, Run
-from bench.check import Checker, CheckFailed
-from bench.results import OURS
+from bench.harness.case import Problem, Run
+from bench.harness.check import Checker, CheckFailed
+from bench.harness.results import OURS
 
 
 def scaled(factors: tuple[float, float], dtype: torch.dtype) -> Run:

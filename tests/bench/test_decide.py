@@ -161,7 +161,7 @@ def test_a_cap_is_the_launches_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 TRACE = """
 from bench.gpu import decide
-from bench.gpu.trace import specialise
+from bench.compiler.trace import specialise
 seen = {}
 decide.trace(lambda launch: seen.setdefault(specialise(launch).key, specialise(launch).source.hash()))
 print(len(seen))

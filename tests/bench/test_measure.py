@@ -9,8 +9,8 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
-from bench import measure
-from bench.measure import EVENTS, LOOP, Call
+from bench.harness import measure
+from bench.harness.measure import EVENTS, LOOP, Call
 
 CYCLES_PER_SECOND = 1e9
 HOST_SECONDS = 0.002

@@ -12,14 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import measure, model
-from bench.cases import COMPILED, MODES, Case, Draw, Problem
-from bench.check import Checker
-from bench.measure import call_of
-from bench.model import BACKBONE, CASES, FORMULA, HEAD, WHOLE
-from bench.results import OK, OURS, Ceilings, Row
-from bench.run import Selection, run
-from bench.shapes import NYUD, QUICK, SWIN_TINY
+from bench.cases import model
+from bench.cases.model import BACKBONE, CASES, FORMULA, HEAD, WHOLE
+from bench.cases.op import Draw
+from bench.cases.shapes import NYUD, QUICK, SWIN_TINY
+from bench.harness import measure
+from bench.harness.case import COMPILED, MODES, Case, Problem
+from bench.harness.check import Checker
+from bench.harness.measure import call_of
+from bench.harness.results import OK, OURS, Ceilings, Row
+from bench.harness.run import run
+from bench.harness.selection import Selection
 from degmix import DeGMixHead, build
 from degmix.config import Config, load_config
 from degmix.model import backbone

@@ -7,12 +7,12 @@ from contextlib import suppress
 import pytest
 import torch
 
-from bench.cases import DTYPES, SLOW_TO_START, Case, Unavailable
-from bench.check import Checker
-from bench.measure import call_of
-from bench.run import CASES, is_quick
+from bench.cases.registry import CASES
+from bench.harness.case import DTYPES, SLOW_TO_START, Case, Unavailable
+from bench.harness.check import Checker
+from bench.harness.measure import call_of
 
-QUICK = [case for case in CASES if is_quick(case)]
+QUICK = [case for case in CASES if case.quick]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, or a fake one: make test-full")

@@ -5,20 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from made_up import PART, ROW, results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench import plots
-from bench.results import OURS, Ceilings, Machine, Part, Results, Row
+from bench.harness.results import OURS, Ceilings, Results
+from bench.report import plots
 
-MACHINE = Machine("Made-up GPU", None, None, None, "2.11", None, "3.12", None, "c" * 40, False)
-OURS_ROW = Row("op", "nyud", "bf16", "fwd", OURS, "cuda events", ms=2.0, bytes=10**9, flops=5 * 10**9)
+OURS_ROW = replace(ROW, bytes=10**9, flops=5 * 10**9)
 SLOWER = replace(OURS_ROW, impl="slower", ms=6.0)
 FASTER = replace(OURS_ROW, impl="faster", ms=1.0)
 MODEL = replace(
     OURS_ROW, op="model", mode="inference", images=1, bytes=None, flops=None, peak_bytes=3 * 2**20
 )
-RESULTS = Results(MACHINE, Ceilings(2e12, {"bf16": 4e12}), (OURS_ROW, SLOWER, FASTER, MODEL))
+FIRST = replace(PART, ceilings=Ceilings(2e12, {"bf16": 4e12}))
+RESULTS = results(OURS_ROW, SLOWER, FASTER, MODEL, part=FIRST)
 
 
 def panels(name: str, results: Results = RESULTS) -> list[Axes]:
@@ -50,9 +51,9 @@ def test_points_lie_below_the_roof() -> None:
 
 def test_every_call_has_its_own_roof_and_every_point_its_place() -> None:
     """The second call's machine is slower, its product as large as attention over all tokens."""
-    slower = Part(MACHINE, Ceilings(1e12, {"bf16": 3e12}))
+    slower = replace(PART, ceilings=Ceilings(1e12, {"bf16": 3e12}))
     product = replace(OURS_ROW, flops=18_204 * 10**9)
-    whole = replace(RESULTS, continued=(slower,)).with_rows((product,))
+    whole = replace(RESULTS, parts=(FIRST, slower)).with_rows((product,))
     first, second = panels("roofline.png", whole)
     assert [panel.get_title() for panel in (first, second)] == ["bf16", "bf16, call 2"]
     assert [panel.lines[0].get_ydata()[0] for panel in (first, second)] == [2000, 1000]  # GB/s
@@ -62,7 +63,7 @@ def test_every_call_has_its_own_roof_and_every_point_its_place() -> None:
         assert place < panel.get_xlim()[1] == panel.lines[0].get_xdata()[-1]
     other = replace(product, dtype="fp32")  # which the first call measured no ceiling of
     more = replace(slower, ceilings=Ceilings(1e12, {"bf16": 3e12, "fp32": 1e12}))
-    whole = replace(whole, continued=(more,)).with_rows((other,))
+    whole = replace(whole, parts=(FIRST, more)).with_rows((other,))
     assert [panel.get_title() for panel in panels("roofline.png", whole)] == [
         "bf16",
         "bf16, call 2",

@@ -5,20 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
-from test_report import CEILINGS, MACHINE
+from made_up import MACHINE, PART
 
-from bench import predicted, program
-from bench.cases import EVENTS, LOOP
-from bench.results import OURS, Results, Row
+from bench.cases.registry import everything
+from bench.harness.case import EVENTS, LOOP
+from bench.harness.results import OURS, Results, Row
+from bench.report import predicted
 
 FILES = sorted(predicted.FOLDER.glob("*.json"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_prediction_is_of_a_call_of_the_headline_and_each_of_ours_has_one(path):
-    headline = program.select(program.parser().parse_args([]), torch.device("cuda")).headline()
-    wanted = headline.keys()
+    wanted = everything().headline().keys()
     found = predicted.predictions(path.stem)
     keys = [each.key for each in found]
     assert len(keys) == len(set(keys))
@@ -29,7 +28,7 @@ def test_every_prediction_is_of_a_call_of_the_headline_and_each_of_ours_has_one(
 
 def test_table(monkeypatch, tmp_path):
     monkeypatch.setattr(predicted, "FOLDER", tmp_path)
-    results = Results(MACHINE, CEILINGS, ())
+    results = Results((PART,))
     assert predicted.table(results) == []
     rows = "\n".join(
         f'{{"op": "op {n}", "shape": "s", "dtype": "bf16", "mode": "fwd", "impl": "ours", "ms": [1.0, 2.0], '

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.compiler.resources import PINNED
 from bench.gpu import prepare, prepared, pretend, rehearse
-from bench.resources import PINNED
 
 needs_pinned = pytest.mark.skipif(
     version("triton") != PINNED or platform.machine() != "x86_64" or shutil.which("cc") is None,

@@ -10,13 +10,13 @@ import torch
 from torch.autograd import DeviceType
 
 from bench import profile_step
-from bench.cases import Case
+from bench.cases.model import FORMULA, HEAD
+from bench.cases.shapes import QUICK
 from bench.gpu import check_ops, small_calls
-from bench.machine import read_machine
-from bench.model import FORMULA, HEAD
+from bench.harness.case import Case
+from bench.harness.machine import read_machine
+from bench.harness.results import OURS
 from bench.profile_step import LARGEST, LONGEST_NAME, SHAPE, Kernel, kernels, step_case, table
-from bench.results import OURS
-from bench.shapes import QUICK
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

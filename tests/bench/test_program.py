@@ -11,13 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_up import ROW, results, write
 
-from bench import compare, machine, program, results
-from bench.cases import COMPILED, EAGER
-from bench.machine import read_machine
-from bench.results import OURS, Row, read
-from bench.run import DeviceLost, Selection
-from bench.shapes import QUICK
+from bench import program
+from bench.cases.shapes import QUICK
+from bench.harness import compare, machine
+from bench.harness.case import COMPILED, EAGER
+from bench.harness.command import INTERRUPTED, LOST, USER_ERROR
+from bench.harness.machine import read_machine
+from bench.harness.results import KILLED, OURS, Row, read
+from bench.harness.run import DeviceLost
+from bench.harness.selection import Selection
+from bench.options import parser, select
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -43,25 +48,27 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--shapes", ""], "--shapes : unknown"),
         (["--baseline", EAGER, "none"], "--baseline: expected none alone"),
         (["--op", "batch_norm", "DeGMix head", "--shapes", "launch"], "--op DeGMix head has none of these"),
-        (["--json", "/dev/null/results.json"], "its folder cannot be made"),
+        (["--baseline", "nobody"], "--baseline nobody: unknown"),
+        (["--with", "nowhere.py"], "nowhere.py: expected a Python file"),
+        (["--json", "/dev/null/results.jsonl"], "its folder cannot be made"),
         (["--json", "/"], "expected a file, got a folder"),
     ],
 )
 def test_mistakes_are_one_sentence(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert program.main(arguments) == program.USER_ERROR
+    assert program.main(arguments) == USER_ERROR
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_what_is_named_twice_is_measured_once() -> None:
     twice = ["--mode", "fwdbwd", "fwd", "fwdbwd", "--dtype", "fp32", "fp32"]
-    selection = program.select(program.parser().parse_args(twice), CPU)
+    selection = select(parser().parse_args(twice), CPU)
     assert (selection.modes, selection.dtypes) == (("fwdbwd", "fwd"), ("fp32",))
 
 
 def test_end_to_end(tmp_path: Path) -> None:
-    file = tmp_path / "results.json"
+    file = tmp_path / "results.jsonl"
     command = [sys.executable, "-m", "bench", "--quick", "--op", "batch_norm", "--json", str(file)]
     command += ["--baseline", EAGER]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -80,13 +87,13 @@ def test_a_file_is_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A known commit without changes, whatever the state of this checkout."""
-    file = tmp_path / "results.json"
+    file = tmp_path / "results.jsonl"
     here = replace(read_machine(CPU), commit="c" * 40, dirty=False)
     monkeypatch.setattr(program, "read_machine", lambda device: here)
     options = ["--op", "batch_norm", "--shapes", QUICK, "--baseline", "none", "--resume", str(file)]
+    file.touch()  # as of a process that was killed at once
     assert program.main([*options, "--mode", "fwd"]) == 0
     (first,) = read(file).rows
-    assert not read(file).complete
     assert program.main([*options, "--mode", "fwd", "bwd"]) == 0
     assert [row.mode for row in read(file).rows] == ["fwd", "bwd"]
     assert read(file).rows[0] == first
@@ -95,27 +102,28 @@ def test_a_file_is_continued(
     options[options.index("none")] = EAGER
     assert program.main([*options, "--mode", "fwd"]) == 0  # ours once more, beside what it is compared with
     assert [(row.impl, row.mode, row.part) for row in read(file).rows[2:]] == [
-        (OURS, "fwd", 3),
-        (EAGER, "fwd", 3),
+        (OURS, "fwd", 2),
+        (EAGER, "fwd", 2),
     ]
-    results.begin((*first.case, COMPILED), file)  # and the process was killed
+    killed = replace(first, impl=COMPILED, status=KILLED)
+    write(replace(read(file), rows=(replace(killed, part=2),)), file)
     options[options.index(EAGER)] = COMPILED
-    assert program.main([*options, "--mode", "fwd"]) == 0
-    assert read(file).rows[-1].status == "failed: the process was killed meanwhile"
+    assert program.main([*options, "--mode", "fwd"]) == 0  # which is not begun again
+    assert read(file).rows[-1].status == KILLED
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"results.json", "results.md", "results-speed-up.png", "results-roofline.png"}
+    assert names == {"results.jsonl", "results.md", "results-speed-up.png", "results-roofline.png"}
     monkeypatch.setattr(program, "read_machine", lambda device: replace(here, commit="d" * 40))
-    assert program.main(options) == program.USER_ERROR
+    assert program.main(options) == USER_ERROR
     assert f"--resume {file}: commit was {'c' * 40}" in capsys.readouterr().err
     for other in (["--json", str(file)], ["--quick"]):
-        assert program.main([*options, *other]) == program.USER_ERROR
+        assert program.main([*options, *other]) == USER_ERROR
 
 
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (KeyboardInterrupt(), program.INTERRUPTED, "Interrupted: 3 measurements are left"),
-        (DeviceLost("illegal address"), program.LOST, "The GPU answers no more: 3 measurements are left"),
+        (KeyboardInterrupt(), INTERRUPTED, "Interrupted: 3 measurements are left"),
+        (DeviceLost("illegal address"), LOST, "The GPU answers no more: 3 measurements are left"),
     ],
 )
 def test_a_run_that_ends_early_keeps_what_it_has(
@@ -134,12 +142,11 @@ def test_a_run_that_ends_early_keeps_what_it_has(
         raise error
 
     monkeypatch.setattr(program, "run", ending)
-    file = tmp_path / "results.json"
+    file = tmp_path / "results.jsonl"
     options = ["--quick", "--op", "batch_norm", "--baseline", EAGER, "--json", str(file)]
     assert program.main(options) == code
     assert words in capsys.readouterr().out
     assert len(read(file).rows) == 1
-    assert not read(file).complete
 
 
 def test_an_interrupt_before_measuring_is_one_sentence() -> None:
@@ -155,7 +162,7 @@ runpy.run_module("bench", run_name="__main__")
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, preexec_fn=in_the_background
     )
-    assert run.returncode == program.INTERRUPTED
+    assert run.returncode == INTERRUPTED
     assert run.stderr == "bench: interrupted while nothing was being measured\n"
 
 
@@ -190,26 +197,25 @@ def test_another_revision_is_measured_in_its_own_tree(
     (tmp_path / "bench" / "__main__.py").write_text(
         "import pathlib, shutil, sys\n"
         "assert sys.argv[1:3] == ['--quick', '--json']\n"
-        "shutil.copy(pathlib.Path.cwd() / 'kept.json', sys.argv[sys.argv.index('--json') + 1])\n"
+        "shutil.copy(pathlib.Path.cwd() / 'kept.jsonl', sys.argv[sys.argv.index('--json') + 1])\n"
     )
-    machine = {"gpu": None, "cpu": None, "driver": None, "cuda": None, "torch": "1", "triton": None}
-    machine |= {"python": "3", "clocks": None, "commit": "unknown", "dirty": None}
-    (tmp_path / "kept.json").write_text(
-        str({"machine": machine, "ceilings": {"copy": None, "matrix": {}}, "rows": []})
-        .replace("'", '"')
-        .replace("None", "null")
-    )
+    write(results(ROW), tmp_path / "kept.jsonl")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.example"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
         subprocess.run([*git, *command], check=True)
     monkeypatch.setattr(compare, "REPOSITORY", tmp_path)
-    assert compare.earlier_results("HEAD", ["--quick"]).machine.torch == "1"
+    assert compare.earlier_results("HEAD", ["--quick"]) == results(ROW)
     listed = subprocess.run([*git, "worktree", "list"], check=True, capture_output=True, text=True).stdout
     assert len(listed.splitlines()) == 1
+    (tmp_path / "kept.jsonl").write_text('{"rows": []}\n')
+    subprocess.run([*git, "commit", "-q", "-a", "-m", "another form"], check=True)
+    with pytest.raises(compare.CompareError, match="writes its results in another form"):
+        compare.earlier_results("HEAD", ["--quick"])
+    write(results(ROW), tmp_path / "fresh.jsonl").replace(tmp_path / "kept.jsonl")
     crash = (tmp_path / "bench" / "__main__.py").read_text() + "raise RuntimeError('made up')\n"
     (tmp_path / "bench" / "__main__.py").write_text(crash)
     subprocess.run([*git, "commit", "-q", "-a", "-m", "crash"], check=True)
-    with pytest.raises(compare.CompareError, match="ended early, with exit code 1 after 0 rows"):
+    with pytest.raises(compare.CompareError, match="ended early, with exit code 1 after 1 rows"):
         compare.earlier_results("HEAD", ["--quick"])
     (tmp_path / "bench" / "__main__.py").unlink()
     for command in (["add", "-A"], ["commit", "-q", "-m", "two"]):

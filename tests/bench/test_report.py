@@ -7,53 +7,44 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from made_up import MACHINE, PART, WHEN, results, write
 
-import bench
-from bench import goals, report
-from bench.cases import EVENTS, LOOP
-from bench.results import OURS, Ceilings, Machine, Part, Results, Row, write
-from bench.run import CASES
-from bench.speedups import comparisons, shown
+import bench.report
+from bench.cases.registry import CASES
+from bench.harness.case import EVENTS, LOOP
+from bench.harness.results import OURS, UNKNOWN, Ceilings, Results, Row
+from bench.report import goals
+from bench.report import pages as report
+from bench.report.speedups import comparisons, shown
 from bench.training import Curve
 from bench.training import write as write_curves
 
-MACHINE = Machine(
-    gpu="Made-up GPU",
-    cpu="made-up CPU",
-    driver="1.2",
-    cuda="13.0",
-    torch="2.11.0",
-    triton="3.6.0",
-    python="3.11.0",
-    clocks=None,
-    commit="0123456789abcdef0123456789abcdef01234567",
-    dirty=False,
-)
-CEILINGS = Ceilings(copy=4e12, matrix={"bf16": 8e14, "fp32": 5e13})
 
-
-def made_up(op: str, shape: str, mode: str, impl: str, ms: float | None, size: int = 10**8, **more) -> Row:
+def timed(op: str, shape: str, mode: str, impl: str, ms: float | None, size: int = 10**8, **more) -> Row:
     """A row of an op in bf16 that took ``ms`` and moved ``size`` bytes."""
     row = Row(op, shape, "bf16", mode, impl, timer=EVENTS, ms=ms, ms_p20=ms, ms_p80=ms, bytes=size)
     return replace(row, flops=20 * size, speed_of_light=0.5, peak_bytes=size, **more)
 
 
 ROWS = (
-    made_up("channel_mix", "nyud", "fwd", OURS, 0.5),
-    made_up("channel_mix", "nyud", "fwd", "eager reference", 1.5),
-    made_up("channel_mix", "nyud", "fwd", "torch.compile", 0.25),
-    made_up("channel_mix", "nyud", "fwdbwd", OURS, 2.0),
-    made_up("channel_mix", "nyud", "fwdbwd", "eager reference", 4.0),
+    timed("channel_mix", "nyud", "fwd", OURS, 0.5),
+    timed("channel_mix", "nyud", "fwd", "eager reference", 1.5),
+    timed("channel_mix", "nyud", "fwd", "torch.compile", 0.25),
+    timed("channel_mix", "nyud", "fwdbwd", OURS, 2.0),
+    timed("channel_mix", "nyud", "fwdbwd", "eager reference", 4.0),
     Row("channel_mix", "nyud", "bf16", "fwdbwd", "torch.compile", status="failed: RuntimeError: made up"),
-    made_up("channel_mix", "launch", "fwd", OURS, 0.01, 10**4),
-    made_up("channel_mix", "launch", "fwd", "eager reference", 0.07, 10**4),
+    timed("channel_mix", "launch", "fwd", OURS, 0.01, 10**4),
+    timed("channel_mix", "launch", "fwd", "eager reference", 0.07, 10**4),
     Row("batch_norm", "nyud", "bf16", "fwd", OURS, status="check failed: made up"),
-    made_up("batch_norm", "nyud", "fwd", "eager reference", 1.0),
-    replace(made_up("task_attention", "nyud", "fwd", OURS, 0.1), flops=0),
-    made_up("DeGMix head", "nyud b8", "training step", OURS, 40.0, images=8),
-    made_up("DeGMix head", "nyud b8", "training step", "eager formula", 100.0, 3 * 10**8, images=8),
-    replace(made_up("DeGMix head", "nyud b1", "inference", OURS, 5.0, images=1), timer=LOOP),
+    timed("batch_norm", "nyud", "fwd", "eager reference", 1.0),
+    replace(timed("task_attention", "nyud", "fwd", OURS, 0.1), flops=0),
+    timed("DeGMix head", "nyud b8", "training step", OURS, 40.0, images=8),
+    timed("DeGMix head", "nyud b8", "training step", "eager formula", 100.0, 3 * 10**8, images=8),
+    replace(timed("DeGMix head", "nyud b1", "inference", OURS, 5.0, images=1), timer=LOOP),
 )
+
+
+MEASURED = results(*ROWS)
 
 
 @pytest.fixture
@@ -69,11 +60,11 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def put(checkout: Path, results: Results, measured: str = "2030-01-02T03:04:05") -> Path:
+def put(checkout: Path, measured: Results, when: str = WHEN) -> Path:
     """A file under a name that has no part in which file is the newest."""
-    path = checkout / "bench" / "results" / "made-up" / f"{9999 - int(measured[:4])}.json"
-    write(replace(results, measured=measured), path)
-    return path
+    first = replace(measured.parts[0], measured=when)
+    path = checkout / "bench" / "results" / "made-up" / f"{9999 - int(when[:4])}.jsonl"
+    return write(replace(measured, parts=(first, *measured.parts[1:])), path)
 
 
 def test_without_results_one_sentence_says_so(checkout, capsys):
@@ -89,32 +80,39 @@ def test_without_results_one_sentence_says_so(checkout, capsys):
 
 
 def test_times_of_a_cpu_are_no_result(checkout):
-    put(checkout, Results(replace(MACHINE, gpu=None), CEILINGS, ROWS, complete=True))
+    put(checkout, results(*ROWS, part=replace(PART, machine=replace(MACHINE, gpu=None))))
     assert report.main([]) == 0
     assert report.NO_RESULT in (checkout / "README.md").read_text("utf-8")
 
 
-def test_an_incomplete_file_says_so_and_a_complete_one_is_preferred(checkout):
-    put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=False), "2031-01-01T00:00:00")
+def test_an_incomplete_file_says_so_and_a_complete_one_is_preferred(checkout, monkeypatch):
+    put(checkout, MEASURED, "2031-01-01T00:00:00")
     assert report.main([]) == 0
     text = (checkout / "README.md").read_text("utf-8")
     assert "The run was stopped before its end: a baseline that is missing here was not measured." in text
-    put(checkout, Results(MACHINE, CEILINGS, ROWS[:1], complete=True), "2030-12-31T00:00:00")
+    monkeypatch.setattr(report, "is_complete", lambda measured: len(measured.rows) == 1)
+    put(checkout, results(ROWS[0]), "2030-12-31T00:00:00")
     assert report.main([]) == 0
     text = (checkout / "README.md").read_text("utf-8")
     assert "stopped before its end" not in text
     assert "batch_norm" not in text
 
 
+def test_ops_that_are_gone_are_not_shown(checkout):
+    put(checkout, results(*ROWS, replace(ROWS[0], op="an op of before")))
+    assert report.main([]) == 0
+    assert "an op of before" not in (checkout / "README.md").read_text("utf-8")
+
+
 def test_the_newest_result_becomes_tables_and_pictures(checkout):
-    put(checkout, Results(MACHINE, CEILINGS, (), complete=True), "2029-12-31T00:00:00")
-    put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=True))
+    put(checkout, results(ROWS[0]), "2029-12-31T00:00:00")
+    put(checkout, MEASURED)
     assert report.main([]) == 0
     text = (checkout / "README.md").read_text("utf-8")
     assert text.startswith("above\n")
     assert text.endswith(f"\n{report.END}\nbelow\n")
     assert "on Made-up GPU, torch 2.11.0, Triton 3.6.0, CUDA 13.0, driver 1.2, commit 0123456789: " in text
-    assert "(bench/results/made-up/7969.json). Ceilings, measured with it: copy 4 TB/s" in text
+    assert "(bench/results/made-up/7969.jsonl). Ceilings, measured with it: copy 4 TB/s" in text
     lines = [
         "| `channel_mix` | nyud, bf16, fwd | 0.5 | 50% | eager reference 3.00×, torch.compile 0.50× |",
         "| `channel_mix` | nyud, bf16, fwdbwd | 2 | 50% | eager reference 2.00×, torch.compile – |",
@@ -131,11 +129,11 @@ def test_the_newest_result_becomes_tables_and_pictures(checkout):
 
 
 def test_a_page_has_its_own_ops_alone(checkout):
-    put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=True))
+    put(checkout, MEASURED)
     report.main([])
     (page,) = report.PAGES
     lines = page.read_text("utf-8").splitlines()
-    source = "[7969.json](../../bench/results/made-up/7969.json)"
+    source = "[7969.jsonl](../../bench/results/made-up/7969.jsonl)"
     assert f"`python -m bench`, Made-up GPU, commit 0123456789: {source}." in lines
     assert [line.partition(", bf16")[0] for line in lines if line.startswith("| `")] == [
         "| `channel_mix` | nyud",
@@ -153,7 +151,7 @@ def test_goals_stand_beside_what_was_measured(checkout):
     small = replace(ROWS[0], op="deform_mix", shape="launch", timer=LOOP, ms=9.0)
     put(
         checkout,
-        Results(MACHINE, CEILINGS, (*ROWS, replace(ROWS[0], op="deform_mix"), shown, small), complete=True),
+        results(*ROWS, replace(ROWS[0], op="deform_mix"), shown, small),
     )
     report.main([])
     text = (checkout / "bench" / "README.md").read_text("utf-8")
@@ -170,10 +168,10 @@ def test_goals_stand_beside_what_was_measured(checkout):
 
 
 def test_training_and_profile_stand_beside_the_goals(checkout, capsys):
-    path = put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=True))
+    path = put(checkout, MEASURED)
     curves = {
-        OURS: Curve("ok", 3, 3, 50.0, 0.1, [3.0, 2.0, 1.0]),
-        "eager formula": Curve("out of time", 3, 2, 20.0, 0.0, [3.0, 2.0]),
+        OURS: Curve("ok", 3, 3, 50.0, 0.1, (3.0, 2.0, 1.0)),
+        "eager formula": Curve("out of time", 3, 2, 20.0, 0.0, (3.0, 2.0)),
     }
     (path.parent / "training").mkdir()
     write_curves(path.parent / "training", MACHINE, "made up", curves)
@@ -198,7 +196,7 @@ def test_training_and_profile_stand_beside_the_goals(checkout, capsys):
 
 
 def test_check_sees_a_typed_number(checkout, capsys):
-    put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=True))
+    put(checkout, MEASURED)
     report.main([])
     assert report.main(["--check"]) == 0
     for name, typed in (("README.md", "3.00×"), ("bench/README.md", "50%")):
@@ -211,21 +209,21 @@ def test_check_sees_a_typed_number(checkout, capsys):
 
 
 def test_pictures_without_rows_are_removed(checkout):
-    put(checkout, Results(MACHINE, CEILINGS, ROWS, complete=True))
+    put(checkout, MEASURED)
     report.main([])
-    put(checkout, Results(MACHINE, Ceilings(None, {}), ROWS[:2], complete=True), "2031-01-01T00:00:00")
+    put(checkout, results(*ROWS[:2], part=replace(PART, ceilings=Ceilings(None, {}))), "2031-01-01T00:00:00")
     report.main([])
     assert [path.name for path in (checkout / "docs" / "benchmark").iterdir()] == ["speed-up.png"]
     assert "roofline" not in (checkout / "README.md").read_text("utf-8")
 
 
 def test_a_file_of_a_users_own_is_reported_beside_it(checkout, tmp_path):
-    path = tmp_path / "own" / "mine.json"
-    write(Results(replace(MACHINE, gpu=None, dirty=True), CEILINGS, ROWS, complete=True), path)
+    path = tmp_path / "own" / "mine.jsonl"
+    write(results(*ROWS, part=replace(PART, machine=replace(MACHINE, gpu=None, dirty=True))), path)
     before = report.README.read_text("utf-8")
     assert report.main([str(path)]) == 0
     text = path.with_suffix(".md").read_text("utf-8")
-    assert "commit 0123456789 with changes: [mine.json](mine.json). On a CPU the ops run" in text
+    assert "commit 0123456789 with changes: [mine.jsonl](mine.jsonl). On a CPU our ops run" in text
     assert (path.parent / "mine-roofline.png").exists()
     assert "(mine-roofline.png)" in text
     assert report.README.read_text("utf-8") == before
@@ -233,36 +231,42 @@ def test_a_file_of_a_users_own_is_reported_beside_it(checkout, tmp_path):
 
 def test_tables_need_no_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "bench.plots", raising=False)
-    monkeypatch.delattr(bench, "plots", raising=False)
-    path = tmp_path / "mine.json"
-    write(Results(MACHINE, CEILINGS, ROWS), path)
+    monkeypatch.delitem(sys.modules, "bench.report.plots", raising=False)
+    monkeypatch.delattr(bench.report, "plots", raising=False)
+    path = tmp_path / "mine.jsonl"
+    write(MEASURED, path)
     assert report.main([str(path)]) == 0
     assert "No pictures: import of matplotlib halted" in capsys.readouterr().out
     assert "| `channel_mix` | nyud, bf16, fwd | 0.5 |" in path.with_suffix(".md").read_text("utf-8")
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_publishing_takes_the_name_from_the_file(checkout, tmp_path, capsys):
-    path = tmp_path / "results.json"
-    write(Results(MACHINE, CEILINGS, ROWS, measured="2030-01-02T03:04:05"), path)
-    assert report.main(["--publish", str(path)]) == report.USER_ERROR
-    assert "results.json: expected a complete run on a GPU" in capsys.readouterr().err
-    write(Results(MACHINE, CEILINGS, ROWS, complete=True, measured="2030-01-02T03:04:05"), path)
-    assert report.main(["--publish", str(path)]) == 0
-    name = "bench/results/madeup-gpu/2030-01-02T030405-0123456789.json"
-    assert (checkout / name).is_file()
-    assert f"({name})" in (checkout / "README.md").read_text("utf-8")
+def test_publishing_takes_the_name_from_the_file(checkout, tmp_path, capsys, monkeypatch):
+    """Only of whole runs of a known commit on a GPU."""
+    path, name = tmp_path / "results.jsonl", "2030-01-02T030405-0123456789"
+    assert report.main(["--publish", str(write(MEASURED, path))]) == report.USER_ERROR
+    assert "results.jsonl: expected a complete run on a GPU" in capsys.readouterr().err
+    monkeypatch.setattr(report, "is_complete", lambda measured: True)
+    for changes in ({"gpu": None}, {"dirty": True}, {"commit": UNKNOWN}):
+        path.unlink()
+        write(results(*ROWS, part=replace(PART, machine=replace(MACHINE, **changes))), path)
+        assert report.main(["--publish", str(path)]) == report.USER_ERROR
+        assert "expected" in capsys.readouterr().err
+    for stem in (name, f"{name}-2"):
+        path.unlink(missing_ok=True)
+        assert report.main(["--publish", str(write(MEASURED, path))]) == 0
+        assert (checkout / "bench" / "results" / "madeup-gpu" / f"{stem}.jsonl").is_file()
+        assert not path.exists()
+    assert f"(bench/results/madeup-gpu/{name}" in (checkout / "README.md").read_text("utf-8")
     with pytest.raises(SystemExit, match="2"):
         report.main(["--publish", str(path), "--check"])
 
 
 def test_ratios_are_those_of_one_call(checkout):
     """A compiled baseline that was measured a call later, on a machine that had become slower."""
-    whole = Results(MACHINE, CEILINGS, ROWS[:2], complete=True, measured="2030-01-02T03:04:05")
-    later = Part(replace(MACHINE, driver="1.3"), Ceilings(3e12, {}))
+    later = replace(PART, machine=replace(MACHINE, driver="1.3"), ceilings=Ceilings(3e12, {}))
     again = (replace(ROWS[0], ms=1.0), replace(ROWS[2], ms=4.0))
-    put(checkout, replace(whole, continued=(later,)).with_rows(again))
+    put(checkout, Results((PART, later), ROWS[:2]).with_rows(again))
     assert report.main([]) == 0
     text = (checkout / "README.md").read_text("utf-8")
     assert "| 0.5 | 50% | eager reference 3.00×, torch.compile 4.00× |" in text
@@ -271,11 +275,11 @@ def test_ratios_are_those_of_one_call(checkout):
 
 
 def test_a_wrong_file_or_readme_is_said(checkout, capsys):
-    path = checkout / "bench" / "results" / "made-up" / "2030-broken.json"
+    path = checkout / "bench" / "results" / "made-up" / "2030-broken.jsonl"
     path.parent.mkdir(parents=True)
-    path.write_text("{}")
+    path.write_text("{}\n")
     assert report.main([]) == report.USER_ERROR
-    assert "broken.json: missing keys" in capsys.readouterr().err
+    assert "broken.jsonl, line 1: op: missing key" in capsys.readouterr().err
     path.unlink()
     (checkout / "README.md").write_text("no markers", "utf-8")
     assert report.main([]) == report.USER_ERROR
@@ -288,7 +292,7 @@ def test_readme_is_up_to_date():
 
 def test_an_op_is_shown_at_nyuds_maps_in_bf16_by_one_timer():
     """Not what happens to come first in the file, and graphs not beside loops."""
-    ours = made_up("op", "nyud", "fwd", OURS, 1.0)
+    ours = timed("op", "nyud", "fwd", OURS, 1.0)
     rows = [
         replace(ours, shape="pascal", ms=7.0),
         replace(ours, dtype="fp32", ms=8.0),
@@ -296,22 +300,22 @@ def test_an_op_is_shown_at_nyuds_maps_in_bf16_by_one_timer():
         replace(ours, impl="eager", ms=3.0),
         replace(ours, impl="eager", ms=9.0, timer=LOOP),
     ]
-    (call,) = shown(Results(MACHINE, CEILINGS, tuple(rows)))
+    (call,) = shown(results(*rows))
     assert call.ours == ours
     assert [call.speed_up(other) for other in call.others] == [3.0]
 
 
 def test_a_failure_hides_no_times():
     """Forward failed, and so has no timer; with backward it was timed in two ways."""
-    ours = made_up("op", "launch", "fwdbwd", OURS, 1.0)
+    ours = timed("op", "launch", "fwdbwd", OURS, 1.0)
     failed = Row("op", "launch", "bf16", "fwd", OURS, status="failed: made up")
-    calls = shown(Results(MACHINE, CEILINGS, (failed, ours, replace(ours, timer=LOOP))))
+    calls = shown(results(failed, ours, replace(ours, timer=LOOP)))
     assert [call.ours for call in calls] == [failed, ours]
 
 
 def test_goals_are_about_bf16():
     goal = goals.Goal("op", goals.LIGHT, 0.4)
-    rows = [made_up("op", "nyud", "fwd", OURS, 1.0), made_up("op", "pascal", "fwd", OURS, 1.0)]
+    rows = [timed("op", "nyud", "fwd", OURS, 1.0), timed("op", "pascal", "fwd", OURS, 1.0)]
     calls = comparisons([*rows, replace(rows[0], dtype="fp32", speed_of_light=0.1)])
     assert [value for value, _ in goal.values(calls)] == [0.5, 0.5]
 

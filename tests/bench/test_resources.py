@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compile_kernels, resources
-from bench.compile_kernels import amd_widths, nvidia_widths
-from bench.compiled import SPILLED_UNDER_A_CAP, Compiled, faults, spills
-from bench.resources import by_key, differences, read_baseline, write_baseline
-from bench.shapes import MAPS, QUICK
-from bench.targets import TARGETS, occupancy
+from bench.cases.shapes import MAPS, QUICK
+from bench.compiler import compile_kernels, resources
+from bench.compiler.compile_kernels import amd_widths, nvidia_widths
+from bench.compiler.compiled import SPILLED_UNDER_A_CAP, Compiled, faults, spills
+from bench.compiler.resources import by_key, differences, read_baseline, write_baseline
+from bench.compiler.targets import TARGETS, occupancy
 
 ROW = Compiled(
     op="channel_mix",

@@ -1,117 +1,175 @@
-"""Result files: what is written is read back, anything else is refused, and nothing is left half written."""
+"""Result files: what is written is read back, anything else is refused, and what is cut off costs itself."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from made_up import MACHINE, PART, ROW, results, write
+from rich.table import Table
 
-from bench.results import (
+from bench.harness.results import (
+    KILLED,
     OURS,
     UNKNOWN,
-    Ceilings,
-    Machine,
-    Part,
+    ResultFile,
     Results,
     Row,
-    begin,
     continue_,
-    end,
-    publish,
     read,
     unused,
-    with_unended,
-    write,
 )
-from bench.speedups import comparisons
-from bench.tables import compared_with, comparison_table, failures, op_tables
-from degmix import files
+from bench.report.speedups import comparisons
+from bench.report.tables import compared_with, comparison_table, failures, op_tables
 
-MACHINE = Machine(None, "a CPU", None, None, "2.11", "3.6", "3.12", None, "c" * 40, False)
-ROW = Row("op", "nyud", "bf16", "fwd", OURS, "cpu clock", ms=2.0, ms_p20=1.0, ms_p80=3.0, bytes=10, flops=0)
-MEASURED = Results(MACHINE, Ceilings(1e9, {"bf16": 1e12}), (ROW,))
+MEASURED = results(ROW)
+EAGER = replace(ROW, impl="eager", ms=9.0)
+COLUMNS = """op shape dtype mode impl device ms ms_p20 ms_p80 runs peak_bytes bytes flops speed_of_light
+rel_error status commit torch triton cuda driver python"""
 
 
-def broken(path: Path, change: dict) -> Path:
-    data = json.loads(path.read_text())
-    data["rows"][0].update(change)
-    path.write_text(json.dumps(data))
+def changed(path: Path, change: dict) -> Path:
+    """The file, of one line, with other values in it."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | change) + "\n")
     return path
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    path = tmp_path / "gpu" / "2026-01-02T0304-abc.json"
-    machine = replace(MACHINE, tf32={"matmul": False, "cudnn": True})
-    whole = replace(MEASURED, measured="2026-01-02T03:04:05", continued=(Part(machine, MEASURED.ceilings),))
-    for results in (MEASURED, whole.with_rows((ROW,))):
-        write(results, path)
-        assert read(path) == results
+    path = tmp_path / "gpu" / "2026-01-02T0304-abc.jsonl"
+    machine = replace(MACHINE, tf32={"matmul": False, "cudnn": True}, interpreted=True)
+    later = replace(PART, machine=machine, measured="later", quick=True)
+    whole = Results((PART, later), MEASURED.rows).with_rows((ROW, EAGER))
+    assert read(write(whole, path)) == whole
+
+
+def test_a_line_is_a_measurement_with_all_that_is_known_of_it(tmp_path: Path) -> None:
+    """What pandas.read_json(path, lines=True) makes a row of."""
+    path = write(results(ROW, EAGER), tmp_path / "r.jsonl")
+    if importlib.util.find_spec("pandas"):
+        import pandas
+
+        lines = pandas.read_json(path, lines=True).to_dict("records")
+    else:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["impl"], line["ms"], line["runs"]) for line in lines] == [
+        (OURS, 2.0, 10),
+        ("eager", 9.0, 10),
+    ]
+    for line in lines:
+        assert set(COLUMNS.split()) <= line.keys()
+        assert line["device"] == MACHINE.gpu
+
+
+@pytest.mark.parametrize(
+    ("interpreted", "labels"),
+    [(False, ["CPU (reference)", "CPU"]), (True, ["CPU (interpreter)", "CPU"])],
+)
+def test_what_a_cpu_computed_says_so(tmp_path: Path, interpreted: bool, labels: list[str]) -> None:
+    cpu = replace(PART, machine=replace(MACHINE, gpu=None, interpreted=interpreted))
+    path = write(results(ROW, EAGER, part=cpu), tmp_path / "r.jsonl")
+    assert [json.loads(line)["device"] for line in path.read_text().splitlines()] == labels
 
 
 def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
-    path = tmp_path / "r.json"
-    row = Row("op", "nyud", "bf16", "fwd", OURS, rel_error=float("nan"), status="check failed: NaN")
-    write(Results(MACHINE, Ceilings(None, {}), (row,)), path)
-    assert read(path).rows[0].rel_error is None
+    row = replace(ROW, ms=None, rel_error=float("nan"), status="check failed: NaN")
+    assert read(write(results(row), tmp_path / "r.jsonl")).rows[0].rel_error is None
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "r.json"
-    write(MEASURED, path)
-
-    def interrupted(*paths: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(files.os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write(Results(MACHINE, Ceilings(None, {}), ()), path)
+def test_a_line_that_was_half_written_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(MEASURED, tmp_path / "r.jsonl")
+    with path.open("a") as file:
+        file.write('{"op": "op", "sha')
     assert read(path) == MEASURED
-    assert list(tmp_path.iterdir()) == [path]
+    assert "its last line has no end, and is left out (17 bytes)" in capsys.readouterr().err
+    assert read(write(results(EAGER), path)).rows == (ROW, EAGER)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_was_killed_is_a_failed_row(tmp_path: Path) -> None:
+    path = write(MEASURED, tmp_path / "new" / "r.jsonl")
+    assert read(path).repeatable == {ROW.key}
+    file = ResultFile(path, PART)
+    file.begin(EAGER)
+    assert read(path).rows == (ROW, replace(EAGER, status=KILLED))
+    file.add([EAGER])
+    file.begin(replace(ROW, ms=None))
+    assert not read(path).repeatable  # as the last time it was killed
+    file.close()
+    assert read(path).rows == (ROW, EAGER)
+
+
+def test_without_a_row_there_is_no_file(tmp_path: Path) -> None:
+    file = ResultFile(tmp_path / "r.jsonl", PART)
+    file.begin(ROW)
+    file.close()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ms": "fast"}, r"rows\[0\].ms: expected float \| None, got 'fast'"),
-        ({"op": None}, r"rows\[0\].op: expected str, got None"),
-        ({"bytes": True}, r"rows\[0\].bytes: expected int \| None, got True"),
-        ({"colour": 1}, r"rows\[0\]: missing keys \[\], unknown keys \['colour'\]"),
-        ({"part": 1}, r"rows\[0\].part: there is no part 1"),
+        ({"ms": "fast"}, r'r.jsonl, line 1: ms: expected a number or null, got "fast"'),
+        ({"op": None}, "line 1: op: expected text, got null"),
+        ({"bytes": True}, "line 1: bytes: expected an integer or null, got true"),
+        ({"colour": 1}, "line 1: colour: unknown key"),
+        ({"commit": 1}, r"line 1: machine\.commit: expected text, got 1"),
+        ({"part": 1}, "line 1: part: there is no part 1"),
     ],
 )
-def test_wrong_files_are_refused(tmp_path: Path, change: dict, message: str) -> None:
-    path = tmp_path / "r.json"
-    write(MEASURED, path)
+def test_wrong_lines_are_refused(tmp_path: Path, change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read(broken(path, change))
+        read(changed(write(MEASURED, tmp_path / "r.jsonl"), change))
 
 
-def test_what_is_no_json(tmp_path: Path) -> None:
-    path = tmp_path / "r.json"
-    path.write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"{\n", "line 1: not JSON"),
+        (b"\xff\xd8\n", r"r\.jsonl, line 1: not JSON: 'utf-8' codec"),  # a picture
+        (b"[]\n", "line 1: expected an object, got list"),
+        (b"", "has no line that was measured"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message):
         read(path)
-    path.write_bytes(b"\xff\xd8")  # a picture
-    with pytest.raises(ValueError, match=r"r\.json: not JSON: 'utf-8' codec"):
+
+
+def test_lines_of_earlier_revisions_say_less(tmp_path: Path) -> None:
+    path = write(MEASURED, tmp_path / "r.jsonl")
+    line = json.loads(path.read_text())
+    for name in ("runs", "tf32", "interpreted", "quick", "device"):
+        del line[name]
+    path.write_text(json.dumps(line) + "\n")
+    assert read(path) == results(replace(ROW, runs=None))
+    del line["commit"]
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match=r"line 1: machine\.commit: missing key"):
         read(path)
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="expected an object, got list"):
-        read(path)
+
+
+def cells(table: Table, title: str) -> list[str]:
+    """A column."""
+    (column,) = (column for column in table.columns if column.header == title)
+    return list(column.cells)
 
 
 def test_tables_show_ratios_and_reasons() -> None:
-    slow = Row("op", "nyud", "bf16", "fwd", "eager", "cpu clock", ms=5.0)
+    slow = Row("op", "nyud", "bf16", "fwd", "eager", ROW.timer, ms=5.0)
     absent = Row("op", "nyud", "bf16", "fwd", "other", status="not available: needs a GPU")
     (table,) = op_tables([ROW, slow, absent])
-    assert "2.50×" in list(table.columns[3].cells)
+    assert "2.50×" in cells(table, "over ours")
     wrong = replace(ROW, timer=None, ms=None, status="check failed: far off")
     (table,) = op_tables([replace(ROW, speed_of_light=0.25), replace(wrong, impl="wrong")])
-    assert "WRONG" in list(table.columns[1].cells)
-    assert "25" in list(table.columns[5].cells)
+    assert "WRONG" in cells(table, "ms")
+    assert "25" in cells(table, "% of light")
     assert failures([ROW, slow, absent]) == ["op: other: not available: needs a GPU (1×)"]
-    earlier = Results(MACHINE, MEASURED.ceilings, (Row(*ROW.case, OURS, "cpu clock", ms=3.0),))
+    earlier = results(Row(*ROW.case, OURS, ROW.timer, ms=3.0))
     assert list(comparison_table(MEASURED, earlier, "then").columns[-1].cells) == ["1.50×"]
 
 
@@ -122,20 +180,19 @@ def test_comparisons_tell_noise_and_machines() -> None:
         table = comparison_table(MEASURED, replace(MEASURED, rows=(then,)), "then")
         assert list(table.columns[-1].cells) == [shown]
     there = replace(MACHINE, gpu="a GPU", triton="3.9", commit="d" * 40)
-    line = compared_with(MEASURED, replace(MEASURED, machine=there), "HEAD~1")
-    assert line.startswith("HEAD~1 was measured on a GPU, torch 2.11, Python 3.12, triton 3.9, commit ddd")
+    line = compared_with(MEASURED, results(ROW, part=replace(PART, machine=there)), "HEAD~1")
+    assert line.startswith("HEAD~1 was measured on a GPU, torch 2.11.0, Python 3.11.0, triton 3.9, CUDA 13.0")
     assert line.endswith(". Not only the code is another now: device, triton")
     assert "another" not in compared_with(MEASURED, MEASURED, "HEAD")
 
 
 def test_a_run_of_one_commit_is_continued() -> None:
     """On another machine of the same kind; a ratio is one of times of the same call."""
-    there = Part(replace(MACHINE, clocks="1980 MHz", driver="2"), Ceilings(2e9, {"fp32": 3e12}), "later")
+    there = replace(PART, machine=replace(MACHINE, clocks="1980 MHz", driver="2"), measured="later")
     both = continue_(MEASURED, there)
-    assert both.parts == (Part(MACHINE, MEASURED.ceilings), there)
+    assert both.parts == (PART, there)
     assert both.rows == (ROW,)
-    eager = replace(ROW, impl="eager", ms=9.0)
-    alone, both = both.with_rows((eager,)), both.with_rows((replace(ROW, ms=3.0), eager))
+    alone, both = both.with_rows((EAGER,)), both.with_rows((replace(ROW, ms=3.0), EAGER))
     assert [row.part for row in both.rows] == [0, 1, 1]
     (call,) = comparisons(both.rows)
     assert call.ours == ROW
@@ -144,84 +201,32 @@ def test_a_run_of_one_commit_is_continued() -> None:
     assert [call.speed_up(other) for other in call.others] == [None]
     for rows, shown in ((both.rows, ["", "", "", "3.00×"]), (alone.rows, ["", "", ""])):
         (table,) = op_tables(rows)
-        assert list(table.columns[3].cells) == shown
-
-
-def test_what_was_killed_is_a_failed_row(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "r.json"
-    begin(ROW.key, path)
-    write(replace(MEASURED, rows=()), path)
-    (row,) = with_unended(read(path), path).rows
-    assert row.key == ROW.key
-    assert row.status == "failed: the process was killed meanwhile"
-    assert MEASURED.repeatable == {ROW.key}
-    assert not with_unended(MEASURED, path).repeatable  # as the last time it was killed
-    end(path)
-    end(path)
-    assert with_unended(MEASURED, path) == MEASURED
-    for wrong in ("{", "[1, 2]", '["op", "nyud", "bf16", "fwd", 1]'):
-        path.with_name("r.json.begun").write_text(wrong)
-        with pytest.raises(ValueError, match="delete it to go on"):
-            with_unended(MEASURED, path)
-
-
-def test_only_whole_runs_on_a_gpu_are_published(tmp_path: Path) -> None:
-    file, when = tmp_path / "results.json", "2026-01-02T03:04:05"
-    whole = replace(MEASURED, machine=replace(MACHINE, gpu="NVIDIA H200"), complete=True, measured=when)
-    for results in (
-        replace(whole, complete=False),
-        replace(whole, measured=""),
-        replace(whole, machine=MACHINE),
-        replace(whole, machine=replace(whole.machine, dirty=True)),
-        replace(whole, machine=replace(whole.machine, commit=UNKNOWN)),
-    ):
-        write(results, file)
-        with pytest.raises(ValueError, match=r"expected (a complete run|the run of a known)"):
-            publish(file, results, tmp_path / "results")
-        assert file.exists()
-    for name in ("2026-01-02T030405-cccccccccc.json", "2026-01-02T030405-cccccccccc-2.json"):
-        write(whole, file)
-        assert publish(file, whole, tmp_path / "results") == tmp_path / "results" / "nvidia-h200" / name
-        assert not file.exists()
+        assert cells(table, "over ours") == shown
 
 
 @pytest.mark.parametrize(
     ("then", "now", "message"),
     [
-        ({}, {"commit": "d" * 40}, "commit was c"),
-        ({}, {"torch": "2.15"}, "torch was 2.11 and is 2.15 now"),
+        ({}, {"commit": "d" * 40}, "commit was 0123"),
+        ({}, {"torch": "2.15"}, "torch was 2.11.0 and is 2.15 now"),
         ({}, {"triton": "3.9"}, "triton was 3.6"),
-        ({}, {"gpu": "a GPU"}, "gpu was None"),
+        ({}, {"gpu": "a GPU"}, "gpu was Made-up GPU"),
+        ({}, {"interpreted": True}, "interpreted was False and is True now"),
         ({}, {"tf32": {"matmul": True, "cudnn": True}}, "tf32 was None"),
         ({"dirty": True}, {"dirty": True}, "a known commit without changes"),
         ({"commit": UNKNOWN}, {"commit": UNKNOWN}, "a known commit without changes"),
     ],
 )
 def test_other_runs_are_not_continued(then: dict, now: dict, message: str) -> None:
-    before = replace(MEASURED, machine=replace(MACHINE, **then))
+    before, after = (replace(PART, machine=replace(MACHINE, **changes)) for changes in (then, now))
     with pytest.raises(ValueError, match="what --quick measured"):
-        continue_(replace(MEASURED, quick=True), Part(MACHINE, MEASURED.ceilings))
+        continue_(results(ROW, part=replace(PART, quick=True)), PART)
     with pytest.raises(ValueError, match=message):
-        continue_(before, Part(replace(MACHINE, **now), MEASURED.ceilings))
+        continue_(results(ROW, part=before), after)
 
 
 def test_no_file_takes_the_place_of_another(tmp_path: Path) -> None:
-    path = tmp_path / "2026-01-02T030405-abc.json"
-    for name in (path.name, "2026-01-02T030405-abc-2.json", "2026-01-02T030405-abc-3.json"):
+    path = tmp_path / "2026-01-02T030405-abc.jsonl"
+    for name in (path.name, "2026-01-02T030405-abc-2.jsonl", "2026-01-02T030405-abc-3.jsonl"):
         assert unused(path).name == name
         write(MEASURED, unused(path))
-
-
-def test_files_of_earlier_revisions_say_less(tmp_path: Path) -> None:
-    path = tmp_path / "r.json"
-    write(replace(MEASURED, complete=True), path)
-    data = json.loads(path.read_text())
-    for name in ("complete", "quick", "measured", "continued"):
-        del data[name]
-    del data["machine"]["tf32"], data["rows"][0]["part"]
-    path.write_text(json.dumps(data))
-    assert read(path) == MEASURED
-    del data["machine"]["commit"]
-    path.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=r"r.json: machine: missing keys \['commit'\]"):
-        read(path)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import run as loop
-from bench.cases import COMPILED, EAGER, Baseline, Case, Draw, Problem, Run, op_case
-from bench.model import WHOLE
-from bench.results import OK, OURS, Ceilings, Row
-from bench.run import CASES, FAMILIES, DeviceLost, Selection, run
-from bench.run import _forget as forget
-from bench.sdpa import sdpa_baselines
-from bench.shapes import QUICK
+from bench.cases.model import WHOLE
+from bench.cases.op import Baseline, Draw, op_case
+from bench.cases.registry import CASES, FAMILIES
+from bench.cases.sdpa import sdpa_baselines
+from bench.cases.shapes import QUICK
+from bench.harness import run as loop
+from bench.harness.case import COMPILED, EAGER, Case, Problem, Run
+from bench.harness.measure import FEWEST
+from bench.harness.results import OK, OURS, Ceilings, Row
+from bench.harness.run import DeviceLost, run
+from bench.harness.run import _forget as forget
+from bench.harness.selection import Selection
 from degmix_kernels import registry
 from degmix_kernels.contract import Op, Sample
 from degmix_kernels.registry import find
@@ -46,11 +51,12 @@ def of(rows: list[Row], name: str) -> list[Row]:
 
 
 def test_rows_are_complete() -> None:
-    rows = measured(op_case("test", find("batch_norm"), "tiny", sample), modes=("fwd", "bwd", "fwdbwd"))
+    rows = measured(op_case(find("batch_norm"), "tiny", sample), modes=("fwd", "bwd", "fwdbwd"))
     for row in of(rows, OURS) + of(rows, EAGER):
         assert row.status == OK
         assert row.timer == "cpu clock"
         assert 0 < row.ms_p20 <= row.ms <= row.ms_p80
+        assert row.runs >= FEWEST
         assert 0 < row.rel_error < 1e-6
         assert row.speed_of_light == pytest.approx(max(row.bytes, row.flops) / 1e9 / (row.ms / 1e3))
         assert row.peak_bytes is None
@@ -74,7 +80,7 @@ def broken(change: Callable[[Tensor], Tensor]) -> Op:
     ],
 )
 def test_a_wrong_result_is_not_timed(change: Callable[[Tensor], Tensor], message: str) -> None:
-    rows = measured(op_case("test", broken(change), "tiny", sample), modes=("fwd",))
+    rows = measured(op_case(broken(change), "tiny", sample), modes=("fwd",))
     for row in of(rows, OURS):
         assert row.status.startswith(f"check failed: {message}")
         assert row.ms is None
@@ -91,7 +97,7 @@ def test_a_wrong_gradient_is_not_timed() -> None:
         def backward(ctx: object, grad: Tensor) -> Tensor:
             return 2 * grad
 
-    forward, both = of(measured(op_case("test", broken(Doubled.apply), "tiny", sample)), OURS)
+    forward, both = of(measured(op_case(broken(Doubled.apply), "tiny", sample)), OURS)
     assert forward.status == OK
     assert both.status.startswith("check failed: gradient of")
     assert both.ms is None
@@ -104,6 +110,7 @@ def test_ours_is_checked_without_tf32_and_timed_with_it(monkeypatch: pytest.Monk
     seen: dict[str, set[tuple[bool, ...]]] = {OURS: set(), EAGER: set()}
 
     def seeing(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @wraps(function)
         def call(**arguments: Tensor) -> Tensor:
             if arguments["x"].dtype == torch.float32:
                 seen[name].add(tuple(setting.allow_tf32 for setting in settings))
@@ -113,7 +120,7 @@ def test_ours_is_checked_without_tf32_and_timed_with_it(monkeypatch: pytest.Monk
 
     op = find("batch_norm")
     op = replace(op, function=seeing(OURS, op.function), reference=seeing(EAGER, op.reference))
-    measured(op_case("test", op, "tiny", sample))
+    measured(op_case(op, "tiny", sample))
     assert seen == {OURS: {(False, False), (False, True)}, EAGER: {(False, True)}}
 
 
@@ -129,7 +136,7 @@ def test_a_failing_baseline_stops_nothing() -> None:
         Baseline("missing", missing),
         Baseline("wrong", lambda device: lambda x, **_: -x),
     )
-    rows = measured(op_case("test", find("batch_norm"), "tiny", sample, baselines))
+    rows = measured(op_case(find("batch_norm"), "tiny", sample, baselines))
     assert {row.status for row in of(rows, "raises")} == {"failed: RuntimeError: out of luck"}
     assert {row.status for row in of(rows, "missing")} == {"failed: ImportError: no module of that name"}
     assert all(row.status.startswith("check failed") for row in of(rows, "wrong"))
@@ -152,7 +159,7 @@ def test_what_has_no_reference_is_not_timed() -> None:
         tried.append("reference")
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    whole = op_case("test", find("batch_norm"), "huge", sample)
+    whole = op_case(find("batch_norm"), "huge", sample)
     case = replace(whole, prepare=lambda *where: replace(whole.prepare(*where), exact=huge))
     rows = measured(replace(case, implementations=(OURS, EAGER)))
     assert [row.impl for row in rows] == [OURS, OURS, EAGER, EAGER]
@@ -163,8 +170,8 @@ def test_what_has_no_reference_is_not_timed() -> None:
 
 def test_every_op_of_the_registry_is_measured() -> None:
     assert {op.label for op in registry.OPS} <= {case.op for case in CASES}
-    folders = {path.parent.name for path in (ROOT / "degmix_kernels").glob("*/entry.py")}
-    assert folders == {family.FAMILY for family in FAMILIES} - {"model"}
+    folders = {path.parent.name for path in (ROOT / "degmix_kernels").glob("*/cases.py")}
+    assert folders == set(FAMILIES) - {"model"}
 
 
 def test_a_gpu_that_answers_no_more_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +185,7 @@ def test_a_gpu_that_answers_no_more_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_quick_on_a_gpu_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    case = op_case("test", find("batch_norm"), "tiny", sample)
+    case = op_case(find("batch_norm"), "tiny", sample)
     selection = Selection((case,), ("fwd",), ("fp32",), (COMPILED,), 0, quick=True)
     rows = [row for more in run(selection, torch.device("cuda"), Ceilings(None, {}), str) for row in more]
     assert [row.status for row in of(rows, COMPILED)] == ["not available: left out by --quick"]
@@ -186,7 +193,7 @@ def test_quick_on_a_gpu_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_ours_is_measured_again_beside_later_baselines() -> None:
     """Once in a call, and only where it had a time."""
-    cases = tuple(op_case("test", find("batch_norm"), shape, sample) for shape in ("one", "two"))
+    cases = tuple(op_case(find("batch_norm"), shape, sample) for shape in ("one", "two"))
     everything = Selection(cases, ("fwd", "fwdbwd"), ("fp32",), None, 0)
     keys = sorted(filter(lambda key: key[-1] == OURS, everything.keys()))
     repeated = replace(everything, done=frozenset(keys), repeatable=frozenset(keys[1:]))
@@ -211,7 +218,7 @@ def test_memory_of_a_run_with_graphs_is_that_of_its_twin(monkeypatch: pytest.Mon
         return lambda device: made.append(name) or find("batch_norm").reference
 
     twin = Baseline("compiled", loading("graphs"), load_without_graphs=loading("plain"))
-    problem = op_case("test", find("batch_norm"), "tiny", sample, (twin,)).prepare(CPU, torch.float32)
+    problem = op_case(find("batch_norm"), "tiny", sample, (twin,)).prepare(CPU, torch.float32)
     run_of = problem.runs["compiled"]()
     row = Row("batch_norm", "tiny", "fp32", "fwd", "compiled", ms=1.0)
     monkeypatch.setattr(loop, "peak_bytes", lambda call, own_bytes: own_bytes)

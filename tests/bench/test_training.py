@@ -17,15 +17,16 @@ import pytest
 import torch
 
 from bench import training
-from bench.model import FORMULA
-from bench.results import OK, OURS
-from bench.training import JSON_NAME, LATE, PLOT_NAME, STOPPED, Curve
+from bench.cases.model import FORMULA
+from bench.harness.results import OK, OURS
+from bench.report.curves import JSON_NAME, PLOT_NAME, Curve, draw
+from bench.training import LATE, STOPPED
 from degmix import DeGMixHead, train
 from degmix_kernels import use_backend
 
 CPU = torch.device("cpu")
 SMALL = ("--size", "48", "64", "--rooms", "4", "--batch", "2", "--workers", "0")
-CURVE = Curve(OK, 4, 4, 12.0, 0.01, [4.0, 3.0, 2.0, 1.0])
+CURVE = Curve(OK, 4, 4, 12.0, 0.01, (4.0, 3.0, 2.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def read(out: Path) -> dict:
 
 
 def legend(curves: dict[str, Curve]) -> list[str]:
-    (axes,) = training.draw(curves, "title").axes
+    (axes,) = draw(curves, "title").axes
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
@@ -229,13 +230,13 @@ def test_the_plot_names_what_is_cut_and_what_waited() -> None:
     assert legend({OURS: CURVE}) == ["ours: 12 images/s"]
     curves = {
         OURS: replace(CURVE, waiting_for_data=0.25),
-        FORMULA: Curve(LATE, 9, 2, 6.0, 0.0, [4.0, 3.0]),
+        FORMULA: Curve(LATE, 9, 2, 6.0, 0.0, (4.0, 3.0)),
     }
     assert legend(curves) == [
         "ours: 12 images/s, 25% of the time waiting for data",
         "eager formula: 6 images/s, 2 of 9 steps: out of time",
     ]
-    (axes,) = training.draw(curves, "title").axes
+    (axes,) = draw(curves, "title").axes
     assert [len(line.get_xdata()) for line in axes.lines] == [4, 2]
 
 

@@ -8,14 +8,17 @@ import re
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from made_up import ROW, results, write
 
-from bench import program, training
+from bench import training
 from bench.gpu import prepared, visit, visits
-from bench.results import OURS, Ceilings, Machine, Results, Row, write
+from bench.harness.results import KILLED
+from bench.options import parser, select
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_check.sh"
 FIRST = {"ops", "tests", "memcheck", "racecheck", "initcheck", "bench", "profile", "huge"}
@@ -48,7 +51,6 @@ import sys
 from pathlib import Path
 from bench.gpu import visit
 python, folder, *arguments = sys.argv[1:]
-visit.STATE = Path(folder) / "state"
 arguments += ["--prepared", folder + "/gpu"]
 sys.exit(visit.main(arguments, python=python, cache=Path(folder) / "cache"))
 """
@@ -70,7 +72,6 @@ class Check:
     def __init__(self, folder: Path) -> None:
         self.root, self.folder = folder, folder / "out"
         self.tools, self.calls = folder / "tools", folder / "calls"
-        self.another = ""
         self.tools.mkdir()
         for name, text in {
             "python": PYTHON,
@@ -79,14 +80,11 @@ class Check:
         }.items():
             (self.tools / name).write_text(text)
             (self.tools / name).chmod(0o755)
-        row = Row("op", "shape", "bf16", "fwd", OURS, ms=1.0)
-        machine = Machine(GPU, None, None, None, "2", None, "3", None, "0" * 40, False)
-        self.measured = folder / "measured.json"
-        write(Results(machine, Ceilings(None, {}), (row,)), self.measured)
+        self.measured = write(results(ROW), folder / "measured.jsonl")
 
     def __call__(self, *options: str, command: str = "", **settings: str) -> subprocess.CompletedProcess[str]:
         """Run it with these options and variables, or the shell command that runs "$@"."""
-        known = {"gpu": GPU, "capability": [9, 0], "triton": "a key", "another": self.another}
+        known = {"gpu": GPU, "capability": [9, 0], "triton": "a key"}
         environment = {
             "PATH": f"{self.tools}:/usr/local/bin:/usr/bin:/bin",
             "HOME": os.environ.get("HOME", "/"),
@@ -105,7 +103,7 @@ class Check:
     @property
     def leaves_results(self) -> str:
         """A benchmark that measures one thing."""
-        return f"cp {self.measured} {self.folder}/results.json"
+        return f"cp {self.measured} {self.folder}/results.jsonl"
 
     @property
     def summary(self) -> dict[str, str]:
@@ -146,7 +144,7 @@ def test_everything_runs_and_few_files_are_left(check: Check) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert {check.summary[name].split()[0] for name in FIRST} == {"ok"}
     files = {path.name for path in check.folder.iterdir()}
-    assert files == {"results.json", "profile.md", "summary.txt", "logs.tgz", "somebody's.txt"}
+    assert files == {"results.jsonl", "profile.md", "summary.txt", "logs.tgz", "somebody's.txt"}
     assert check.log("plot.png")  # what is not needed at once
     assert check.log("nvidia-smi.txt") == "a table\n"
     (tests,) = check.called(
@@ -181,7 +179,7 @@ def test_the_benchmark_understands_its_commands(name: str, tmp_path: Path) -> No
     of_bench = [rest for _, module, *rest in words if module == "bench"]
     assert of_bench
     for rest in of_bench:
-        assert len(program.select(program.parser().parse_args(rest), torch.device("cuda"))) > 0
+        assert len(select(parser().parse_args(rest), torch.device("cuda"))) > 0
     for rest in (rest for _, module, *rest in words if module == "bench.training"):
         assert training.parse(rest).out == tmp_path / "training"
 
@@ -189,23 +187,23 @@ def test_the_benchmark_understands_its_commands(name: str, tmp_path: Path) -> No
 def test_quick_tests_before_it_benchmarks(check: Check) -> None:
     done = check("quick")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert check.called("-m bench ") == [f"-m bench --quick --json {check.folder}/results.json"]
+    assert check.called("-m bench ") == [f"-m bench --quick --json {check.folder}/results.jsonl"]
     assert list(check.summary).index("tests") < list(check.summary).index("bench")
 
 
 def test_without_a_gpu_the_benchmark_runs_on_the_cpu(check: Check) -> None:
-    none = json.dumps({"gpu": "", "capability": None, "triton": "", "another": ""})
+    none = json.dumps({"gpu": "", "capability": None, "triton": ""})
     done = check(STUB_TORCH=f"echo '{none}'")
     assert done.returncode == visit.NO_GPU, done.stdout + done.stderr
     assert check.summary.keys() == {"GPU", "bench"}
-    assert check.called("-m bench ") == [f"-m bench --quick --json {check.folder}/results.json"]
+    assert check.called("-m bench ") == [f"-m bench --quick --json {check.folder}/results.jsonl"]
     assert check("--resume", str(check.measured), STUB_TORCH=f"echo '{none}'").returncode == visit.NO_GPU
     assert check.called("-m bench ") == []  # there is no GPU to continue on
 
 
 def test_another_machine_is_told_what_it_lacks(check: Check) -> None:
     (check.tools / "compute-sanitizer").unlink()
-    amd = json.dumps({"gpu": "Stub MI300X", "capability": None, "triton": "a key", "another": ""})
+    amd = json.dumps({"gpu": "Stub MI300X", "capability": None, "triton": "a key"})
     done = check(STUB_TORCH=f"echo '{amd}'")
     assert done.returncode == 0, done.stdout + done.stderr
     why = "one can be prepared for Nvidia's compute capability 9.0 only"
@@ -245,9 +243,8 @@ def test_where_most_ops_are_wrong_no_time_is_spent(check: Check) -> None:
 
 
 def test_one_of_our_ops_that_failed_is_a_failure(check: Check) -> None:
-    data = json.loads(check.measured.read_text())
-    data["rows"][0] |= {"ms": None, "status": "WRONG"}
-    check.measured.write_text(json.dumps(data))
+    check.measured.unlink()
+    write(results(replace(ROW, ms=None, status="WRONG")), check.measured)
     late = f"{check.leaves_results}; exec sleep 30"
     assert check(*only("bench", seconds=1), STUB_BENCH=late).returncode == visit.FAILED
     assert "1 of ours failed" in check.summary["bench"]
@@ -261,14 +258,16 @@ def test_a_stage_over_its_budget(check: Check) -> None:
     assert done.returncode == visit.FAILED
     assert check.summary["tests"] == "FAILED: not done within 1 s"
     # The benchmark goes on in another call; that it was stopped is no failure.
-    assert check.summary["bench"].startswith("stopped when its 1 s were over; results.json has 1 rows")
+    assert check.summary["bench"].startswith("stopped when its 1 s were over; results.jsonl has 1 rows")
 
 
 def test_what_was_measured_when_the_benchmark_was_killed(check: Check) -> None:
-    begins = f"{check.leaves_results}; printf gating > {check.folder}/results.json.begun"
-    check(*only("bench", seconds=1), STUB_BENCH=f"{begins}; exec sleep 30")
-    assert check.summary["bench"].endswith("0 of ours failed; killed while it measured gating")
-    assert (check.folder / "results.json.begun").exists()
+    write(results(replace(ROW, op="gating", status=KILLED)), check.measured)
+    check(*only("bench", seconds=1), STUB_BENCH=f"{check.leaves_results}; exec sleep 30")
+    assert check.summary["bench"].startswith(
+        "stopped when its 1 s were over; results.jsonl has 1 rows; 0 of ours"
+    )
+    assert check.summary["bench"].endswith("; killed while it measured gating, nyud, bf16, fwd, ours")
 
 
 def test_budgets_of_zero(check: Check) -> None:
@@ -305,7 +304,7 @@ def test_a_lost_gpu_is_no_end_of_the_benchmark(check: Check) -> None:
     lost = f"echo again >> {count}; {check.leaves_results}; [ $(wc -l < {count}) -gt 2 ] || exit 3"
     done = check(*only("bench", seconds=60), STUB_BENCH=lost)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert check.called("-m bench ") == 3 * [f"-m bench --resume {check.folder}/results.json"]
+    assert check.called("-m bench ") == 3 * [f"-m bench --resume {check.folder}/results.jsonl"]
     assert "; the GPU was lost 2 times, and it went on;" in check.summary["bench"]
     # What quick measures cannot be continued.
     count.unlink()
@@ -340,46 +339,33 @@ def test_an_interrupt_of_the_visit_ends_with_a_summary(check: Check) -> None:
     assert done.returncode == visit.FAILED, done.stdout + done.stderr
     assert check.summary["tests"].startswith("FAILED: interrupted after")
     assert check.summary["bench"] == "FAILED: left out, interrupted"
-    assert (check.folder / "results.json").exists()
+    assert (check.folder / "results.jsonl").exists()
 
 
 def test_resume(check: Check) -> None:
-    before = check.root / "before.json"
+    before = check.root / "before.jsonl"
     before.write_bytes(check.measured.read_bytes())
-    before.with_name("before.json.begun").write_text("a measurement")
-    done = check("--resume", str(before), STUB_BENCH=f"test -f {check.folder}/results.json")
+    done = check("--resume", str(before), STUB_BENCH=f"test -f {check.folder}/results.jsonl")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (check.folder / "results.json.begun").read_text() == "a measurement"
-    # The next visit continues nothing: it begins without both, and keeps the results.
-    begins = f"test ! -f {check.folder}/results.json && {check.leaves_results}"
+    # The next visit continues nothing: it begins without the results, and keeps them.
+    begins = f"test ! -f {check.folder}/results.jsonl && {check.leaves_results}"
     assert check(STUB_BENCH=begins).returncode == 0
-    assert not (check.folder / "results.json.begun").exists()
     assert check(STUB_BENCH=begins).returncode == 0
     for number in (1, 2):
         aside = {path.name for path in (check.folder / f"earlier-{number}").iterdir()}
-        assert aside >= {"results.json", "summary.txt", "logs.tgz"}
+        assert aside >= {"results.jsonl", "summary.txt", "logs.tgz"}
 
 
-def test_a_second_command_goes_on_with_what_the_first_has_measured(check: Check) -> None:
-    assert check(*only("bench")).returncode == 0
-    (check.folder / "results.json").unlink()  # another folder, as far as it knows
-    done = check("compare", STUB_BENCH=f"test -f {check.folder}/results.json")
+def test_other_visits(check: Check) -> None:
+    done = check(
+        "compare", "--resume", str(check.measured), STUB_BENCH=f"test -f {check.folder}/results.jsonl"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "--baseline torch.compile" in check.called("-m bench ")[0]
     trains = f"mkdir {check.folder}/training && echo > {check.folder}/training/training.json"
     for _ in range(2):
         assert check("compare", STUB_TRAINING=trains).returncode == 0, check.summary
         assert (check.folder / "training.json").exists()
-    # It is another run, of another commit, say.
-    check.another = "commit was 1 and is 2 now, so it cannot be continued"
-    done = check("compare", STUB_BENCH=f"test ! -f {check.folder}/results.json && {check.leaves_results}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert check.summary["results"] == f"begun anew: {check.another}"
-    check.another = ""
-    # What quick measures cannot be continued.
-    assert check("quick").returncode == 0
-    check(*only("bench"), STUB_BENCH="exit 1")
-    assert check("compare", STUB_BENCH=f"test ! -f {check.folder}/results.json").returncode == visit.FAILED
     assert check("decide").returncode == 0
     assert check.summary["decide"].startswith("ok")
 
@@ -469,7 +455,7 @@ def test_a_cache_that_does_not_fit(check: Check, changes: dict[str, object], why
     ("options", "settings", "reason"),
     [
         (["slow"], {}, "invalid choice: 'slow'"),
-        (["--resume", "nowhere.json"], {}, "--resume nowhere.json: no such file"),
+        (["--resume", "nowhere.jsonl"], {}, "--resume nowhere.jsonl: no such file"),
         (["quick", "--resume", __file__], {}, "expected another visit than quick"),
         (["--seconds", "tests=soon"], {}, "--seconds tests=soon: expected STAGE=S, a stage of bench, huge"),
         (["--seconds", "decide=1"], {}, "--seconds decide=1: expected STAGE=S"),

@@ -144,8 +144,8 @@ def forced_triton() -> Iterator[None]:
 
 
 def kernels_of(launches: list[Launch]) -> set[str]:
-    """ "general" and "planar", as the names of the files begin that the launched kernels are written in."""
-    return {plan.kernel.fn.__module__.rpartition(".")[2].partition("_")[0] for plan in launches}
+    """ "general" and "planar", the names of the folders that the launched kernels are written in."""
+    return {plan.kernel.fn.__module__.split(".")[-2] for plan in launches}
 
 
 def expected_kernels(call: Call) -> set[str]:

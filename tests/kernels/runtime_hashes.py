@@ -12,8 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.compiler.trace import specialise
 from bench.gpu.front_end import launches
-from bench.gpu.trace import specialise
 from degmix_kernels.launch import Launch
 
 

@@ -82,23 +82,22 @@ def test_linear_module():
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "message"),
     [
-        ({"query": torch.zeros(2, 3, 4)}, ValueError, "query: expected 4 dimensions"),
-        ({"key": torch.zeros(1, 2, 0, 4)}, ValueError, "key: expected at least one token"),
-        ({"value": torch.zeros(1, 2, 6, 4)}, ValueError, r"value: expected shape \(1, 2, 5, 4\)"),
-        ({"key": torch.zeros(1, 2, 5, 4).half()}, TypeError, "key: expected dtype torch.float32"),
-        ({"gate": torch.zeros(1, 2, 5, 4)}, ValueError, r"gate: expected shape \(1, 2, 3, 4\)"),
-        ({"residual": 1.0}, TypeError, "residual: expected a tensor, got float"),
+        ({"query": torch.zeros(2, 3, 4)}, "query: expected 4 dimensions"),
+        ({"key": torch.zeros(1, 2, 0, 4)}, "key: expected at least one token"),
+        ({"value": torch.zeros(1, 2, 6, 4)}, r"value: expected shape \(1, 2, 5, 4\)"),
+        ({"gate": torch.zeros(1, 2, 5, 4)}, r"gate: expected shape \(1, 2, 3, 4\)"),
+        ({"residual": torch.zeros(1, 2, 3, 5)}, r"residual: expected shape \(1, 2, 3, 4\)"),
     ],
 )
-def test_bad_input(change, error, message):
+def test_bad_input(change, message):
     tensors = {
         "query": torch.zeros(1, 2, 3, 4),
         "key": torch.zeros(1, 2, 5, 4),
         "value": torch.zeros(1, 2, 5, 4),
     }
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message):
         gated_attention(**(tensors | change))
 
 
@@ -219,8 +218,9 @@ def test_views_that_share_memory_and_64_bit_addresses(device, monkeypatch, wide)
 def test_results_are_laid_out_as_their_queries(device):
     strided = [tokens((2, 3, 5, 4), seed, torch.float32, device, True).requires_grad_() for seed in range(3)]
     dense = [x.detach().contiguous().requires_grad_() for x in strided]
+    mixed = [strided[0], dense[1], strided[2]]
     for function in (gated_attention, lambda *args: linear_attention(*args, 1.0)):
-        for inputs in (strided, dense):
+        for inputs in (strided, dense, mixed):
             output = function(*inputs)
             for got, like in zip(
                 (output, *torch.autograd.grad(output.square().sum(), inputs)),
@@ -230,6 +230,14 @@ def test_results_are_laid_out_as_their_queries(device):
                 assert got.stride() == like.stride()
         joined = join_heads(function(*strided))
         assert joined._base is not None  # a view
+    gates = (strided[0].detach().requires_grad_(), dense[0].detach().requires_grad_())
+    gradients = [
+        torch.autograd.grad(gated_attention(*strided, gate).square().sum(), (gate, *mixed[::2]))
+        for gate in gates
+    ]
+    assert gradients[1][0].is_contiguous()
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -369,13 +377,6 @@ def test_tiles_of_amd(device, monkeypatch):
     assert plan.context_blocks(torch.empty(shape, dtype=torch.bfloat16)).queries == 16
     inputs = [tokens(shape, seed, torch.bfloat16, device, strided=False) for seed in range(3)]
     check_gradients(gated_attention, reference.gated_attention, [*inputs, None, None], 128 + 37)
-
-
-def test_registered_ops(device):
-    tensors = [draw(2, 2, 5, 4, seed=seed).float().to(device).requires_grad_() for seed in range(5)]
-    torch.library.opcheck(torch.ops.degmix.gated_attention.default, (*tensors, True))
-    torch.library.opcheck(torch.ops.degmix.gated_attention.default, (*tensors[:3], None, None, True))
-    torch.library.opcheck(torch.ops.degmix.linear_attention.default, (*tensors[:3], 0.5))
 
 
 def test_plans_know_how_wide_they_may_read():

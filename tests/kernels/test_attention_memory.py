@@ -39,6 +39,9 @@ def test_saved_bytes(device):
     # Attended values instead of the result, and the gate.
     call = (query, key, value, gate, residual)
     assert saved_bytes(gated_attention, *call) == 2 * (3 * queries + 2 * keys) + log_sum
+    # The gradient of the residual reads nothing.
+    nothing = (query.detach(), key.detach(), value.detach(), gate.detach(), residual)
+    assert saved_bytes(gated_attention, *nothing) == 0
     context = 2 * 3 * 8 * 8 * 4
     got = saved_bytes(lambda *args: linear_attention(*args, 1.0), query, key, value)
     assert got == 2 * (queries + 2 * keys) + context

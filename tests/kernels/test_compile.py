@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 
-from bench.compiled import Compiled, faults
-from bench.resources import (
+from bench.compiler.compiled import Compiled, faults
+from bench.compiler.resources import (
     BASELINE,
     UPDATE,
     compile_for,
@@ -16,7 +16,7 @@ from bench.resources import (
     read_baseline,
     spilling,
 )
-from bench.targets import TARGETS
+from bench.compiler.targets import TARGETS
 
 
 @pytest.mark.timeout(1800)  # some hundred kernels, with empty caches on a busy machine

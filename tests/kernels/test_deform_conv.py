@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from degmix_kernels import DeformConv2d, DeformMix, deform_conv2d, deform_mix, launch, use_backend
-from degmix_kernels.deform_conv import autograd, execution, planar, reference
+from degmix_kernels.deform_conv import path, reference
+from degmix_kernels.deform_conv.planar import plan as planar
 from degmix_kernels.deform_conv.problem import Problem
 from degmix_kernels.testing import assert_close, relative_l2, tolerance
 
@@ -146,27 +147,6 @@ def test_no_work_for_unwanted_gradients(
                 assert (plan.arguments[f"grad_{name}_ptr"] is not None) == (name in wanted)
 
 
-def test_registered_op(device: torch.device) -> None:
-    given = per_channel_call(device)
-    order = ("input", "offset", "weight", "bias", "mask")
-    leaves = [given[name].requires_grad_() for name in order]
-    geometry = (1, 1, 0, 0, 1, 1)
-    torch.library.opcheck(autograd.conv_op.forward, (*leaves, *geometry))
-    detached = [leaf.detach() for leaf in leaves]
-    grad = torch.ones(2, 4, 5, 6, device=device)
-    arguments = (grad, *detached[:3], detached[4], *geometry, [True, False, True, True, True], False)
-    torch.library.opcheck(autograd.conv_op.backward, arguments)
-
-
-def test_registered_mix(device: torch.device) -> None:
-    given = per_channel_call(device)
-    x, offset, weight, bias = (given[name].requires_grad_() for name in ("input", "offset", "weight", "bias"))
-    torch.library.opcheck(autograd.mix_op.forward, (x, offset, weight, bias, "gelu", True, True))
-    output, pre, mean, _ = autograd.mix_op(x, offset, weight, bias, "gelu", True, True)
-    tensors = [tensor.detach() for tensor in (output, mean, mean, x, offset, weight, pre, mean)]
-    torch.library.opcheck(autograd.mix_op.backward, (*tensors, "gelu", [True] * 4, False))
-
-
 def test_deterministic_input_gradient(device: torch.device) -> None:
     """Fixed point is at least as exact as fp32, whatever the magnitude; a gradient of infinity gives NaN."""
     given = per_channel_call(device)
@@ -188,8 +168,8 @@ def test_deterministic_input_gradient(device: torch.device) -> None:
         assert_close(grads[1], expected, 120)
         assert relative_l2(grads[1], expected) <= 1.2 * relative_l2(grads[0], expected)
     problem = Problem(given["input"], given["offset"], given["weight"], None, (1, 1), (0, 0), (1, 1))
-    assert planar.fixed_point_scale(problem, grad * torch.inf).isnan()
-    assert planar.fixed_point_scale(problem, grad * 0) == 2.0**126
+    assert path.fixed_point_scale(problem, grad * torch.inf).isnan()
+    assert path.fixed_point_scale(problem, grad * 0) == 2.0**126
 
 
 def test_offsets_of_the_inputs_dtype(device: torch.device) -> None:
@@ -216,7 +196,7 @@ def test_parts_of_the_batch(device: torch.device, monkeypatch: pytest.MonkeyPatc
     values = [value.to(device) for value in draw(0, *shapes, dtype=torch.float32)]
     results = []
     for share in (1e-9, 0.05, 1e9):
-        monkeypatch.setattr(execution, "PART_SHARE", share)
+        monkeypatch.setattr(path, "PART_SHARE", share)
         leaves = [value.clone().requires_grad_() for value in values]
         with use_backend("triton"), recorded_launches() as launches:
             output = deform_conv2d(*leaves[:4], padding=1, mask=leaves[4])

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from bench.compile_kernels import PLANS
-from bench.targets import TARGETS
+from bench.compiler.targets import TARGETS
+from bench.compiler.trace import launches_of
 from degmix_kernels.backend import KERNEL_DTYPES
+from degmix_kernels.registry import OPS
 
 REPOSITORY = Path(__file__).parents[2]
 KERNELS = {
     (launch.kernel.fn.__module__, launch.kernel.fn.__name__)
-    for plans in PLANS.values()
+    for op in OPS
     for dtype in KERNEL_DTYPES
-    for launch in plans(dtype)
+    for launch in launches_of(op, dtype)
 }
 
 FAULTY = """

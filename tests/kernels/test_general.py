@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from degmix_kernels import launch
-from degmix_kernels.deform_conv import general, reference
+from degmix_kernels.deform_conv import reference
+from degmix_kernels.deform_conv.general import plan as general
 from degmix_kernels.deform_conv.problem import Problem
 from degmix_kernels.testing import assert_close
 
@@ -54,7 +55,7 @@ class Case:
         problem = Problem(
             tensor(self.batch, self.channels, *self.size, last=True),
             tensor(self.batch, 2 * sampled, *out_size, last=self.last[0], dtype=FP32) * self.wild,
-            general.weight_layout(tensor(self.out_channels, self.channels // self.groups, *self.kernel)),
+            tensor(self.out_channels, self.channels // self.groups, *self.kernel, last=True),
             tensor(self.batch, sampled, *out_size, last=self.last[1]) if self.mask else None,
             self.stride,
             self.padding,

@@ -63,22 +63,21 @@ def test_parts_end_in_the_middle_and_at_a_block_s_end(device, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "message"),
     [
-        ({"weight": draw(4, 6, 5, seed=0)}, ValueError, "weight: expected a first dimension that divides"),
-        ({"weight": draw(3, 6, 4, seed=0)}, ValueError, "weight: expected shape"),
-        ({"weight": draw(1, 3, 6, 5, seed=0)}, ValueError, "weight: expected 2 or 3 dimensions"),
-        ({"weight": draw(3, 0, 5, seed=0)}, ValueError, "weight: expected no empty dimension"),
-        ({"bias": draw(6, seed=0)}, ValueError, "bias: expected shape"),
-        ({"norm_weight": draw(6, seed=0)}, ValueError, "norm_weight: expected shape"),
-        ({"norm_bias": draw(2, 6, seed=0)}, ValueError, "norm_bias: expected shape"),
-        ({"x": draw(6, 5, 2, 2, seed=0)}, ValueError, "weight: expected 2 dimensions for a map"),
-        ({"weight": [1.0]}, TypeError, "weight: expected a tensor"),
+        ({"weight": draw(4, 6, 5, seed=0)}, "weight: expected a first dimension that divides"),
+        ({"weight": draw(3, 6, 4, seed=0)}, "weight: expected shape"),
+        ({"weight": draw(1, 3, 6, 5, seed=0)}, "weight: expected 2 or 3 dimensions"),
+        ({"weight": draw(3, 0, 5, seed=0)}, "weight: expected no empty dimension"),
+        ({"bias": draw(6, seed=0)}, "bias: expected shape"),
+        ({"norm_weight": draw(6, seed=0)}, "norm_weight: expected shape"),
+        ({"norm_bias": draw(2, 6, seed=0)}, "norm_bias: expected shape"),
+        ({"x": draw(6, 5, 2, 2, seed=0)}, "weight: expected 2 dimensions for a map"),
     ],
 )
-def test_blocks_that_do_not_fit_are_refused(change, error, message):
+def test_blocks_that_do_not_fit_are_refused(change, message):
     given = {name: value for name, value in arguments(3, 6, 2, 5, 6).items() if name not in NAMES[5:]}
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message):
         linear_norm(**{**given, **change})
 
 

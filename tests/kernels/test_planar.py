@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from degmix_kernels.activation import activate
-from degmix_kernels.deform_conv import (
-    planar,
-    planar_blocks,
-    reference,
-)
+from degmix_kernels.deform_conv import reference
+from degmix_kernels.deform_conv.path import fixed_point_scale
+from degmix_kernels.deform_conv.planar import blocks as planar_blocks
+from degmix_kernels.deform_conv.planar import plan as planar
 from degmix_kernels.deform_conv.problem import Problem
 from degmix_kernels.epilogue import Epilogue
 from degmix_kernels.launch import run
@@ -150,7 +149,7 @@ def gradients(
     results = {"offset": torch.empty_like(problem.offset)}
     if problem.mask is not None:
         results["mask"] = torch.empty_like(problem.mask)
-    scale = planar.fixed_point_scale(problem, grad, epilogue) if deterministic else None
+    scale = fixed_point_scale(problem, grad, epilogue) if deterministic else None
     sums = torch.zeros_like(problem.input, dtype=torch.int64 if deterministic else torch.float32)
     run(
         planar.plan_backward_samples(
@@ -221,7 +220,7 @@ def test_epilogue(activation: str, device: torch.device) -> None:
         output, pre = torch.empty_like(tensors["grad"]), torch.empty_like(tensors["grad"])
         statistics = planar.new_statistics(problem)
         run(planar.plan_forward(problem, tensors["bias"], output, activation, pre, statistics), device)
-        mean, variance = finish_statistics(statistics, problem.out_pixels)
+        mean, variance = finished(statistics, problem.out_pixels)
         assert_close(output, expected, case.reduction)
         assert_close(pre, expected_pre, case.reduction)
         assert_close(mean, expected.mean((0, 2, 3)), case.reduction)
@@ -242,10 +241,16 @@ def test_epilogue_in_half_precision_and_small_groups(device: torch.device) -> No
         statistics = planar.new_statistics(problem)
         run(planar.plan_forward(problem, tensors["bias"], output, "gelu", pre, statistics), device)
         assert_close(output, expected, case.reduction)
-        mean, variance = finish_statistics(statistics, problem.out_pixels)
+        mean, variance = finished(statistics, problem.out_pixels)
         assert_close(mean, expected.mean((0, 2, 3)), case.reduction, case.dtype)
         assert_close(variance, expected.var((0, 2, 3), unbiased=False), case.reduction, case.dtype)
         compare(gradients(problem, tensors["grad"], Epilogue("gelu", pre), bias=True), leaves, case)
+
+
+def finished(statistics: Statistics, pixels: int) -> tuple[Tensor, Tensor]:
+    mean, variance = (statistics.means.new_empty(statistics.means.shape[1]) for _ in range(2))
+    finish_statistics(statistics, pixels, mean, variance)
+    return mean, variance
 
 
 def test_statistics_far_from_zero(device: torch.device) -> None:
@@ -256,7 +261,7 @@ def test_statistics_far_from_zero(device: torch.device) -> None:
     problem = case.problem(tensors)
     output, statistics = torch.empty_like(tensors["grad"]), planar.new_statistics(problem)
     run(planar.plan_forward(problem, tensors["bias"], output, statistics=statistics), device)
-    mean, variance = finish_statistics(statistics, problem.out_pixels)
+    mean, variance = finished(statistics, problem.out_pixels)
     expected = case.exact(tensors)[0]
     assert (expected.mean((0, 2, 3)).abs() > 1e3 * expected.std((0, 2, 3))).all()
     assert relative_l2(mean, expected.mean((0, 2, 3))) < 1e-6
@@ -272,14 +277,12 @@ def test_chan_formula_of_unequal_parts(device: torch.device) -> None:
         torch.stack([(part - part.mean(0)).square().sum(0) for part in parts]).float(),
         4,
     )
-    mean, variance = finish_statistics(statistics, 10)
+    mean, variance = finished(statistics, 10)
     flat = values.flatten(0, 1)
     assert relative_l2(mean, flat.mean(0)) < 1e-7
     assert relative_l2(variance, flat.var(0, unbiased=False)) < 1e-3
     # NaN would spoil the gradients of a normalisation's parameters.
-    assert all(
-        (part == 0).all() for part in finish_statistics(planar.new_statistics(_empty_batch(device)), 20)
-    )
+    assert not any(part.any() for part in finished(planar.new_statistics(_empty_batch(device)), 20))
 
 
 def _empty_batch(device: torch.device) -> Problem:
@@ -315,8 +318,8 @@ def test_fixed_point_input_gradient(name: str, device: torch.device) -> None:
         epilogue = Epilogue("gelu", pre, None, linear * magnitude)
         actual = gradients(case.problem(tensors), grad, epilogue, deterministic=True)
         assert_close(actual["input"], leaves["input"].grad, case.reduction, case.dtype)
-    assert planar.fixed_point_scale(case.problem(tensors), grad * torch.inf).isnan()
-    assert planar.fixed_point_scale(case.problem(tensors), grad * 0) == 2.0**126
+    assert fixed_point_scale(case.problem(tensors), grad * torch.inf).isnan()
+    assert fixed_point_scale(case.problem(tensors), grad * 0) == 2.0**126
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import itertools
 
 import torch
 
-from degmix_kernels.deform_conv import general, planar, planar_backward_kernels, planar_kernels
+from degmix_kernels.deform_conv.general import plan as general
+from degmix_kernels.deform_conv.planar import plan as planar
 from degmix_kernels.deform_conv.problem import Problem
-from degmix_kernels.statistics import combine
 
 
 def test_tiles_waste_less_than_half() -> None:
@@ -39,9 +39,3 @@ def test_tiles_waste_less_than_half() -> None:
             ):
                 rows = plan.constants["BLOCK_GROUPS"] * plan.constants["BLOCK_WITHIN"]
                 assert rows * tiles <= 2 * max(16, channels), (plan.kernel, channels, groups, offset_groups)
-
-
-def test_every_kernel_is_in_the_examples() -> None:
-    planned = {plan.kernel for plan in planar.plan_examples(torch.float32)}
-    backward = planar_backward_kernels.backward_samples, planar_backward_kernels.backward_weight
-    assert planned == {planar_kernels.forward, *backward, combine}

@@ -31,13 +31,13 @@ PACKAGE = __name__
 def trace(record: Callable[[Launch], object], sections: Iterable[str] = SECTIONS) -> None:
     """Hand every launch that the sections make on a GPU to ``record``; nothing computes or allocates.
 
-    Only in a process without TRITON_INTERPRET, see :mod:`bench.gpu.trace`, whose ``specialise`` tells what a
-    launch is compiled to.
+    Only in a process without TRITON_INTERPRET, see :mod:`bench.compiler.trace`, whose ``specialise``
+    tells what a launch is compiled to.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from bench.compiler.trace import traced
     from bench.gpu.decide.meter import TRACE, Meter
-    from bench.gpu.trace import traced
 
     with FakeTensorMode(), traced(record):
         for name in sections:

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.cases.sdpa import BACKENDS
+from bench.cases.shapes import NYUD
 from bench.gpu.decide.common import BF16, backward, exact
 from bench.gpu.decide.meter import TRACE, Meter
-from bench.sdpa import BACKENDS
-from bench.shapes import NYUD
 from degmix_kernels import gated_attention
 from degmix_kernels.attention import reference
 

@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bench.cases import LOOP
+from bench.cases.shapes import NYUD, SMALL_OFFSETS, WILD_OFFSETS
 from bench.gpu.decide.common import BF16, FP32, SMALL_MAP, model_offsets, multiply_fp32, results_of
 from bench.gpu.decide.meter import Meter
-from bench.shapes import NYUD, SMALL_OFFSETS, WILD_OFFSETS
+from bench.harness.case import LOOP
 from degmix_kernels.backend import INTERPRETED
-from degmix_kernels.deform_conv.problem import ceil_div
 from degmix_kernels.launch import Launch
+from degmix_kernels.maps import ceil_div
 
 BLOCK = 1024  # elements of a program
 

@@ -12,10 +12,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from bench.cases import Unavailable
-from bench.deform_conv import load_torchvision
+from bench.cases.deform_conv import load_torchvision
+from bench.cases.shapes import QUICK_MAP
 from bench.gpu.decide.meter import Meter
-from bench.shapes import QUICK_MAP
+from bench.harness.case import Unavailable
 from degmix.model.mixer import Offsets
 from degmix_kernels import launch as launching
 from degmix_kernels.launch import Launch, run

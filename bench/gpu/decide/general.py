@@ -15,23 +15,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bench.cases import Draw
-from bench.deform_conv import convolution
+from bench.cases.deform_conv import convolution
+from bench.cases.op import Draw
+from bench.cases.shapes import SMALL_OFFSETS, WILD_OFFSETS, Convolution
 from bench.gpu.decide.common import BF16, FP32, LAST, backward, product, torchvision_rows
 from bench.gpu.decide.meter import Meter
-from bench.shapes import SMALL_OFFSETS, WILD_OFFSETS, Convolution
 from degmix_kernels import deform_conv2d
 from degmix_kernels.deform_conv import reference
-from degmix_kernels.deform_conv.general_kernels import (
+from degmix_kernels.deform_conv.general.kernels import (
     corner_address,
     corner_weights,
     gather,
     load_mask,
     sample_points,
 )
-from degmix_kernels.deform_conv.problem import ceil_div
 from degmix_kernels.deform_conv.sampling import corners_on_map, is_number, scatter
 from degmix_kernels.launch import Launch, run
+from degmix_kernels.maps import ceil_div
 
 DETECTION = partial(Convolution, 8, 256, 100, 152)
 SMALL = partial(Convolution, 1, 16, 4, 5)
@@ -162,7 +162,7 @@ def rows(meter: Meter) -> None:
     """The section."""
     for spread in (SMALL_OFFSETS,) if meter.dry else (SMALL_OFFSETS, WILD_OFFSETS):
         shape = (SMALL if meter.dry else DETECTION)(spread)
-        arguments = convolution(shape)(Draw(meter.device, BF16)).arguments
+        arguments = convolution(Draw(meter.device, BF16), shape).arguments
         planar, arguments["input"] = arguments["input"], arguments["input"].contiguous(**LAST)
         grad = torch.randn_like(arguments["input"])
         name = f"3x3 bwd, sigma {spread:.0f}"

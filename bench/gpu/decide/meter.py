@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import CLOCK, EVENTS
-from bench.measure import WARM_UP, Call, host_seconds, measure
+from bench.harness.case import CLOCK, EVENTS
+from bench.harness.measure import WARM_UP, Call, host_seconds, measure
 from degmix_kernels.backend import INTERPRETED
 from degmix_kernels.testing import relative_l2, tolerance
 
@@ -81,7 +81,7 @@ class Meter:
             bytes: moved by ``step``, from which a rate is made; a number, or a function that counts them.
             flops: of ``step``, in the same way.
             operations: of any other kind, in the same way.
-            timer: as of :func:`bench.measure.measure`.
+            timer: as of :func:`bench.harness.measure.measure`.
             note: anything else.
         """
         if self.mode == TRACE:

@@ -10,18 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bench.cases import Draw
-from bench.deform_conv import deform_mix_of, mix
+from bench.cases.deform_conv import deform_mix_of, mix
+from bench.cases.op import Draw
+from bench.cases.shapes import NYUD, WILD_OFFSETS
 from bench.gpu.decide.common import BF16, FP32, SMALL_MAP, backward, model_offsets, product, torchvision_rows
 from bench.gpu.decide.meter import Meter
-from bench.shapes import NYUD, WILD_OFFSETS
 from degmix_kernels import deform_mix
 from degmix_kernels.deform_conv import reference
-from degmix_kernels.deform_conv.autograd import mix_op
-from degmix_kernels.deform_conv.problem import ceil_div
+from degmix_kernels.deform_conv.mix_op import mix_op
 from degmix_kernels.deform_conv.sampling import corners_on_map, is_number, locate
 from degmix_kernels.epilogue import load_gradient
 from degmix_kernels.launch import Launch, run
+from degmix_kernels.maps import ceil_div
 
 ALL = ("x", "offset", "weight", "bias")
 PARTS = (("x",), ("offset",), ("x", "offset"), ("weight", "bias"))  # of the gradients
@@ -146,7 +146,7 @@ class Redesign:
         self.x, self.offset, self.weight = (arguments[name] for name in ("x", "offset", "weight"))
         self.grad = grads[0]
         with torch.no_grad():
-            _, self.pre, mean, _ = mix_op(*arguments.values(), "gelu", True, True)
+            _, mean, _, self.pre = mix_op(mix_op.call(*arguments.values(), "gelu", True, True, False))
         count = self.x.numel() // self.x.shape[1]
         self.linear = 2 / count * grads[2]
         self.constant = grads[1] / count - self.linear * mean
@@ -231,7 +231,7 @@ class Redesign:
 def rows(meter: Meter) -> None:
     """The section."""
     shape = SMALL_MAP if meter.dry else NYUD
-    drawn = mix(shape)(Draw(meter.device, BF16)).arguments
+    drawn = mix(Draw(meter.device, BF16), shape).arguments
     offsets = {
         "as the model": lambda: model_offsets(drawn["x"].float()),
         "sigma 1": lambda: drawn["offset"],

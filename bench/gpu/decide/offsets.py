@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.cases.shapes import NYUD, QUICK_MAP
 from bench.gpu.decide.common import BF16, FP32, LAST, TF32, multiply_fp32, product
 from bench.gpu.decide.meter import Meter
-from bench.shapes import NYUD, QUICK_MAP
 
 DIRECTIONS = ("fwd", "grad input", "grad weight")
 TAPS = 9
-POSITIONS = 18  # maps that DeGMix's operator makes its offsets of
+POSITIONS = 2 * TAPS  # maps that DeGMix's layer makes its offsets of
 
 
 def rows(meter: Meter) -> None:

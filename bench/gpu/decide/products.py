@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.gpu.decide.common import BF16, FP32, product
 from bench.gpu.decide.meter import Meter
-from degmix_kernels.deform_conv.problem import ceil_div
+from degmix_kernels.maps import ceil_div
 
 # Products, rows, columns, terms, and into how many chunks these are cut.
 TOKENS = ((1, 256, 256, 479360, (8, 32)), (1, 512, 256, 479360, (8, 32)), (4, 256, 512, 119840, (2, 8)))

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import SEED, Run, op_run
+from bench.cases.op import op_run
+from bench.cases.registry import CASES
+from bench.cases.shapes import NYUD
 from bench.gpu.decide.common import BF16, capped
 from bench.gpu.decide.meter import Meter
-from bench.measure import call_of
-from bench.results import OURS
-from bench.run import CASES
-from bench.shapes import NYUD
+from bench.harness.case import SEED, Run
+from bench.harness.measure import call_of
+from bench.harness.results import OURS
 from degmix_kernels.registry import OPS
 
 CAPS: dict[str, int | None] = {"no cap": None, "128 registers": 128}

@@ -17,18 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bench.cases import Draw
-from bench.deform_conv import convolution
+from bench.cases.deform_conv import convolution
+from bench.cases.op import Draw
+from bench.cases.shapes import SMALL_OFFSETS, WILD_OFFSETS, Convolution
 from bench.gpu.decide.common import BF16, LAST, backward
 from bench.gpu.decide.general import TAPS, ByColumns
 from bench.gpu.decide.meter import Meter
-from bench.shapes import SMALL_OFFSETS, WILD_OFFSETS, Convolution
 from degmix_kernels import deform_conv2d
 from degmix_kernels.deform_conv import reference
-from degmix_kernels.deform_conv.general_kernels import corner_address, corner_weights, load_mask
-from degmix_kernels.deform_conv.problem import ceil_div
+from degmix_kernels.deform_conv.general.kernels import corner_address, corner_weights, load_mask
 from degmix_kernels.deform_conv.sampling import corners_on_map, locate, scatter
 from degmix_kernels.launch import Launch, run
+from degmix_kernels.maps import ceil_div
 from degmix_kernels.product import multiply, precision
 
 IMAGE = partial(Convolution, 1, 256, 100, 152)
@@ -192,7 +192,7 @@ def rows(meter: Meter) -> None:
     """The section."""
     for spread in (SMALL_OFFSETS, WILD_OFFSETS):
         shape = (SMALL if meter.dry else IMAGE)(spread)
-        arguments = convolution(shape)(Draw(meter.device, BF16)).arguments
+        arguments = convolution(Draw(meter.device, BF16), shape).arguments
         arguments["input"] = arguments["input"].contiguous(**LAST)
         grad = torch.randn_like(arguments["input"])
         exact = backward(reference.deform_conv2d, arguments, ("input",), [grad], torch.float64)

@@ -11,18 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bench.cases import Draw
-from bench.deform_conv import convolution
+from bench.cases.deform_conv import convolution
+from bench.cases.op import Draw
+from bench.cases.shapes import SMALL_GROUPS, SMALL_OFFSETS, Convolution
 from bench.gpu.decide.common import BF16, LAST, backward, exact, torchvision_rows
 from bench.gpu.decide.general import ALL
 from bench.gpu.decide.meter import Meter
-from bench.shapes import SMALL_GROUPS, SMALL_OFFSETS, Convolution
 from degmix_kernels import deform_conv2d
 from degmix_kernels.deform_conv import reference
-from degmix_kernels.deform_conv.general_kernels import corner_weights, weight_address
-from degmix_kernels.deform_conv.problem import ceil_div
+from degmix_kernels.deform_conv.general.kernels import corner_weights, weight_address
 from degmix_kernels.deform_conv.sampling import corners_on_map, locate, tensor_address
 from degmix_kernels.launch import Launch, run
+from degmix_kernels.maps import ceil_div
 from degmix_kernels.product import multiply, precision
 
 SMALL = Convolution(1, 16, 2, 3, SMALL_OFFSETS)
@@ -129,7 +129,7 @@ def rows(meter: Meter) -> None:
     """The section."""
     shape = SMALL if meter.dry else SMALL_GROUPS[0]
     for groups, tiles in TILES.items():
-        arguments = convolution(replace(shape, offset_groups=groups))(Draw(meter.device, BF16)).arguments
+        arguments = convolution(Draw(meter.device, BF16), replace(shape, offset_groups=groups)).arguments
         x, last = arguments["input"], arguments | {"input": arguments["input"].contiguous(**LAST)}
         name = f"few channels per offset group fwd, {groups} groups"
         least = 2 * x.nbytes + arguments["offset"].nbytes + arguments["mask"].nbytes

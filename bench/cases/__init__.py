@@ -1,0 +1,1 @@
+"""What is measured: every op and the model, at the shapes of :mod:`bench.cases.shapes`."""

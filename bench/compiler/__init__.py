@@ -1,0 +1,1 @@
+"""What compilers make of every launch, without a GPU."""

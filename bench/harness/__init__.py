@@ -1,0 +1,1 @@
+"""How something is measured: checked, timed, written to a file. Knows no op."""

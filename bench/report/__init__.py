@@ -1,0 +1,1 @@
+"""What a result file says: tables on a terminal, the READMEs' tables, pictures."""

@@ -1,0 +1,1 @@
+"""The planar path: few channels per offset group or per group, or both."""

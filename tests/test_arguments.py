@@ -1,0 +1,104 @@
+"""Every argument of every op that is wrong in some way gets one sentence that names it, before any launch."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from contract import every_op, first, fresh
+from torch import Tensor
+
+from degmix_kernels import use_backend
+from degmix_kernels.contract import Op
+
+# Zero, or a negative number, that makes sense: scales, paddings, and an eps where variances are not zero.
+MAY_BE_ZERO = {"eps", "momentum", "padding", "scale"}
+MAY_BE_NEGATIVE = {"scale"}
+MAY_BE_NONE = {"scale", "process_group"}
+
+
+class _Unhelpful:
+    """Nothing that any argument can be."""
+
+    def __repr__(self) -> str:
+        return "unhelpful"
+
+
+def wrong_tensors(value: Tensor | None) -> Iterator[tuple[str, object]]:
+    """What is wrong for a tensor argument, with what is wrong of it."""
+    yield from (
+        ("a number", 3.0),
+        ("an integer", 1),
+        ("a string", "x"),
+        ("a list", [1.0]),
+        ("an object", _Unhelpful()),
+    )
+    if value is None:
+        return
+    yield "integers", value.int()
+    yield "booleans", value.bool()
+    yield "complex numbers", value.to(torch.complex64)
+    yield "8 bits", value.to(torch.float8_e4m3fn)
+    yield "a sparse tensor", value.detach().flatten()[None].to_sparse()
+    yield "another device", torch.empty_like(value, device="meta")
+    yield "another dimension", value[None, None, None]
+    yield "no dimension", value.new_zeros(())
+    yield "a longer axis", torch.cat([value, value, value[:1]], -1 if value.dim() == 1 else 0)
+    yield "a longer last axis", torch.cat([value, value[..., :1]], -1)
+
+
+def wrong_scalars(name: str, value: Any) -> Iterator[tuple[str, object]]:
+    yield from (("a tensor", torch.zeros(2, 2)), ("a list of strings", ["x"]), ("an object", _Unhelpful()))
+    if isinstance(value, bool):
+        yield from (("a number", 2), ("a string", "yes"))
+    elif isinstance(value, str):
+        yield from (("a number", 2), ("another string", "no such choice"))
+    else:
+        yield from (("a string", "x"), ("NaN", float("nan")), ("infinity", float("inf")), ("a truth", True))
+        if name not in MAY_BE_ZERO:
+            yield "zero", 0
+        if name not in MAY_BE_NEGATIVE:
+            yield "a negative number", -1
+    if name not in MAY_BE_NONE:
+        yield "nothing", None
+
+
+def wrong(op: Op, arguments: dict[str, Any]) -> Iterator[tuple[str, str, object]]:
+    """Argument, what is wrong, value: of every argument of the function, given in the sample or not."""
+    for name, parameter in inspect.signature(op.function).parameters.items():
+        value = arguments.get(name, parameter.default)
+        if name in op.op.call._fields[: op.op.count]:
+            if value is None and "None" not in str(parameter.annotation):
+                continue
+            yield from ((name, what, each) for what, each in wrong_tensors(value))
+        else:
+            yield from ((name, what, each) for what, each in wrong_scalars(name, value))
+
+
+@every_op
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_one_sentence_names_it(op: Op, backend: str, autocast: bool, device: torch.device) -> None:
+    arguments = fresh(op, first(op, device).arguments, wanted=())
+    region = torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext()
+    missed = []
+    with use_backend(backend), region:
+        for name, what, value in wrong(op, arguments):
+            try:
+                op.function(**arguments | {name: value})
+            except (TypeError, ValueError) as error:
+                tensors = "|".join(op.op.call._fields[: op.op.count])
+                # A tensor of another shape may be right, and others wrong beside it.
+                named = tensors if isinstance(value, Tensor) and name in tensors else name
+                if not re.match(rf"({named}): expected [^\n]+, got [^\n]+$", str(error)):
+                    missed.append((name, what, str(error)))
+            except Exception as error:
+                missed.append((name, what, f"{type(error).__name__}: {error}"))
+            else:
+                missed.append((name, what, "accepted"))
+    assert not missed, "\n".join(map(str, missed))

@@ -1,0 +1,440 @@
+"""Whoever watches an op sees it: compilers, tracers, dispatch modes, transforms of torch.func, profilers."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from contract import differentiated, environment_without_interpreter, every_op, first, fresh, random_like
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+
+import degmix_kernels
+from degmix_kernels import backend, launch, use_backend
+from degmix_kernels.contract import Op
+from degmix_kernels.registry import OPS
+from degmix_kernels.testing import assert_close, inside_ops
+
+both_backends = pytest.mark.parametrize("chosen", ["triton", "reference"])
+
+
+@pytest.fixture(autouse=True)
+def chosen_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run the test on the backend that its parameter names."""
+    with use_backend(request.getfixturevalue("chosen") if "chosen" in request.fixturenames else "auto"):
+        yield
+
+
+class Call:
+    """A call as a function of its differentiable tensors alone.
+
+    Attributes:
+        tensors: their values in the first sample.
+        weights: of the result's elements in a loss.
+    """
+
+    def __init__(self, op: Op, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.op, sample = op, first(op, device, dtype)
+        self.reduction, self.arguments = sample.reduction, fresh(op, sample.arguments, wanted=())
+        self.names = differentiated(op, self.arguments)
+        self.tensors = tuple(self.arguments[name] for name in self.names)
+        self.weights = random_like(self(*self.tensors))
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        return self.op.function(**self.arguments | dict(zip(self.names, tensors, strict=True)))
+
+    def loss(self, *tensors: Tensor) -> Tensor:
+        """One number that depends on every element in a way of its own."""
+        return (self(*tensors) * self.weights).sum()
+
+    def others(self) -> tuple[Tensor, ...]:
+        """Other values, on which variances are as positive."""
+        return tuple(1.5 * tensor for tensor in self.tensors)
+
+    def with_slices(self, index: int) -> tuple[Tensor, ...]:
+        """The tensors, of which one has two slices."""
+        return tuple(
+            torch.stack([tensor, 1.5 * tensor]) if each == index else tensor
+            for each, tensor in enumerate(self.tensors)
+        )
+
+    def gradients(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        return torch.autograd.grad(self.loss(*leaves), leaves)
+
+
+def close(call: Call, actual: Tensor, expected: Tensor) -> None:
+    assert_close(actual, expected.double(), call.reduction, torch.float32)
+
+
+@every_op
+@both_backends
+def test_fake_tensors_of_a_gpu(op: Op, chosen: str, device: torch.device) -> None:
+    """Without a GPU: shape, dtype, strides and device of the result."""
+    call = Call(op, device, torch.bfloat16)
+    expected = call(*call.tensors)
+    gpu = torch.device("cuda", 0)
+    with FakeTensorMode() as mode:
+        copies = {
+            name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=gpu)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in call.arguments.items()
+        }
+        output = op.function(**copies)
+        outside = {n: mode.from_tensor(v) if isinstance(v, Tensor) else v for n, v in call.arguments.items()}
+    results = [(output, gpu)]
+    if chosen == "triton":  # the mode is not needed; a reference is plain PyTorch, which needs it
+        results.append((op.function(**outside), device))
+    for result, where in results:
+        assert (result.shape, result.dtype, result.device) == (expected.shape, expected.dtype, where)
+        assert result.stride() == expected.stride()
+
+
+@every_op
+def test_fake_gradients_of_a_gpu(op: Op, device: torch.device) -> None:
+    """What the backward op tells; PyTorch's engine runs no backward pass on a device that is not there."""
+    arguments = fresh(op, first(op, device).arguments)
+    recorded: list[tuple] = []
+    original = op.op._compute
+
+    def record(*values: object) -> list[Tensor | None]:
+        recorded.append((values, original(*values)))
+        return recorded[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op.op, "_compute", record)
+        output = op.function(**arguments)
+        leaves = [arguments[name] for name in differentiated(op, arguments)]
+        torch.autograd.grad(output, leaves, random_like(output))
+    ((grads, call, kept, wanted), expected) = recorded[0]
+    with FakeTensorMode():
+
+        def fake(value: object) -> object:
+            if not isinstance(value, Tensor):
+                return value
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda:0")
+
+        found = op.op.registered_backward(*map(fake, (*grads, *call, *kept)), list(wanted))
+    found = (found,) if isinstance(found, Tensor) else found
+    for want, mine, other in zip(wanted, found, expected, strict=True):
+        if want:
+            assert mine.device == torch.device("cuda", 0)
+            assert (mine.shape, mine.dtype, mine.stride()) == (other.shape, other.dtype, other.stride())
+
+
+@every_op
+@both_backends
+def test_graphs_of_make_fx_compute_again(op: Op, chosen: str, device: torch.device) -> None:
+    call = Call(op, device)
+
+    def both(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return (call(*tensors), *call.gradients(*tensors))
+
+    graph = make_fx(both)(*call.tensors)
+    text = graph.code
+    assert (f"degmix.{op.name}.default" in text) == (chosen == "triton")
+    assert (f"degmix.{op.name}_backward.default" in text) == (chosen == "triton")
+    for mine, other in zip(graph(*call.others()), both(*call.others()), strict=True):
+        close(call, mine, other)
+    functional = make_fx(torch.func.functionalize(call))(*call.tensors)
+    close(call, functional(*call.others()), call(*call.others()))
+
+
+@every_op
+@both_backends
+def test_traces_of_torchscript_compute_again(op: Op, chosen: str, device: torch.device) -> None:
+    call = Call(op, device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sizes are constants of a trace; tracing itself is deprecated
+        trace = torch.jit.trace(lambda *tensors: call(*tensors), call.tensors, check_trace=False)
+    assert (f"degmix::{op.name}" in str(trace.graph)) == (chosen == "triton")
+    leaves = [tensor.requires_grad_() for tensor in call.others()]
+    output = trace(*leaves)
+    close(call, output, call(*leaves))
+    gradients = torch.autograd.grad((output * call.weights).sum(), leaves)
+    for mine, other in zip(gradients, call.gradients(*leaves), strict=True):
+        close(call, mine, other)
+
+
+@every_op
+def test_flops_are_those_declared(op: Op, device: torch.device) -> None:
+    """By PyTorch's counter and by fvcore's, which needs to be handed what to count."""
+    call = Call(op, device)
+    with use_backend("triton"):
+        leaves = [tensor.requires_grad_() for tensor in call.others()]
+        with FlopCounterMode(display=False) as counter:
+            output = call(*leaves)
+            assert counter.get_total_flops() == op.forward_work(call.arguments).flops
+            torch.autograd.grad(output, leaves, random_like(output))
+        both = op.forward_work(call.arguments).flops + op.backward_work(call.arguments).flops
+        assert counter.get_total_flops() == both
+        fvcore = pytest.importorskip("fvcore.nn", reason="needs fvcore, which is not installed")
+        analysis = fvcore.FlopCountAnalysis(_AsModule(call), call.tensors)
+        analysis.set_op_handle(**degmix_kernels.fvcore_handles())
+        analysis.unsupported_ops_warnings(False).tracer_warnings("none")
+        assert 2 * analysis.by_operator()[op.name] == op.forward_work(call.arguments).flops
+
+
+class _AsModule(nn.Module):
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.call(*tensors)
+
+
+@every_op
+@both_backends
+def test_vmap_equals_a_loop(op: Op, chosen: str, device: torch.device) -> None:
+    call = Call(op, device)
+    for index, tensor in enumerate(call.tensors):
+        slices = call.with_slices(index)
+        in_dims = tuple(0 if each == index else None for each in range(len(slices)))
+        output = torch.vmap(call.__call__, in_dims)(*slices)
+        for each in range(2):
+            part = [value[each] if at == index else value for at, value in enumerate(slices)]
+            close(call, output[each], call(*part))
+        assert tensor.numel() > 0
+
+
+@every_op
+@both_backends
+def test_transforms_differentiate(op: Op, chosen: str, device: torch.device) -> None:
+    """grad, vmap of grad, jacrev and batched gradients equal what autograd gives, one call at a time."""
+    call = Call(op, device)
+    every = tuple(range(len(call.tensors)))
+    expected = call.gradients(*call.tensors)
+    for mine, other in zip(torch.func.grad(call.loss, every)(*call.tensors), expected, strict=True):
+        close(call, mine, other)
+    slices, in_dims = call.with_slices(0), (0, *(None for _ in every[1:]))
+    parts = torch.vmap(torch.func.grad(call.loss, every), in_dims)(*slices)
+    for each in range(2):
+        others = call.gradients(slices[0][each], *call.tensors[1:])
+        for mine, other in zip(parts, others, strict=True):
+            close(call, mine[each], other)
+
+    def two(*tensors: Tensor) -> Tensor:
+        loss = call.loss(*tensors)
+        return torch.stack([loss, 2 * loss])
+
+    for mine, other in zip(torch.func.jacrev(two, every)(*call.tensors), expected, strict=True):
+        close(call, mine[0], other)
+        close(call, mine[1], 2 * other)
+    leaves = [tensor.detach().requires_grad_() for tensor in call.tensors]
+    output = call(*leaves)
+    grads = torch.stack([call.weights, 2 * call.weights])
+    for mine, other in zip(
+        torch.autograd.grad(output, leaves, grads, is_grads_batched=True), expected, strict=True
+    ):
+        close(call, mine[0], other)
+        close(call, mine[1], 2 * other)
+
+
+@every_op
+@both_backends
+def test_transforms_compile(op: Op, chosen: str, device: torch.device) -> None:
+    torch._dynamo.reset()
+    call = Call(op, device)
+    slices, in_dims = call.with_slices(0), (0, *(None for _ in call.tensors[1:]))
+    for function, values in (
+        (torch.func.grad(call.loss), call.tensors),
+        (torch.vmap(call.__call__, in_dims), slices),
+        (torch.vmap(torch.func.grad(call.loss), in_dims), slices),
+    ):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        close(call, compiled(*values), function(*values))
+
+
+@every_op
+def test_forward_mode_is_refused(op: Op, device: torch.device) -> None:
+    call = Call(op, device)
+    with use_backend("triton"), pytest.raises(RuntimeError, match=rf"{op.name}: .* forward-mode derivative"):
+        torch.func.jvp(call, call.tensors, call.tensors)
+
+
+@every_op
+def test_names_are_the_ops(op: Op, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the node, of what a profiler shows, of the warning where anomaly mode finds the forward call."""
+    call = Call(op, device)
+    leaves = [tensor.requires_grad_() for tensor in call.others()]
+    with use_backend("triton"), torch.profiler.profile() as profile:
+        output = call(*leaves)
+        torch.autograd.grad(output, leaves, random_like(output), retain_graph=True)
+    names = {event.name for event in profile.events()}
+    assert {op.name, f"{op.name}Backward"} <= names
+    assert output.grad_fn.name() == f"{op.name}Backward"
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("this backward pass fails on purpose")
+
+    with use_backend("triton"), torch.autograd.detect_anomaly(check_nan=False):
+        output = call(*leaves)
+        monkeypatch.setattr(op.op, "_compute", fail)
+        with (
+            pytest.warns(UserWarning, match=f"Error detected in {op.name}Backward"),
+            pytest.raises(RuntimeError, match="on purpose"),
+        ):
+            torch.autograd.grad(output, leaves, random_like(output))
+
+
+@every_op
+@pytest.mark.parametrize("last", [False, True], ids=["", "channels_last"])
+def test_opcheck(op: Op, last: bool, device: torch.device) -> None:
+    """PyTorch's own examination of a registered op, of both passes."""
+    if last and not op.keeps_layout_of:
+        return
+    arguments = fresh(op, first(op, device).arguments)
+    if last:
+        value = arguments[op.keeps_layout_of].detach().contiguous(memory_format=torch.channels_last)
+        arguments[op.keeps_layout_of] = value.requires_grad_()
+    calls: list[tuple] = []
+
+    def record(*values: object) -> list[Tensor | None]:
+        grads, call, kept, wanted = values
+        calls.append((*grads, *call, *kept, list(wanted)))
+        return original(*values)
+
+    original, run = op.op._compute, op.op._run
+    with pytest.MonkeyPatch.context() as patch, use_backend("triton"):
+        patch.setattr(op.op, "_compute", record)
+        patch.setattr(op.op, "_run", lambda call: calls.append(tuple(call)) or run(call))
+        output = op.function(**arguments)
+        leaves = [arguments[name] for name in differentiated(op, arguments)]
+        torch.autograd.grad(output, leaves, random_like(output))
+    forward, backward = calls
+    torch.library.opcheck(op.op.registered, forward)
+    detached = [value.detach() if isinstance(value, Tensor) else value for value in backward[:-1]]
+    some = [want and index % 2 == 0 for index, want in enumerate(backward[-1])]
+    for wanted in (backward[-1], some):
+        torch.library.opcheck(op.op.registered_backward, (*detached, wanted))
+
+
+LOAD = """
+import sys, torch
+import degmix_kernels
+for file in sys.argv[1:]:
+    tensors, expected = torch.load(file + ".pt", weights_only=True)
+    found = torch.export.load(file).module()(*tensors)
+    assert torch.equal(found, expected), file
+"""
+
+
+def test_exported_programs_load(device: torch.device, tmp_path: Path) -> None:
+    """In a process that has imported degmix_kernels, and nothing else of this."""
+    files = []
+    for op in OPS:
+        call = Call(op, device)
+        with use_backend("triton"):
+            exported = torch.export.export(_AsModule(call), call.tensors)
+            file = str(tmp_path / f"{op.label}.pt2")
+            torch.export.save(exported, file)
+            torch.save((call.tensors, exported.module()(*call.tensors)), file + ".pt")
+        assert f"degmix.{op.name}.default" in exported.graph_module.code
+        files.append(file)
+    environment = environment_without_interpreter()
+    if backend.INTERPRETED:
+        environment["TRITON_INTERPRET"] = "1"
+    subprocess.run([sys.executable, "-c", LOAD, *files], check=True, env=environment)
+
+
+def test_blocks_of_threads_and_tasks_overlap() -> None:
+    seen: dict[str, str] = {}
+    entered, looked = threading.Barrier(3), threading.Barrier(3)
+
+    def run(name: str) -> None:
+        with use_backend(name):
+            entered.wait(10)
+            seen[name] = backend.chosen()
+            looked.wait(10)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("triton", "reference")]
+    for thread in threads:
+        thread.start()
+    entered.wait(10)
+    seen["auto"] = backend.chosen()
+    looked.wait(10)
+    for thread in threads:
+        thread.join()
+    assert seen == {name: name for name in ("triton", "reference", "auto")}
+
+    async def task(name: str | None) -> str:
+        if name is None:
+            await asyncio.sleep(0.01)
+            return backend.chosen()
+        with use_backend(name):
+            await asyncio.sleep(0.02)
+            return backend.chosen()
+
+    async def tasks() -> list[str]:
+        return await asyncio.gather(task("triton"), task("reference"), task(None))
+
+    assert asyncio.run(tasks()) == ["triton", "reference", "auto"]
+    assert backend.chosen() == "auto"
+
+
+def test_backward_threads_inherit_the_choice(device: torch.device) -> None:
+    """PyTorch hands what is stashed by name on to the threads of a backward pass."""
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            seen.append(backend.chosen())
+            return grad
+
+    seen: list[str] = []
+    with use_backend("reference"):
+        Look.apply(torch.zeros(1, device=device, requires_grad=True)).backward()  # a GPU's is another thread
+        stashed = torch._C._get_obj_in_tls("degmix_backend")
+
+        def inherit() -> None:
+            torch._C._stash_obj_in_tls("degmix_backend", stashed)
+            seen.append(backend.chosen())
+            with use_backend("triton"):
+                seen.append(backend.chosen())
+            seen.append(backend.chosen())
+
+        thread = threading.Thread(target=inherit)
+        thread.start()
+        thread.join()
+    assert seen == ["reference", "reference", "triton", "reference"]
+
+
+def test_modes_see_inside_if_they_ask(device: torch.device) -> None:
+    """Without the documented way a mode sees an op as one call; with it, what the op allocates."""
+
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(
+            self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+        ):
+            self.names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    call = Call(next(op for op in OPS if op.name == "batch_norm"), device)
+    with use_backend("triton"):
+        with Seen() as outside:
+            call(*call.tensors)
+        with inside_ops(Seen()) as inside:
+            call(*call.tensors)
+    assert "degmix.batch_norm.default" in outside.names
+    assert "degmix.batch_norm.default" not in inside.names
+    assert any("empty_like" in name for name in inside.names)
+    assert launch.INT32_MAX > 0
