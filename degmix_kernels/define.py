@@ -151,7 +151,7 @@ class define:
         self._no_settings = (False,) * (len(self.fields) - self.count)
         self._no_gradients = (None,) * len(self._no_settings)
         self._computed = [each.differentiable and each.name not in self.passed_on for each in tensors]
-        self._saved = [each.name not in (*self.passed_on, *self.unsaved) for each in tensors]
+        self._unsaved = [self.call._fields.index(name) for name in (*self.passed_on, *self.unsaved)]
         self._passed_on = [self.call._fields.index(name) for name in self.passed_on]
         self._keep = self.call._fields.index("keep") if "keep" in self.call._fields else None
         self.kept = self.beside if self.kept is None else self.kept
@@ -257,9 +257,9 @@ class define:
 
     def _setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         ctx.settings = inputs[self.count :]
-        saved = inputs[: self.count]
-        if not all(self._saved):
-            saved = [each if save else None for each, save in zip(saved, self._saved, strict=True)]
+        saved = list(inputs[: self.count])
+        for index in self._unsaved:
+            saved[index] = None
         if isinstance(output, Tensor):
             ctx.save_for_backward(*saved)
         else:

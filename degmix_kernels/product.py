@@ -199,7 +199,9 @@ def input_gradient(grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     grad = _grouped(grad, weights, sizes.last)
     if sizes.last:
         rows = torch.bmm(grad, weights).transpose(0, 1).flatten(1)
-        return rows if x.dim() == 2 else rows.view(*x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+        if x.is_contiguous():  # tokens, 1×1 maps
+            return rows.view_as(x)
+        return rows.view(*x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
     every = weights.mT.expand(sizes.images, *weights.mT.shape).flatten(0, 1)  # a view for one group
     return torch.bmm(every, grad).view_as(x)
 

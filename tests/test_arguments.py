@@ -75,7 +75,10 @@ def wrong(op: Op, arguments: dict[str, Any]) -> Iterator[tuple[str, str, object]
         if name in op.op.call._fields[: op.op.count]:
             if value is None and "None" not in str(parameter.annotation):
                 continue
-            yield from ((name, what, each) for what, each in wrong_tensors(value))
+            for what, each in wrong_tensors(value):
+                # A longer batch is right where no other tensor has one.
+                if what != "a longer axis" or op.batched != (name,):
+                    yield name, what, each
         else:
             yield from ((name, what, each) for what, each in wrong_scalars(name, value))
 

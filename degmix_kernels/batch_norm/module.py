@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from degmix_kernels import autocast
+from degmix_kernels import autocast, checks
 from degmix_kernels.batch_norm.op import batch_norm
 from degmix_kernels.batch_norm.reference import gather_and_normalize
 from degmix_kernels.batch_norm.running import kept_statistics, step_momentum, update_running
@@ -16,7 +18,15 @@ class BatchNorm2d(nn.BatchNorm2d):
     Same arguments, state_dict and result; ``nn.SyncBatchNorm.convert_sync_batchnorm`` converts it like any
     other. Half-precision input is normalised in fp32. On a CPU at batch 1 the gradient is right whatever
     layout it arrives in, which PyTorch's own is not.
+
+    Raises:
+        TypeError: for a number of channels that is no integer.
+        ValueError: for a number of channels below 1.
     """
+
+    def __init__(self, num_features: int, *arguments: Any, **options: Any) -> None:
+        checks.expect_integer("num_features", num_features, 1)
+        super().__init__(num_features, *arguments, **options)
 
     def forward(
         self, input: Tensor, statistics: tuple[Tensor, Tensor] | None = None, residual: Tensor | None = None

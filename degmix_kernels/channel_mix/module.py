@@ -30,6 +30,7 @@ class ChannelMix(nn.Module):
         momentum: of the BatchNorm.
 
     Raises:
+        TypeError: for a channel count that is no integer.
         ValueError: for a channel count below 1 or an unknown activation.
     """
 
@@ -44,7 +45,7 @@ class ChannelMix(nn.Module):
     ) -> None:
         super().__init__()
         for name, channels in {"in_channels": in_channels, "out_channels": out_channels}.items():
-            checks.expect(channels > 0, name, "at least 1", channels)
+            checks.expect_integer(name, channels, 1)
         checks.expect_choice("activation", activation, tuple(ACTIVATIONS))
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from degmix_kernels.batch_norm import plan as norm_plan
 from degmix_kernels.channel_mix import kernels
 from degmix_kernels.launch import Launch, needs_64_bit
 from degmix_kernels.maps import Sizes, backward_shares, block_of
 from degmix_kernels.product import Product
-from degmix_kernels.statistics import Statistics, plan_combine
+from degmix_kernels.statistics import Statistics
 
 
 def _product(x: Tensor, weight: Tensor) -> Product:
@@ -134,8 +131,8 @@ def plan_backward_activation(
         pre: z.
         activation: as in the forward pass.
         mean: of the normalisation.
-        variance: likewise.
-        norm_weight: likewise.
+        variance: of the normalisation.
+        norm_weight: of the normalisation.
         sums: Σ g·x̂ and Σ g over the elements behind a statistic; None if the statistics are constants.
         elements: how many these are.
         grad_pre: to be filled with dz, laid out as z.
@@ -176,41 +173,3 @@ def plan_backward_activation(
         num_warps=4 if sizes.last else 8,  # of these two, the one that spills on no target
     )
     return launch, partial
-
-
-def plan_examples(dtype: torch.dtype) -> list[Launch]:
-    """Every kind of launch, planned on meta tensors: what the compile check compiles."""
-    return list(_examples(dtype))
-
-
-def _examples(dtype: torch.dtype) -> Iterator[Launch]:
-    """DeGMix on NYUD-v2 in both layouts, four tasks side by side, ragged sizes, more than 2³¹ elements."""
-    # shape of x, channels last, groups, out channels
-    calls = [((8, 256, 107, 140), False, 1, 256)]
-    if dtype != torch.float16:  # the code of bf16 but for conversions
-        calls += [((8, 256, 107, 140), True, 1, 256), ((8, 1024, 107, 140), False, 4, 1024)]
-    if dtype == torch.bfloat16:
-        calls += [
-            ((2, 50, 7, 7), False, 1, 27),
-            ((3, 256, 2048, 2048), True, 1, 256),
-        ]
-    for shape, last, groups, out_channels in calls:
-        x = torch.empty(shape, dtype=dtype, device="meta")
-        pre = x.new_empty(shape[0], out_channels, *shape[2:])
-        if last:
-            x, pre = (each.contiguous(memory_format=torch.channels_last) for each in (x, pre))
-        weight = x.new_empty(out_channels, shape[1] // groups)
-        vector = torch.empty(out_channels, device="meta")
-        product, statistics = plan_product(x, weight, weight[:, 0].contiguous(), "gelu", pre)
-        yield product
-        yield plan_combine(statistics, Sizes.of(x).pixels, vector, vector)
-        norm = (vector, vector, vector, vector)
-        yield plan_forward(x, weight, weight[:, 0].contiguous(), "gelu", None, *norm, pre, pre, 1e-5)
-        yield norm_plan.plan_forward(pre, *norm, pre, pre, 1e-5, "gelu")
-        yield norm_plan.plan_backward(pre, pre, *norm[:3], None, True, True, 1e-5, "gelu")[0]
-        yield plan_backward_activation(
-            pre, pre, "gelu", *norm[:3], (vector, vector), 1000, pre, True, 1e-5
-        )[0]  # fmt: skip
-    # Statistics of one part: all of its counts are 1, and reach the kernel as constants.
-    vector = torch.empty(27, device="meta")
-    yield plan_combine(Statistics(vector[None], vector[None], 64), 49, vector, vector)

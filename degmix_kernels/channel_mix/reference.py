@@ -53,14 +53,13 @@ def channel_mix(
 def normalize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``x`` normalised by its own statistics, and these; of nothing, zeros."""
-    mean, variance = x.new_zeros(2, x.shape[1]).unbind()
-    # After a step with momentum 1 running statistics are the batch's, the variance being the unbiased one.
-    output = gather_and_normalize(x, mean, variance, weight, bias, True, 1.0, eps)
-    elements = x.numel() // x.shape[1]
-    if elements == 0:
-        return output, torch.zeros_like(mean), torch.zeros_like(variance)
-    return output, mean, variance * ((elements - 1) / elements)
+    """``x`` normalised by its own statistics, and these: zeros where ``x`` has no elements."""
+    output = gather_and_normalize(x, None, None, weight, bias, True, 0.0, eps)
+    if x.numel() == 0:
+        return output, *x.new_zeros(2, x.shape[1]).unbind()
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    variance, mean = torch.var_mean(x.detach(), axes, correction=0)
+    return output, mean, variance
 
 
 def mix_and_activate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:

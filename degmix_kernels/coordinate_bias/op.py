@@ -1,15 +1,28 @@
-"""A bias by row or column, the public function: checks, autocast, choice of backend."""
+"""A bias by row or column."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from degmix_kernels import autocast, backend, checks, maps
+from degmix_kernels import backend, checks, maps
 from degmix_kernels.coordinate_bias import reference
+from degmix_kernels.define import OwnDtype, define
+from degmix_kernels.launch import run
 
 if backend.HAS_TRITON:
-    from degmix_kernels.coordinate_bias.autograd import bias_op
+    from degmix_kernels.coordinate_bias import plan
+
+
+class Call(NamedTuple):
+    """Arguments of :func:`coordinate_bias`."""
+
+    x: Tensor
+    rows: OwnDtype
+    columns: OwnDtype
 
 
 def coordinate_bias(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -27,30 +40,65 @@ def coordinate_bias(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     Args:
         x: (B, G·(R + S), H, W), floating point. channels_last in, channels_last out.
         rows: (G, R, H, min(W, 3)), of any floating-point dtype; a map of fewer columns has no more.
-        columns: (G, S, min(H, 3), W), likewise.
+        columns: (G, S, min(H, 3), W), of any floating-point dtype.
 
     Returns:
         Shape, dtype and layout of ``x``. The gradients are sums of the incoming one.
 
     Raises:
-        TypeError: for a wrong dtype or device.
+        TypeError: for a wrong type, dtype or device.
         ValueError: for a wrong shape or value.
         RuntimeError: if the Triton backend is forced and cannot run.
 
     Follows Liu et al., arXiv 1807.03247 (CoordConv); DeGMix, arXiv 2308.05721, computes its offsets so.
     """
-    for name, tensor in {"x": x, "rows": rows, "columns": columns}.items():
-        checks.expect_tensor(name, tensor, dims=4)
-        checks.expect_device(name, tensor, "x", x)
-    (x,) = autocast.cast_inputs(x.device, x)
+    call = op.checked(x, rows, columns)
+    x, rows, columns = call
+    checks.expect(x.dim() == 4, "x", "4 dimensions", x.shape)
+    checks.expect(rows.dim() == 4, "rows", "4 dimensions", rows.shape)
+    checks.expect(columns.dim() == 4, "columns", "4 dimensions", columns.shape)
     batch, channels, height, width = x.shape
     groups, of_rows, of_columns = rows.shape[0], rows.shape[1], columns.shape[1]
     checks.expect(channels > 0 and height > 0 and width > 0, "x", "no empty dimension but the batch", x.shape)
     checks.expect_shape("rows", rows, (groups, of_rows, height, min(width, 3)))
     checks.expect_shape("columns", columns, (groups, of_columns, min(height, 3), width))
     checks.expect_shape("x", x, (batch, groups * (of_rows + of_columns), height, width))
-    if backend.runs_triton("coordinate_bias", x.device, x.dtype):
-        return bias_op(x, rows, columns)
-    output = reference.coordinate_bias(x, rows, columns)
-    last = maps.is_channels_last(x)
-    return output.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    if op.runs_triton(call):
+        return op(call)
+    return maps.laid_out(x, reference.coordinate_bias(*call))[0]
+
+
+def _outputs(call: Call) -> Tensor:
+    return maps.empty_like(call.x)
+
+
+def _forward(call: Call, output: Tensor) -> None:
+    x, rows, columns = call
+    x = x.contiguous(memory_format=maps.memory_format(x))
+    run(plan.plan_forward(x, rows.contiguous(), columns.contiguous(), output), x.device)
+
+
+def _backward(
+    call: Call, kept: Sequence[Tensor], grads: Sequence[Tensor], wanted: Call
+) -> dict[str, Tensor | None]:
+    rows, columns = call.rows, call.columns
+    grad = grads[0].unflatten(1, (rows.shape[0], -1))
+    of_rows, of_columns = grad.split([rows.shape[1], columns.shape[1]], dim=2)
+    return {
+        "rows": _sum_middle(of_rows, 4, rows) if wanted.rows else None,
+        "columns": _sum_middle(of_columns, 3, columns) if wanted.columns else None,
+    }
+
+
+def _sum_middle(grad: Tensor, axis: int, table: Tensor) -> Tensor:
+    """Sum over images, and along an axis but for its first and last slice; fp32, laid out as the table."""
+    size = grad.shape[axis]
+    if size <= 3:
+        total = grad.sum(0, dtype=torch.float32)
+    else:
+        parts = grad.split([1, size - 2, 1], axis)
+        total = torch.stack([part.sum((0, axis), dtype=torch.float32) for part in parts], axis - 1)
+    return maps.laid_out(table, total)[0]
+
+
+op = define("coordinate_bias", Call, _outputs, _forward, _backward, products=lambda call: 0, passed_on=("x",))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from degmix_kernels.coordinate_bias import kernels
@@ -34,24 +33,3 @@ def plan_forward(x: Tensor, rows: Tensor, columns: Tensor, output: Tensor) -> La
         sizes.constants(blocks, x),
         num_warps=warps(blocks),
     )
-
-
-def plan_examples(dtype: torch.dtype) -> list[Launch]:
-    """DeGMix's offsets on NYUD-v2, in both layouts, ragged sizes, more than 2³¹ elements."""
-    calls = [((8, 512, 107, 140), 1, False), ((8, 512, 107, 140), 1, True)]
-    if dtype == torch.float32:
-        calls += [
-            ((1, 2048, 107, 140), 4, False),
-            ((2, 50, 7, 7), 5, False),
-            ((3, 512, 2048, 1024), 1, False),
-        ]
-    launches = []
-    for shape, groups, last in calls:
-        x = torch.empty(shape, dtype=dtype, device="meta")
-        if last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        half, (height, width) = shape[1] // (2 * groups), shape[2:]
-        rows = torch.empty(groups, half, height, 3, device="meta")
-        columns = torch.empty(groups, half, 3, width, device="meta")
-        launches.append(plan_forward(x, rows, columns, x))
-    return launches

@@ -189,7 +189,7 @@ def plan_token_weight(grad: Tensor, normed: Tensor) -> tuple[Launch, Tensor]:
     # Of rows that are as long as there are tokens, none is read.
     tiles = Tiles.of(tokens, power_of_two(tokens, 16), columns, grad.dtype, heavy=True, widest=64)
     row_blocks, column_blocks = ceil_div(tokens, tiles.rows), ceil_div(tokens, tiles.columns)
-    parts = min(batch, ceil_div(_WEIGHT_PROGRAMS, row_blocks * column_blocks))
+    parts = min(batch, ceil_div(_WEIGHT_PROGRAMS, max(row_blocks * column_blocks, 1)))
     steps = ceil_div(batch, max(parts, 1))
     parts = ceil_div(batch, max(steps, 1))
     sums = grad.new_empty((parts, tokens, tokens), dtype=torch.float32)

@@ -171,7 +171,7 @@ def linear(
     multiplier_ptr,  # or None
     residual_ptr,  # contiguous, or None
     pre_ptr,  # for the value before the activation, contiguous, or None
-    output_ptr,  # contiguous, or None
+    output_ptr,  # contiguous; None: the result takes the multiplier's place, if there is one
     eps,
     x_stride,
     multiplier_stride,
@@ -226,14 +226,17 @@ def linear(
     address = row[:, None] * columns + column[None, :]
     if pre_ptr is not None:
         tl.store(pre_ptr + address, result.to(pre_ptr.dtype.element_ty), mask=valid)
-    if output_ptr is not None:
+    if (output_ptr is not None) or (multiplier_ptr is not None):
         result = activate(result, ACTIVATION)
         if multiplier_ptr is not None:
             at = row[:, None] * multiplier_stride + column[None, :]
             result *= tl.load(multiplier_ptr + at, mask=valid, other=0.0).to(tl.float32)
         if residual_ptr is not None:
             result += tl.load(residual_ptr + address, mask=valid, other=0.0).to(tl.float32)
-        tl.store(output_ptr + address, result.to(output_ptr.dtype.element_ty), mask=valid)
+        if output_ptr is not None:
+            tl.store(output_ptr + address, result.to(output_ptr.dtype.element_ty), mask=valid)
+        else:
+            tl.store(multiplier_ptr + at, result.to(multiplier_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -242,7 +245,7 @@ def mix_tokens(
     normed_ptr,  # (batch · tokens, columns), contiguous
     bias_ptr,  # one per token
     multiplier_ptr,  # u
-    output_ptr,  # contiguous
+    output_ptr,  # contiguous; None: the result takes the multiplier's place
     multiplier_stride,
     tokens,  # in units
     columns,
@@ -275,4 +278,8 @@ def mix_tokens(
     row = (element * tokens + token)[:, None]
     at = row * multiplier_stride + column[None, :]
     result *= tl.load(multiplier_ptr + at, mask=valid, other=0.0).to(tl.float32)
-    tl.store(output_ptr + row * columns + column[None, :], result.to(output_ptr.dtype.element_ty), mask=valid)
+    result = result.to(normed_ptr.dtype.element_ty)
+    if output_ptr is not None:
+        tl.store(output_ptr + row * columns + column[None, :], result, mask=valid)
+    else:
+        tl.store(multiplier_ptr + at, result, mask=valid)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from degmix_kernels import checks
-from degmix_kernels.gating.op import MODES, gated_mlp, spatial_gating_unit
+from degmix_kernels.gating.mlp_op import gated_mlp
+from degmix_kernels.gating.unit_op import MODES, spatial_gating_unit
 
 
 class SpatialGatingUnit(nn.Module):
@@ -20,17 +21,17 @@ class SpatialGatingUnit(nn.Module):
         tokens: number of tokens, fixed; needed in mode ``"token"``, unused in mode ``"channel"``.
 
     Raises:
+        TypeError: for a size that is no integer.
         ValueError: for an unknown mode, or a size below 1.
     """
 
     def __init__(self, dim: int, mode: str = "channel", tokens: int | None = None) -> None:
         super().__init__()
-        checks.expect(dim > 0, "dim", "at least 1", dim)
+        checks.expect_integer("dim", dim, 1)
         checks.expect_choice("mode", mode, MODES)
         if mode == "token":
-            checks.expect(
-                tokens is not None and tokens > 0, "tokens", "a token count in mode 'token'", tokens
-            )
+            checks.expect(tokens is not None, "tokens", "a token count in mode 'token'", tokens)
+            checks.expect_integer("tokens", tokens, 1)
         size = dim if mode == "channel" else tokens
         self.mode = mode
         self.norm = nn.LayerNorm(dim)
@@ -69,6 +70,7 @@ class GatedMLP(nn.Module):
         recompute: keep only the input for the backward pass, as in :func:`degmix_kernels.gated_mlp`.
 
     Raises:
+        TypeError: for a size that is no integer.
         ValueError: for an unknown mode, or a size below 1.
     """
 
@@ -83,8 +85,8 @@ class GatedMLP(nn.Module):
         super().__init__()
         hidden = dim if hidden is None else hidden
         for name, size in {"dim": dim, "hidden": hidden}.items():
-            checks.expect(size > 0, name, "at least 1", size)
-        self.recompute = recompute
+            checks.expect_integer(name, size, 1)
+        self.recompute = checks.scalar("recompute", recompute, bool)
         self.norm = nn.LayerNorm(dim)
         self.fc1 = nn.Linear(dim, 2 * hidden)
         self.gate = SpatialGatingUnit(hidden, mode, tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,16 +25,6 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0] * tensor.shape[1], tensor.shape[2])
 
 
-def sum_parts(parts: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Partial sums, along the first axis, to a gradient."""
-    return None if parts is None else parts.sum(0).to(dtype)
-
-
-def vector_gradient(total: Tensor, vector: Tensor) -> Tensor:
-    """A sum as a gradient of its own memory: the results of a registered op share none."""
-    return total.to(vector.dtype, copy=True)
-
-
 def statistics_for(x: Tensor, norm: Norm, columns: int) -> Tensor | None:
     """Row statistics for ``plan_linear``, where it pays to compute them beforehand."""
     if not wants_statistics(x, columns):
@@ -50,44 +41,37 @@ def normalised(x: Tensor, norm: Norm, activation: str) -> Tensor:
     return output
 
 
-def gate_forward(u: Tensor, v: Tensor, norm: Norm, weight: Tensor, bias: Tensor, mode: str) -> Tensor:
-    """``u ⊙ (weight · LayerNorm(v) + bias)`` of tensors as ``as_rows`` makes them, parameters contiguous."""
-    output = u.new_empty(u.shape)
+def gate_forward(
+    u: Tensor, v: Tensor, norm: Norm, weight: Tensor, bias: Tensor, mode: str, output: Tensor | None
+) -> None:
+    """``u ⊙ (weight · LayerNorm(v) + bias)``, into ``output``, or without one into u.
+
+    Tensors are as ``as_rows`` makes them, parameters and ``output`` are contiguous.
+    """
     if mode == "token":
         # Every block of tokens reads all of them: better normalised once.
         run(plan_mix_tokens(weight, normalised(v, norm, "identity"), bias, u, output), u.device)
     else:
         statistics = statistics_for(v, norm, v.shape[2])
         run(plan_linear(v, weight, bias, norm, statistics, multiplier=u, output=output), u.device)
-    return output
 
 
-@dataclass(frozen=True)
-class GateWants:
-    """What of the gate's backward pass somebody wants.
+class Wants(NamedTuple):
+    """What somebody wants of the gate's backward pass beside the gradients of u and v.
 
     Attributes:
-        u: the gradient of u.
-        v: the gradient of v.
-        norm: those of the LayerNorm's parameters.
-        weight: that of the gate's weight.
-        bias: that of its bias.
+        norm: the gradients of the LayerNorm's parameters.
+        weight: the gradient of the gate's weight.
+        bias: the gradient of the gate's bias.
         gated: the gate's result.
         sums: the sums over all tokens of the gradients of u and v.
     """
 
-    u: bool
-    v: bool
     norm: bool
     weight: bool
     bias: bool
     gated: bool = False
     sums: bool = False
-
-    @property
-    def gradients(self) -> bool:
-        """Whether any gradient is wanted."""
-        return self.u or self.v or self.norm or self.weight or self.bias
 
 
 @dataclass
@@ -112,39 +96,39 @@ def gate_backward(
     bias: Tensor,
     mode: str,
     activation: str,
-    wants: GateWants,
+    wants: Wants,
     grad_u: Tensor | None,
     grad_v: Tensor | None,
 ) -> GateGradients:
     """The way back through ``act(u) ⊙ (weight · LayerNorm(act(v)) + bias)``.
 
     Args:
-        grad: of the result, contiguous; not needed without ``wants.gradients``.
+        grad: of the result, contiguous; needed for any gradient.
         u: made by ``as_rows``.
-        v: likewise.
+        v: made by ``as_rows``.
         norm: of the forward pass; parameters are contiguous.
-        weight: likewise.
-        bias: likewise.
+        weight: of the forward pass, contiguous.
+        bias: of the forward pass, contiguous.
         mode: ``"channel"`` or ``"token"``.
         activation: of u and v.
         wants: what to compute.
-        grad_u: filled with the gradient of u, if that is wanted; made by ``as_rows``.
-        grad_v: likewise.
+        grad_u: filled with the gradient of u, if given; made by ``as_rows``.
+        grad_v: filled with the gradient of v, if given; made by ``as_rows``.
     """
     results = GateGradients()
-    through_norm = wants.v or wants.norm
+    through_norm = grad_v is not None or wants.norm
     normed = normalised(v, norm, activation)
     grad_mixed = torch.empty_like(normed) if through_norm or wants.weight else None
     results.gated = torch.empty_like(normed) if wants.gated else None
     launch, bias_parts, u_parts = plan_gate_backward(
-        normed, weight, bias, u, mode, activation, grad, results.gated, grad_mixed,
-        grad_u if wants.u else None, wants.bias, wants.u and wants.sums,
+        normed, weight, bias, u, mode, activation, grad, results.gated, grad_mixed, grad_u, wants.bias,
+        grad_u is not None and wants.sums,
     )  # fmt: skip
     run(launch, u.device)
-    results.bias = sum_parts(bias_parts, bias.dtype)
+    results.bias = None if bias_parts is None else bias_parts.sum(0)
     results.u_sum = None if u_parts is None else u_parts.sum(0)
     if wants.weight:
-        results.weight = _weight_gradient(grad_mixed, normed, mode).to(weight.dtype)
+        results.weight = _weight_gradient(grad_mixed, normed, mode)
     if through_norm:
         # Nothing needs ``normed`` any more; its gradient takes its place.
         if mode == "token":
@@ -152,16 +136,15 @@ def gate_backward(
             torch.bmm(weight.t().expand(elements, -1, -1), grad_mixed, out=normed)
         else:
             torch.mm(flat(grad_mixed), weight, out=flat(normed))
-        launches, parts = plan_norm_backward(
-            normed, v, norm, activation, None, grad_v if wants.v else None, None, wants.norm or wants.sums
+        launches, sums = plan_norm_backward(
+            normed, v, norm, activation, None, grad_v, None, wants.norm or wants.sums
         )
         for launch in launches:
             run(launch, u.device)
-        if parts is not None:
-            sums = parts.sum(1)
-            results.norm_weight = vector_gradient(sums[0], norm[0])
-            results.norm_bias = vector_gradient(sums[1], norm[1])
-            results.v_sum = sums[2]
+        if wants.norm:
+            results.norm_weight, results.norm_bias = sums[0].sum(0), sums[1].sum(0)
+        if wants.sums:
+            results.v_sum = sums[2].sum(0)
     return results
 
 

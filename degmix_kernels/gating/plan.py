@@ -202,7 +202,7 @@ def plan_linear(
         multiplier: (B, N, columns), made by ``as_rows``.
         residual: (B, N, columns).
         pre: filled with the value before the activation, if given.
-        output: filled with the result, if given.
+        output: filled with the result, if given. Without one the result takes the place of ``multiplier``.
     """
     rows, (columns, inner) = x.shape[0] * x.shape[1], weight.shape
     tiles = Tiles.of(rows, columns, inner, x.dtype)
@@ -239,9 +239,12 @@ def plan_linear(
 
 
 def plan_mix_tokens(
-    weight: Tensor, normed: Tensor, bias: Tensor, multiplier: Tensor, output: Tensor
+    weight: Tensor, normed: Tensor, bias: Tensor, multiplier: Tensor, output: Tensor | None
 ) -> Launch:
-    """``(weight · normed + bias) ⊙ multiplier`` for every element of the batch."""
+    """``(weight · normed + bias) ⊙ multiplier`` for every element of the batch.
+
+    Without ``output`` the result takes the place of ``multiplier``.
+    """
     batch, tokens, columns = normed.shape
     tiles = Tiles.of(tokens, columns, tokens, normed.dtype)
     row_blocks, column_blocks = ceil_div(tokens, tiles.rows), ceil_div(columns, tiles.columns)

@@ -21,7 +21,7 @@ def spatial_gating_unit(
 ) -> Tensor:
     """Plain-PyTorch :func:`degmix_kernels.spatial_gating_unit`, with the same arguments (checked there)."""
     with autocast.disabled(u.device):
-        operands = _upcast(u, v, norm_weight, norm_bias, weight, bias)
+        operands = _upcast(u.dtype, u, v, norm_weight, norm_bias, weight, bias)
         return _gate(*operands, mode, eps).to(u.dtype)
 
 
@@ -43,9 +43,11 @@ def gated_mlp(
 ) -> Tensor:
     """Plain-PyTorch :func:`degmix_kernels.gated_mlp`, with the same arguments (checked there)."""
     with autocast.disabled(x.device):
-        tokens, norm_weight, norm_bias = _upcast(x, norm_weight, norm_bias)
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias = _upcast(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        gate = _upcast(gate_norm_weight, gate_norm_bias, gate_weight, gate_bias)
+        tokens, norm_weight, norm_bias = _upcast(x.dtype, x, norm_weight, norm_bias)
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = _upcast(
+            x.dtype, fc1_weight, fc1_bias, fc2_weight, fc2_bias
+        )
+        gate = _upcast(x.dtype, gate_norm_weight, gate_norm_bias, gate_weight, gate_bias)
         normed = functional.layer_norm(tokens, norm_weight.shape, norm_weight, norm_bias, eps)
         u, v = functional.gelu(functional.linear(normed, fc1_weight, fc1_bias)).chunk(2, dim=-1)
         return (tokens + functional.linear(_gate(u, v, *gate, mode, eps), fc2_weight, fc2_bias)).to(x.dtype)
@@ -67,5 +69,7 @@ def _gate(
     return u * (weight @ normed + bias[:, None])  # W mixes the tokens of one channel
 
 
-def _upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors)
+def _upcast(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """The tensors in fp32, or in fp64 where tokens of this dtype are doubles."""
+    compute = torch.promote_types(dtype, torch.float32)
+    return [tensor.to(compute) for tensor in tensors]

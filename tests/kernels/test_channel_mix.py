@@ -1,6 +1,7 @@
 """Channel mixing against its formula written out, and nn.BatchNorm2d's habits."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -216,6 +217,14 @@ def test_bad_input(change, error, message):
         channel_mix(**arguments)
 
 
+@pytest.mark.parametrize("module", [BatchNorm2d, partial(ChannelMix, 4), lambda size: ChannelMix(size, 4)])
+def test_modules_of_no_size_are_refused(module):
+    with pytest.raises(TypeError, match=r"expected an integer, got 4\.5"):
+        module(4.5)
+    with pytest.raises(ValueError, match="expected at least 1, got 0"):
+        module(0)
+
+
 # --- kernels ----------------------------------------------------------------------------------------------
 
 
@@ -264,7 +273,7 @@ def test_saves_x_and_z_only(device):
 
     with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         channel_mix(**call)
-    parameters = {call[name].data_ptr() for name in ("weight", "norm_weight")}
+    parameters = {call[name].data_ptr() for name in ("weight", "bias", "norm_weight", "norm_bias")}
     kept = sum(size for pointer, size in saved.items() if pointer not in parameters)
     z = 3 * 7 * 24
     assert kept <= 4 * (call["x"].numel() + z + 2 * 7)

@@ -7,7 +7,7 @@ from launches import recorded_launches
 
 from degmix_kernels import GatedMLP, SpatialGatingUnit, gated_mlp, spatial_gating_unit, use_backend
 from degmix_kernels.gating import backward_plan, plan
-from degmix_kernels.testing import assert_close, poisoned_empty
+from degmix_kernels.testing import assert_close, inside_ops, poisoned_empty
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -87,6 +87,12 @@ def test_bad_input():
         SpatialGatingUnit(4, "pixel")
     with pytest.raises(ValueError, match="tokens: expected a token count in mode 'token', got None"):
         SpatialGatingUnit(4, "token")
+    with pytest.raises(TypeError, match=r"tokens: expected an integer, got 7\.0"):
+        SpatialGatingUnit(4, "token", tokens=7.0)
+    with pytest.raises(TypeError, match=r"hidden: expected an integer, got 4\.5"):
+        GatedMLP(4, 4.5)
+    with pytest.raises(ValueError, match="dim: expected at least 1, got 0"):
+        GatedMLP(0)
     x, w = torch.zeros(1, 3, 4), torch.zeros(4)
     with pytest.raises(ValueError, match=r"v: expected shape \(1, 3, 4\)"):
         spatial_gating_unit(x, x[:, :2], w, w, torch.zeros(4, 4), w)
@@ -214,9 +220,9 @@ def test_many_programs_share_statistics(device):
 
 @both_modes
 def test_memory_of_inference(device, mode):
-    """fc1's result, twice as wide, and the gate's; LayerNorm(v) in token mode. The result comes later."""
+    """The result, and fc1's, twice as wide, which takes the gate's; LayerNorm(v) in token mode."""
     arguments = mlp_arguments(device, torch.bfloat16, 4, 64, 128, 128, mode)
-    with torch.no_grad(), recorded_launches(execute=False), Allocations(*arguments) as memory:
+    with torch.no_grad(), recorded_launches(execute=False), inside_ops(Allocations(*arguments)) as memory:
         output = gated_mlp(*arguments, mode)
     assert memory.alive() == output.nbytes
     assert memory.peak()[0] == (3 if mode == "channel" else 4) * output.nbytes
@@ -230,7 +236,7 @@ def test_what_is_saved(device, mode, recompute):
     saved = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.data_ptr() not in parameters:
+        if tensor.data_ptr() not in parameters and tensor.numel() > 0:
             saved.append(tensor.numel() * tensor.element_size())
         return tensor
 
@@ -332,9 +338,41 @@ def test_gate_starts_as_an_exact_pass_through_in_the_kernels(device, dtype, mode
     assert torch.equal(output, u)
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 @both_modes
-def test_opcheck(device, mode):
-    gate = gate_arguments(device, torch.float32, 2, 5, 6, mode)
-    torch.library.opcheck(torch.ops.degmix.spatial_gating_unit.default, (*gate, mode, 1e-5))
-    mlp = mlp_arguments(device, torch.float32, 2, 5, 6, 4, mode)
-    torch.library.opcheck(torch.ops.degmix.gated_mlp.default, (*mlp, mode, 1e-5, True))
+def test_parameters_of_the_layer_norms_in_double(device, mode, backend):
+    """Tokens decide what is computed in, and the dtype of the result."""
+    for function, arguments, doubles in (
+        (spatial_gating_unit, gate_arguments(device, torch.float32, 2, 5, 6, mode), (2, 3)),
+        (gated_mlp, mlp_arguments(device, torch.float32, 2, 5, 6, 4, mode), (1, 2, 5, 6)),
+    ):
+        mixed = [
+            tensor.detach().double().requires_grad_() if index in doubles else tensor
+            for index, tensor in enumerate(arguments)
+        ]
+        with use_backend(backend):
+            outputs = [function(*each, mode) for each in (mixed, arguments)]
+        probe = draw(*outputs[0].shape, seed=99).to(outputs[0])
+        assert torch.equal(*outputs)
+        gradients = (
+            torch.autograd.grad(output, each, probe)
+            for output, each in zip(outputs, (mixed, arguments), strict=True)
+        )
+        for one, other, tensor in zip(*gradients, mixed, strict=True):
+            assert one.dtype == tensor.dtype
+            assert torch.equal(one, other.to(one.dtype))
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@both_modes
+def test_no_tokens(device, mode, backend):
+    for function, arguments in (
+        (spatial_gating_unit, gate_arguments(device, torch.float32, 2, 0, 6, mode)),
+        (gated_mlp, mlp_arguments(device, torch.float32, 2, 0, 6, 4, mode)),
+    ):
+        with use_backend(backend):
+            output = function(*arguments, mode)
+            gradients = torch.autograd.grad(output, arguments, torch.ones_like(output))
+        assert output.shape == (2, 0, 6)
+        for gradient, tensor in zip(gradients, arguments, strict=True):
+            assert torch.equal(gradient, torch.zeros_like(tensor))

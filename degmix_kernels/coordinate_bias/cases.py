@@ -1,17 +1,16 @@
-"""What the registry knows of ``coordinate_bias``."""
+"""Calls of ``coordinate_bias``: what the contract tests run, what the compile check compiles."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from degmix_kernels import backend
-from degmix_kernels.contract import Sample
-from degmix_kernels.contract_old import Cost, Op
+from degmix_kernels.contract import Op, Sample, Shape
 from degmix_kernels.coordinate_bias import reference
 from degmix_kernels.coordinate_bias.module import CoordinateBias
-from degmix_kernels.coordinate_bias.op import coordinate_bias
-from degmix_kernels.launch import Launch
+from degmix_kernels.coordinate_bias.op import coordinate_bias, op
 
 # batch, groups, channels by row, channels by column, height, width
 _CALLS = (
@@ -41,37 +40,38 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
     ]
 
 
-def _plan(dtype: torch.dtype) -> list[Launch]:
-    """Every kind of launch, on meta tensors; none where Triton is not installed."""
-    if not backend.HAS_TRITON:
-        return []
-    from degmix_kernels.coordinate_bias.plan import plan_examples
-
-    return plan_examples(dtype)
-
-
-# Memory only: there is no product, and the tables' gradients are sums of the result's.
-_COST = Cost(
-    output=lambda arguments: tuple(arguments["x"].shape),
-    products=lambda arguments: 0,
-    backward_products=0,
-    backward_reads=(),
-    passed_on=("x",),
-)
+def _shapes(dtype: torch.dtype) -> Iterator[Shape]:
+    """DeGMix's offsets on NYUD-v2, in both layouts; ragged sizes, more than 2³¹ elements."""
+    # shape of x, groups, channels last
+    calls = [((8, 512, 107, 140), 1, False), ((8, 512, 107, 140), 1, True)]
+    if dtype == torch.float32:
+        calls += [
+            ((1, 2048, 107, 140), 4, False),
+            ((2, 50, 7, 7), 5, False),
+            ((3, 512, 2048, 1024), 1, False),
+        ]
+    for shape, groups, last in calls:
+        half, (height, width) = shape[1] // (2 * groups), shape[2:]
+        layout = torch.channels_last if last else torch.contiguous_format
+        yield Shape(
+            {
+                "x": torch.empty(shape, dtype=dtype, memory_format=layout),
+                "rows": torch.empty(groups, half, height, 3),
+                "columns": torch.empty(groups, half, 3, width),
+            }
+        )
 
 
 OPS = (
     Op(
-        name="coordinate_bias",
+        op=op,
         function=coordinate_bias,
         reference=reference.coordinate_bias,
         module=CoordinateBias,
         samples=_samples,
-        differentiable=("x", "rows", "columns"),
-        cost=_COST,
+        shapes=_shapes,
         batched=("x",),
+        backward_reads=(),  # the tables' gradients are sums of the result's
         keeps_layout_of="x",
-        autocast=("x",),
-        kernels=_plan,
     ),
 )

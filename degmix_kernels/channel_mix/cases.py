@@ -1,22 +1,20 @@
-"""What the registry knows of channel mixing."""
+"""Calls of ``channel_mix``: what the contract tests run, what the compile check compiles."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from degmix_kernels import backend
 from degmix_kernels.activation import activate
 from degmix_kernels.batch_norm.reference import batch_norm
 from degmix_kernels.channel_mix import reference
 from degmix_kernels.channel_mix.module import ChannelMix
-from degmix_kernels.channel_mix.op import channel_mix
-from degmix_kernels.contract import Sample
-from degmix_kernels.contract_old import Cost, Op
-from degmix_kernels.launch import Launch
+from degmix_kernels.channel_mix.op import channel_mix, op
+from degmix_kernels.contract import Op, Sample, Shape
 
 # shape of x, out_channels, groups, activation, bias, training, norm parameters, residual
 _CALLS = (
@@ -77,13 +75,31 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
     return samples
 
 
-def _plan(dtype: torch.dtype) -> list[Launch]:
-    """Every kind of launch, on meta tensors; none where Triton is not installed."""
-    if not backend.HAS_TRITON:
-        return []
-    from degmix_kernels.channel_mix.plan import plan_examples
-
-    return plan_examples(dtype)
+def _shapes(dtype: torch.dtype) -> Iterator[Shape]:
+    """DeGMix on NYUD-v2 in both layouts, four tasks side by side, ragged sizes, more than 2³¹ elements."""
+    # shape of x, channels last, groups, out channels
+    calls = [((8, 256, 107, 140), False, 1, 256)]
+    if dtype != torch.float16:  # the code of bf16 but for conversions
+        calls += [((8, 256, 107, 140), True, 1, 256), ((8, 1024, 107, 140), False, 4, 1024)]
+    if dtype == torch.bfloat16:
+        calls += [
+            ((2, 50, 7, 7), False, 1, 27),
+            ((3, 256, 2048, 2048), True, 1, 256),
+            # Statistics of one part: all of its counts are 1, and reach the kernel as constants.
+            ((1, 50, 7, 7), False, 1, 27),
+        ]
+    for (shape, last, groups, out), training in itertools.product(calls, (False, True)):
+        layout = torch.channels_last if last else torch.contiguous_format
+        vectors = ("running_mean", "running_var", "norm_weight", "norm_bias")
+        arguments = {
+            "x": torch.empty(shape, dtype=dtype, memory_format=layout),
+            "weight": torch.empty(out, shape[1] // groups, dtype=dtype),
+            "bias": torch.empty(out, dtype=dtype),
+            **{name: torch.empty(out) for name in vectors},
+            "residual": torch.empty(shape[0], out, *shape[2:], dtype=dtype, memory_format=layout),
+            "training": training,
+        }
+        yield Shape(arguments)
 
 
 def _output(arguments: Mapping[str, Any]) -> tuple[int, ...]:
@@ -91,34 +107,18 @@ def _output(arguments: Mapping[str, Any]) -> tuple[int, ...]:
     return (x.shape[0], arguments["weight"].shape[0], *x.shape[2:])
 
 
-def _products(arguments: Mapping[str, Any]) -> int:
-    """2 · pixels · Cout · C/groups: W x at every pixel."""
-    x, weight = arguments["x"], arguments["weight"]
-    return 2 * (x.numel() // x.shape[1]) * weight.numel()
-
-
-_COST = Cost(
-    output=_output,
-    products=_products,
-    backward_products=2,
-    # With the bias, the batch's statistics and z, which is not an argument, can be computed again.
-    backward_reads=("x", "weight", "bias", "running_mean", "running_var", "norm_weight"),
-    passed_on=("residual",),
-)
-
-
 OPS = (
     Op(
-        name="channel_mix",
+        op=op,
         function=channel_mix,
         reference=reference.channel_mix,
         module=ChannelMix,
         samples=_samples,
-        differentiable=("x", "weight", "bias", "norm_weight", "norm_bias", "residual"),
-        cost=_COST,
+        shapes=_shapes,
         batched=("x", "residual"),
+        # With the bias, the batch's statistics and z, which is not an argument, can be computed again.
+        backward_reads=("x", "weight", "bias", "running_mean", "running_var", "norm_weight"),
+        output=_output,
         keeps_layout_of="x",
-        autocast=("x", "weight", "bias", "residual"),
-        kernels=_plan,
     ),
 )
