@@ -13,11 +13,6 @@ def enabled(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def cast_inputs(device, *tensors):
-    """TRANSITIONAL."""
-    return tuple(cast(tensor, device) for tensor in tensors) if enabled(device) else tensors
-
-
 def cast(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     """A half or single precision tensor in the device's autocast dtype; doubles and None as they are."""
     if tensor is None or tensor.dtype == torch.float64:

@@ -144,7 +144,10 @@ class DeGMixHead(nn.Module):
             ValueError: for another number of maps, images or channels, or an empty size.
         """
         self._check_features(features, size)
-        x = self.embed(autocast.cast_inputs(features[0].device, *features))
+        device = features[0].device
+        if autocast.enabled(device):
+            features = [autocast.cast(feature, device) for feature in features]
+        x = self.embed(features)
         maps = self.mixers(x)
         # permute: the gradient of flatten(2).transpose(1, 2) is one that PyTorch's CPU BatchNorm gets wrong.
         tokens = torch.stack([each.permute(0, 2, 3, 1).flatten(1, 2) for each in maps])  # (T, B, N, C)
