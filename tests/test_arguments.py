@@ -19,6 +19,7 @@ from degmix_kernels.contract import Op
 # Zero, or a negative number, that makes sense: scales, paddings, and an eps where variances are not zero.
 MAY_BE_ZERO = {"eps", "momentum", "padding", "scale"}
 MAY_BE_NEGATIVE = {"scale"}
+RELATIVE = ("another device", "another dimension", "no dimension", "a longer axis", "a longer last axis")
 MAY_BE_NONE = {"scale", "process_group"}
 
 
@@ -95,9 +96,8 @@ def test_one_sentence_names_it(op: Op, backend: str, autocast: bool, device: tor
             try:
                 op.function(**arguments | {name: value})
             except (TypeError, ValueError) as error:
-                tensors = "|".join(op.op.call._fields[: op.op.count])
-                # A tensor of another shape may be right, and others wrong beside it.
-                named = tensors if isinstance(value, Tensor) and name in tensors else name
+                # A tensor of another shape or device may be right, and another argument wrong beside it.
+                named = "|".join(inspect.signature(op.function).parameters) if what in RELATIVE else name
                 if not re.match(rf"({named}): expected [^\n]+, got [^\n]+$", str(error)):
                     missed.append((name, what, str(error)))
             except Exception as error:
