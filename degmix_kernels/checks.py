@@ -107,7 +107,10 @@ def scalar(
     if kind is float:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{argument}: expected a number, got {shown(value)}")
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            value = math.inf
         expect(math.isfinite(value), argument, "a finite number", value)
     elif kind is int:
         if not is_integer(value):

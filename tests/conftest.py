@@ -19,7 +19,7 @@ gpu_arithmetic.switch_on_if_wanted()
 
 
 FULL = "--full"
-CHOOSE_THEMSELVES = ("test_contract.py", "test_arguments.py", "test_tracers.py", "test_plants.py")
+CHOOSE_THEMSELVES = ("test_contract.py", "test_arguments.py", "test_tracers.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -60,7 +60,13 @@ def wrong_scalars(name: str, value: Any) -> Iterator[tuple[str, object]]:
     elif isinstance(value, str):
         yield from (("a number", 2), ("another string", "no such choice"))
     else:
-        yield from (("a string", "x"), ("NaN", float("nan")), ("infinity", float("inf")), ("a truth", True))
+        yield from (
+            ("a string", "x"),
+            ("NaN", float("nan")),
+            ("much", 10**400),
+            ("infinity", float("inf")),
+            ("a truth", True),
+        )
         if name not in MAY_BE_ZERO:
             yield "zero", 0
         if name not in MAY_BE_NEGATIVE:
