@@ -135,10 +135,14 @@ class Op:
     def _products(self, arguments: Mapping[str, Any]) -> int:
         return self.op.products(SimpleNamespace(**arguments))
 
+    def output_shape(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+        """The shape of a call's result."""
+        return (
+            tuple(arguments[self.differentiable[0]].shape) if self.output is None else self.output(arguments)
+        )
+
     def _output_bytes(self, arguments: Mapping[str, Any]) -> int:
-        first = arguments[self.differentiable[0]]
-        shape = first.shape if self.output is None else self.output(arguments)
-        return math.prod(shape) * first.element_size()
+        return math.prod(self.output_shape(arguments)) * arguments[self.differentiable[0]].element_size()
 
 
 def _bytes(value: Any) -> int:

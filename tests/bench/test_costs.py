@@ -143,5 +143,5 @@ def test_attention() -> None:
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.label)
 def test_declared_shape_is_the_result(op: Op) -> None:
     for sample in op.samples(torch.device("cpu"), torch.float32, torch.Generator().manual_seed(0)):
-        assert op.cost.output(sample.arguments) == tuple(op.function(**sample.arguments).shape)
-        assert set(op.cost.backward_reads) - {"running_mean", "running_var"} <= set(op.differentiable)
+        assert op.output_shape(sample.arguments) == tuple(op.function(**sample.arguments).shape)
+        assert set(op.backward_reads) - {"running_mean", "running_var"} <= set(op.differentiable)
