@@ -87,7 +87,7 @@ SHARED = (
         "degmix_kernels/statistics.py",
         "count = tl.minimum(pixels - part % blocks * block, block)\n        mean +=",
         "count = tl.minimum(pixels, block)\n        mean +=",
-        (select("kernels/test_planar", "chan_formula"), select("kernels/test_channel_mix", "formula")),
+        (select("kernels/test_planar", "chan_formula"),),
     ),
     Mutation(
         "statistics: the means' own spread is left out of the variance",
@@ -155,13 +155,6 @@ SHARED = (
         "if any(size not in (1, other) for size, other in zip(value.shape, shape, strict=True)):",
         (select("kernels/test_batch_norm", "bad_input"), select("kernels/test_deform_conv_arguments")),
     ),
-    Mutation(
-        "testing: a NaN is close to everything",
-        "degmix_kernels/testing.py",
-        "if not error <= limit:  # written so that NaN fails",
-        "if error > limit:",
-        (select("kernels/test_testing"),),
-    ),
 )
 
 BATCH_NORM = (
@@ -208,7 +201,7 @@ BATCH_NORM = (
         "degmix_kernels/batch_norm/plan.py",
         "return largest_unit(self.channels if self.last else self.pixels)",
         "return largest_unit(self.channels)",
-        (select("kernels/test_batch_norm", "plans_know"), select("test_contract", FP32 + "batch_norm")),
+        (select("kernels/test_batch_norm", "plans_know"),),
     ),
     Mutation(
         "batch_norm: the running variance is the biased one",
@@ -232,7 +225,7 @@ CHANNEL_MIX = (
         "degmix_kernels/channel_mix/kernels.py",
         "deviation = scale_of(variance_ptr, None, eps, row, row_valid)[:, None]",
         "deviation = scale_of(variance_ptr, norm_weight_ptr, eps, row, row_valid)[:, None]",
-        (select("test_contract", FP32 + "channel_mix"), select("kernels/test_channel_mix", "formula")),
+        (select("test_contract", FP32 + "channel_mix"),),
     ),
     Mutation(
         "channel_mix: the second half of a tile is stored over the first",
@@ -394,10 +387,10 @@ ATTENTION = (
         (select("kernels/test_attention", "gated_kernels and float32"),),
     ),
     Mutation(
-        "gated_attention: strides of one tensor for all",
+        "gated_attention: keys are read at the distances of queries",
         "degmix_kernels/attention/plan.py",
         "steps, unit = strides(query=query, key=key, value=value, output=output)",
-        "steps, unit = strides(query=query, key=key, value=key, output=output)",
+        "steps, unit = strides(query=query, key=query, value=value, output=output)",
         (select("kernels/test_attention", "views_that_share or registered"),),
     ),
     Mutation(
@@ -455,6 +448,13 @@ DEFORM_CONV = (
         ),
     ),
     Mutation(
+        "sampling: fixed-point numbers are rounded before they are scaled",
+        "degmix_kernels/deform_conv/sampling.py",
+        "gradient = (gradient * scale).to(tl.int64)",
+        "gradient = gradient.to(tl.int64) * scale.to(tl.int64)",
+        (select("kernels/test_general", "fixed_point"), select("kernels/test_planar", "fixed_point")),
+    ),
+    Mutation(
         "general: the last tap is forgotten",
         "degmix_kernels/deform_conv/general_kernels.py",
         "for tap in range(0, taps):",
@@ -466,7 +466,7 @@ DEFORM_CONV = (
         "degmix_kernels/deform_conv/general_kernels.py",
         "offset_group = (group * group_channels + start) // offset_channels",
         "offset_group = start // offset_channels",
-        (select("kernels/test_general", "values_and_gradients"), select("test_contract", FP32 + "general")),
+        (select("kernels/test_general", "values_and_gradients"),),
     ),
     Mutation(
         "general: the gradient of a NaN offset is 0",
@@ -474,6 +474,13 @@ DEFORM_CONV = (
         "grad_y = tl.where((low_y < -1) & is_number(offset_y), 0.0, grad_y)",
         "grad_y = tl.where(low_y < -1, 0.0, grad_y)",
         (select("kernels/test_general", "special_offsets"),),
+    ),
+    Mutation(
+        "general: a gradient is added to the wrong row",
+        "degmix_kernels/deform_conv/general_backward_kernels.py",
+        "below = address + width * channels",
+        "below = address + channels",
+        (select("kernels/test_general", "values_and_gradients"),),
     ),
     Mutation(
         "general: the mask's gradient without the diagonal",
@@ -514,7 +521,7 @@ DEFORM_CONV = (
         "planar: a tile of several groups stores what lies between them",
         "degmix_kernels/deform_conv/planar_backward_kernels.py",
         "stored = stored & (out // group_out == weight_group[None, :])",
-        "stored = stored & (out // group_out >= weight_group[None, :])",
+        "stored = stored & (out // group_out <= weight_group[None, :])",
         (select("kernels/test_planar", "values_and_gradients and depthwise"),),
     ),
     Mutation(
@@ -535,7 +542,7 @@ DEFORM_CONV = (
         ),
     ),
     Mutation(
-        "planar: statistics of a tile are counted in blocks of the plan with an activation",
+        "planar: statistics have a part that no program fills",
         "degmix_kernels/deform_conv/planar.py",
         "shape = (problem.batch * ceil_div(problem.out_pixels, pixels), problem.weight.shape[0])",
         "shape = (problem.batch * ceil_div(problem.out_pixels, pixels) + 1, problem.weight.shape[0])",
