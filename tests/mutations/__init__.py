@@ -1,1 +1,1 @@
-"""Bugs planted on purpose: a suite that stays green beside one of them has lost a test."""
+"""Bugs planted on purpose: tests that stay green beside one of them have lost something."""

@@ -23,7 +23,8 @@ from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tests.mutations.mutations import MUTATIONS, Mutation
+from tests.mutations.mutation import Mutation
+from tests.mutations.mutations import MUTATIONS
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 300  # seconds of one run
@@ -43,8 +44,8 @@ class Outcome:
 
 def copy_tracked(target: Path) -> None:
     """Copy the files that git tracks, as they are in the working tree."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
-    for name in filter(None, listed.stdout.split("\0")):
+    listed = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True)
+    for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
@@ -59,11 +60,8 @@ def planted(mutation: Mutation, copy: Path) -> Iterator[None]:
     """
     file = copy / mutation.file
     text = file.read_text()
-    if text.count(mutation.old) != 1:
-        count = text.count(mutation.old)
-        raise ValueError(
-            f"{mutation.name}: expected its old text once in {mutation.file}, got it {count} times"
-        )
+    if (count := text.count(mutation.old)) != 1:
+        raise ValueError(f"{mutation.name}: expected its old text once in {mutation.file}, got it {count}×")
     file.write_text(text.replace(mutation.old, mutation.new))
     try:
         yield
@@ -95,11 +93,9 @@ def run_tests(selection: tuple[str, ...], copy: Path) -> Outcome:
 def check_the_copy(copy: Path) -> None:
     """Refuse to go on if Python would import the package from elsewhere."""
     program = "import degmix_kernels; print(degmix_kernels.__file__)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=copy, check=True, capture_output=True, text=True
-    )
-    if not Path(done.stdout.strip()).resolve().is_relative_to(copy.resolve()):
-        raise RuntimeError(f"degmix_kernels: expected the copy's, got {done.stdout.strip()}")
+    found = subprocess.check_output([sys.executable, "-c", program], cwd=copy, text=True).strip()
+    if not Path(found).resolve().is_relative_to(copy.resolve()):
+        raise RuntimeError(f"degmix_kernels: expected the copy's, got {found}")
 
 
 def run_all(mutations: list[Mutation], progress: Progress) -> Iterator[tuple[Mutation | None, str, Outcome]]:
@@ -148,8 +144,7 @@ def main() -> int:
             table.add_row(*map(escape, (name, file, tests, outcome.colour, f"{outcome.seconds:.0f}")))
             say(f"{outcome.colour}, {outcome.seconds:.0f} s: {name}\n    {outcome.message}", soft_wrap=True)
     console.print(table)
-    verdict = "every bug is noticed" if good else "NOT every bug is noticed"
-    say(f"{verdict}; {time.monotonic() - started:.0f} s")
+    say(f"{'every' if good else 'NOT every'} bug is noticed; {time.monotonic() - started:.0f} s")
     return 0 if good else 1
 
 
