@@ -30,7 +30,7 @@ DEFORM_CONV = (
         "degmix_kernels/deform_conv/sampling.py",
         "gradient = (gradient * scale).to(tl.int64)",
         "gradient = gradient.to(tl.int64) * scale.to(tl.int64)",
-        (select("kernels/test_general", "fixed_point"), select("kernels/test_planar", "fixed_point")),
+        (select("kernels/test_planar", "fixed_point"),),
     ),
     Mutation(
         "general: the last tap is forgotten",
@@ -54,10 +54,10 @@ DEFORM_CONV = (
         (select("kernels/test_general", "special_offsets"),),
     ),
     Mutation(
-        "general: a gradient is added to the wrong row",
+        "general: a corner's gradient has its neighbour's weight",
         "degmix_kernels/deform_conv/general_backward_kernels.py",
-        "below = address + width * channels",
-        "below = address + channels",
+        "scatter(grad_input_ptr, below, weight_10[:, None] * gradient,",
+        "scatter(grad_input_ptr, below, weight_11[:, None] * gradient,",
         (select("kernels/test_general", "values_and_gradients"),),
     ),
     Mutation(

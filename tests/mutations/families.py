@@ -30,13 +30,6 @@ BATCH_NORM = (
         ),
     ),
     Mutation(
-        "batch_norm: tiles of a last, smaller share are left out",
-        "degmix_kernels/batch_norm/plan.py",
-        "return blocks, ceil_div(tiles, max(steps, 1)),",
-        "return blocks, tiles // max(steps, 1),",
-        (select("kernels/test_batch_norm", "many_parts"),),
-    ),
-    Mutation(
         "batch_norm: x is read where nothing needs it",
         "degmix_kernels/batch_norm/plan.py",
         '"x_ptr": x if products else None,',
@@ -111,6 +104,13 @@ LINEAR_NORM = (
         "slope = tl.sum(product * weight, axis=0, keep_dims=True) / channels",
         "slope = tl.sum(product, axis=0, keep_dims=True) / channels",
         (select("test_contract", FP32 + "linear_norm"),),
+    ),
+    Mutation(
+        "linear_norm: tiles of a last, smaller part are left out",
+        "degmix_kernels/linear_norm/plan.py",
+        "parts = ceil_div(tiles, max(steps, 1))",
+        "parts = tiles // max(steps, 1)",
+        (select("kernels/test_linear_norm", "parts_end"),),
     ),
     Mutation(
         "linear_norm: large sums of gradients have 32-bit addresses",
