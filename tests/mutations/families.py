@@ -21,7 +21,7 @@ BATCH_NORM = (
     ),
     Mutation(
         "batch_norm: the last pixel is not written",
-        "degmix_kernels/batch_norm/kernels.py",
+        "degmix_kernels/map_kernels.py",
         "valid = row_valid[:, None] & (pixel < pixels)",
         "valid = row_valid[:, None] & (pixel < pixels - 1)",
         (
@@ -38,7 +38,7 @@ BATCH_NORM = (
     ),
     Mutation(
         "batch_norm: wide loads where rows are not aligned",
-        "degmix_kernels/batch_norm/plan.py",
+        "degmix_kernels/maps.py",
         "return largest_unit(self.channels if self.last else self.pixels)",
         "return largest_unit(self.channels)",
         (select("kernels/test_batch_norm", "plans_know"),),
