@@ -75,7 +75,7 @@ SHARED = (
         "launch: only the longest axis decides on 64 bits",
         "degmix_kernels/launch.py",
         "last = sum(map(mul, tensor.shape, strides)) - sum(strides)",
-        "last = max(((size - 1) * step for size, step in zip(tensor.shape, strides, strict=True)), default=0)",
+        "last = max(((size - 1) * step for size, step in zip(tensor.shape, strides)), default=0)",
         (
             select("kernels/test_batch_norm", "plans_know"),
             select("kernels/test_task_attention", "plans_know"),
