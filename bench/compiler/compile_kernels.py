@@ -1,7 +1,8 @@
-"""Compile every launch of the registry's plans for one target, without a GPU; print one JSON line for each.
+"""Compile launches of the registry's calls for one target, without a GPU; print one JSON line for each.
 
 ``bench.resources`` runs this in a process of its own, without TRITON_INTERPRET: whether a kernel is compiled
-or interpreted is settled when it is defined. The first line says how many lines follow.
+or interpreted is settled when it is defined. The first line has the keys of all launches, and how many are
+compiled: a line for each of them follows.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from triton.compiler import CompiledKernel
 from bench.cases import model
 from bench.cases.registry import CASES
 from bench.cases.shapes import QUICK
-from bench.compiler.compiled import Compiled
+from bench.compiler.compiled import Compiled, Planned
 from bench.compiler.targets import TARGETS, Target
 from bench.compiler.trace import NAMES, Specialised, launches_of, specialise, traced
 from bench.harness.case import DTYPES, Case
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--op", default="", help="only ops whose label contains this")
     parser.add_argument("--dtype", choices=DTYPES, help="only this one")
     parser.add_argument("--benchmark", action="store_true", help="those of the benchmark's calls instead")
+    parser.add_argument("--representatives", action="store_true", help="one of each kernel and dtype")
     arguments = parser.parse_args()
     target = TARGETS[arguments.target]
     gpu = GPUTarget(target.backend, target.arch, target.lanes)
@@ -156,28 +158,45 @@ def main() -> None:
     which = benchmarked if arguments.benchmark else planned
     # A launch that several dtypes share goes by the first.
     dtypes = [arguments.dtype] if arguments.dtype else ["fp32", "bf16", "fp16"]
-    launches = list(specialised(which(arguments.op, dtypes)))
-    print(json.dumps(len(launches)), flush=True)
-    for op, dtype, launch, specialisation in launches:
+    launches = [
+        (plan(op, dtype, launch, target.name, specialisation.capped(gpu)), specialisation)
+        for op, dtype, launch, specialisation in specialised(which(arguments.op, dtypes))
+    ]
+    chosen = representatives(launches) if arguments.representatives else launches
+    print(json.dumps({"keys": [planned.key for planned, _ in launches], "compiled": len(chosen)}), flush=True)
+    for planned_launch, specialisation in chosen:
         compiled = triton.compile(specialisation.source, target=gpu, options=specialisation.options(gpu))
-        row = Compiled(
-            op=op,
-            kernel=launch.kernel.__name__,
-            dtype=dtype,
-            target=target.name,
-            constants=dict(launch.constants),
-            sizes={name: n for name, n in launch.arguments.items() if isinstance(n, int)},
-            tensors={
-                name: None if value is None else NAMES[value.dtype]
-                for name, value in launch.arguments.items()
-                if value is None or isinstance(value, Tensor)
-            },
-            warps=launch.num_warps,
-            stages=launch.num_stages,
-            capped=specialisation.capped(gpu),
-            **measure(compiled, target),
-        )
+        row = Compiled(**asdict(planned_launch), **measure(compiled, target))
         print(json.dumps(asdict(row)), flush=True)
+
+
+def plan(op: str, dtype: str, launch: Launch, target: str, capped: int | None) -> Planned:
+    """The record of a launch."""
+    return Planned(
+        op=op,
+        kernel=launch.kernel.__name__,
+        dtype=dtype,
+        target=target,
+        constants=dict(launch.constants),
+        sizes={name: n for name, n in launch.arguments.items() if isinstance(n, int)},
+        tensors={
+            name: None if value is None else NAMES[value.dtype]
+            for name, value in launch.arguments.items()
+            if value is None or isinstance(value, Tensor)
+        },
+        warps=launch.num_warps,
+        stages=launch.num_stages,
+        capped=capped,
+    )
+
+
+def representatives(launches: Sequence[tuple[Planned, Specialised]]) -> list[tuple[Planned, Specialised]]:
+    """The first launch of every kernel in every dtype: what a change is checked with at first."""
+    first: dict[tuple[str, str, str], tuple[Planned, Specialised]] = {}
+    for planned_launch, specialisation in launches:
+        kernel = specialisation.module, specialisation.kernel, planned_launch.dtype
+        first.setdefault(kernel, (planned_launch, specialisation))
+    return list(first.values())
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ SPILLED_UNDER_A_CAP = 88  # bytes, the most that any of them spills with Triton 
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """One launch, compiled for one target.
+class Planned:
+    """One launch, planned for one target.
 
     Attributes:
         op: label of the op in ``degmix_kernels.registry``.
@@ -26,14 +26,6 @@ class Compiled:
         warps: warps per program.
         stages: depth of the software pipeline.
         capped: most registers per lane that the launch allows, None for any number.
-        registers: registers per lane.
-        spilled: bytes (AMD: registers and bytes) per lane that do not fit in registers.
-        shared: bytes of shared memory per program.
-        tensor_memory: columns of Blackwell's tensor memory per program.
-        products: whether the kernel has matrix products.
-        matrix: the instruction that computes them on matrix units, the target's own if it is there, or None.
-        loads: bits per lane → number of load instructions from global memory.
-        reductions: bits per lane → number of atomic additions into global memory.
     """
 
     op: str
@@ -46,19 +38,6 @@ class Compiled:
     warps: int
     stages: int
     capped: int | None
-    registers: int
-    spilled: int
-    shared: int
-    tensor_memory: int
-    products: bool
-    matrix: str | None
-    loads: dict[str, int]
-    reductions: dict[str, int]
-
-    @property
-    def on(self) -> Target:
-        """The target itself."""
-        return TARGETS[self.target]
 
     @property
     def configuration(self) -> str:
@@ -78,6 +57,36 @@ class Compiled:
     def key(self) -> tuple[str, str, str, str, int, int]:
         """What tells this launch from every other one of the same target."""
         return self.op, self.kernel, self.dtype, self.configuration, self.warps, self.stages
+
+
+@dataclass(frozen=True)
+class Compiled(Planned):
+    """The same, compiled.
+
+    Attributes:
+        registers: registers per lane.
+        spilled: bytes (AMD: registers and bytes) per lane that do not fit in registers.
+        shared: bytes of shared memory per program.
+        tensor_memory: columns of Blackwell's tensor memory per program.
+        products: whether the kernel has matrix products.
+        matrix: the instruction that computes them on matrix units, the target's own if it is there, or None.
+        loads: bits per lane → number of load instructions from global memory.
+        reductions: bits per lane → number of atomic additions into global memory.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    tensor_memory: int
+    products: bool
+    matrix: str | None
+    loads: dict[str, int]
+    reductions: dict[str, int]
+
+    @property
+    def on(self) -> Target:
+        """The target itself."""
+        return TARGETS[self.target]
 
     @property
     def occupancy(self) -> Occupancy:

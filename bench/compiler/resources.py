@@ -46,7 +46,8 @@ def compile_for(
     dtype: str | None = None,
     benchmark: bool = False,
     report: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Compiled]:
+    representatives: bool = False,
+) -> tuple[list[Compiled], set[tuple]]:
     """Compile for one target, in a process of its own.
 
     Args:
@@ -55,6 +56,10 @@ def compile_for(
         dtype: "fp32", "bf16" or "fp16"; None for all.
         benchmark: the launches of the benchmark's calls, instead of those that the registry plans.
         report: called after each launch with how many are compiled, and of how many.
+        representatives: compile only one launch of each kernel and dtype.
+
+    Returns:
+        What was compiled, and the keys of all launches.
 
     Raises:
         RuntimeError: if a kernel does not compile, with what the process said.
@@ -64,6 +69,7 @@ def compile_for(
     command = [sys.executable, "-m", "bench.compiler.compile_kernels", target, "--op", op]
     command += ["--dtype", dtype] if dtype else []
     command += ["--benchmark"] if benchmark else []
+    command += ["--representatives"] if representatives else []
     rows = []
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
@@ -72,17 +78,17 @@ def compile_for(
         ) as process,
     ):
         try:
-            total = int(process.stdout.readline() or 0)
+            first = json.loads(process.stdout.readline() or '{"keys": [], "compiled": 0}')
             for line in process.stdout:
                 rows.append(Compiled(**json.loads(line)))
-                report(len(rows), total)
+                report(len(rows), first["compiled"])
         except BaseException:
             process.kill()
             raise
         if process.wait() != 0:
             errors.seek(0)
             raise RuntimeError(f"{target}: {errors.read().strip()}")
-    return rows
+    return rows, {tuple(key) for key in first["keys"]}
 
 
 def compile_all(
@@ -97,7 +103,7 @@ def compile_all(
             def report(done: int, total: int) -> None:
                 bars.update(bar, completed=done, total=total)
 
-            return compile_for(target, op, dtype, benchmark, report)
+            return compile_for(target, op, dtype, benchmark, report)[0]
 
         return [row for rows in pool.map(compile_one, targets) for row in rows]
 
@@ -162,22 +168,26 @@ def spilling(rows: Iterable[Compiled]) -> list[str]:
     return [f"{row.target}: {_words(row.key)}: spills {row.spilled}" for row in rows if spills(row)]
 
 
-def differences(target: str, rows: Iterable[Compiled], baseline: Baseline) -> list[str]:
+def differences(
+    target: str, rows: Iterable[Compiled], baseline: Baseline, keys: set[tuple] | None = None
+) -> list[str]:
     """What a target's launches have lost against the baseline, and which ones it does not know or misses.
+
+    ``keys`` are those of all launches, where not all were compiled.
 
     Registers, shared memory and load widths are not compared: they differ between versions of Triton.
     """
     found, recorded = by_key(rows), baseline[target]
+    keys = set(found) if keys is None else keys
     rank = [None, TARGETS[target].older_matrix, TARGETS[target].matrix]
     lines = []
     for key, row in found.items():
         before = recorded[key]["matrix"] if key in recorded else None
-        if key not in recorded:
-            lines.append(f"{target}: {_words(key)}: new")
-        elif rank.index(row.matrix) < rank.index(before):
+        if rank.index(row.matrix) < rank.index(before):
             now = row.matrix or "no matrix instruction"
             lines.append(f"{target}: {_words(key)}: {before} became {now}")
-    lines += [f"{target}: {_words(key)}: gone" for key in recorded if key not in found]
+    lines += [f"{target}: {_words(key)}: new" for key in sorted(keys - recorded.keys())]
+    lines += [f"{target}: {_words(key)}: gone" for key in recorded if key not in keys]
     return lines
 
 
