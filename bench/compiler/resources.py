@@ -165,12 +165,16 @@ def spilling(rows: Iterable[Compiled]) -> list[str]:
 def differences(target: str, rows: Iterable[Compiled], baseline: Baseline) -> list[str]:
     """What a target's launches have lost against the baseline, and which ones it does not know or misses.
 
+    An op that the baseline does not know at all is no difference: ``--update`` records its launches.
     Registers, shared memory and load widths are not compared: they differ between versions of Triton.
     """
     found, recorded = by_key(rows), baseline[target]
     rank = [None, TARGETS[target].older_matrix, TARGETS[target].matrix]
+    ops = {key[0] for key in recorded}  # by IDENTITY
     lines = []
     for key, row in found.items():
+        if row.op not in ops:
+            continue
         before = recorded[key]["matrix"] if key in recorded else None
         if key not in recorded:
             lines.append(f"{target}: {_words(key)}: new")
