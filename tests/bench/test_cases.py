@@ -25,7 +25,7 @@ class DrawMeta:
     """:class:`bench.harness.case.Draw` of shapes and dtypes alone."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+        self.device, self.dtype = device, dtype
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=META)
@@ -53,7 +53,9 @@ def test_every_case_can_be_prepared(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in (*CASES, *RECORDED) if case.images is None], ids=lambda case: case.shape
+    "case",
+    [case for case in (*CASES, *RECORDED) if case.images is None and "fp32" in case.dtypes],
+    ids=lambda case: f"{case.op} {case.shape}",
 )
 def test_the_check_of_every_op_sees_a_small_error(case: Case) -> None:
     assert case.prepare(META, torch.float32).limit(None, True) < NOTICED
