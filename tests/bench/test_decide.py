@@ -7,17 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from threading import Thread
 
 import pytest
-import torch
 
 from bench.gpu import decide
 from bench.gpu.decide import __main__ as command
 from bench.gpu.decide import driver
-from bench.gpu.decide.common import capped
-from degmix_kernels import launch as launching
-from degmix_kernels.launch import Launch
 
 CALM = """
 import torch
@@ -142,21 +137,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert command.main([str(out), "--dry"]) == 1
     with pytest.raises(SystemExit):
         command.main([str(out), "nothing"])
-
-
-def test_a_cap_is_the_launches_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int | None] = []
-    monkeypatch.setattr(launching, "_launch", lambda launch: seen.append(launch.hopper_registers))
-    launch = Launch(None, 1, {}, {}, hopper_registers=96)
-
-    def step() -> None:  # as backward passes do, on another thread
-        thread = Thread(target=launching.run, args=(launch, torch.device("cpu")))
-        thread.start()
-        thread.join()
-
-    for each in (step, capped(128, step), capped(None, step), step):
-        each()
-    assert seen == [96, 128, None, 96]
 
 
 TRACE = """
