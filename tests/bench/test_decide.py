@@ -154,4 +154,4 @@ def test_every_launch_can_be_found_without_a_gpu() -> None:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))
     done = subprocess.run([sys.executable, "-c", TRACE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.splitlines()[-1]) > 50
+    assert int(done.stdout.splitlines()[-1]) > 40
