@@ -106,8 +106,10 @@ def test_session_ends_without_workers(
     assert lines == [f"test_loses.py::{name}: {ERROR}"]
 
 
-@pytest.mark.parametrize("options", [("-p", "no:xdist"), ("-n", "1")])
-@pytest.mark.parametrize(("wrong", "code"), [(3, MOST_ARE_WRONG), (2, 1), (0, 0)])
+@pytest.mark.parametrize(
+    ("options", "wrong", "code"),
+    [(("-p", "no:xdist"), 3, MOST_ARE_WRONG), (("-p", "no:xdist"), 2, 1), (("-n", "1"), 3, MOST_ARE_WRONG)],
+)
 def test_where_most_are_wrong_the_code_says_so(
     folder: Path, options: tuple[str, ...], wrong: int, code: int
 ) -> None:

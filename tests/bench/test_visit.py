@@ -16,7 +16,7 @@ import torch
 from made_up import ROW, results, write
 
 from bench import training
-from bench.gpu import prepared, visit, visits
+from bench.gpu import prepared, rehearse, visit, visits
 from bench.harness.results import KILLED
 from bench.options import parser, select
 
@@ -41,10 +41,6 @@ case "$*" in
     "-m bench.training"*) eval "$STUB_TRAINING" ;;
     *) exec {sys.executable} "$@" ;;
 esac
-"""
-SANITIZER = """#!/bin/sh
-while case $1 in --*) true ;; *) false ;; esac; do [ "$1" = --tool ] && shift; shift; done
-exec "$@"
 """
 MAIN = """
 import sys
@@ -75,7 +71,7 @@ class Check:
         self.tools.mkdir()
         for name, text in {
             "python": PYTHON,
-            "compute-sanitizer": SANITIZER,
+            "compute-sanitizer": rehearse.SANITIZER,
             "nvidia-smi": "#!/bin/sh\necho a table\n",
         }.items():
             (self.tools / name).write_text(text)
@@ -396,13 +392,6 @@ def test_a_warm_cache_is_unpacked_and_used(check: Check) -> None:
     assert unpacked == {"__grp__forward.json", "forward.json", "forward.cubin", "launcher.so"}
 
 
-def test_a_cache_of_other_sources_has_what_has_not_changed(check: Check) -> None:
-    folder_for(check, sources="others")
-    check(*only("bench"), STUB_BENCH=f'echo "cache: $TRITON_CACHE_DIR"; {check.leaves_results}')
-    assert check.summary["cache"].endswith("; of other sources: what has changed is compiled")
-    assert check.log("bench.log") == f"cache: {check.root / 'cache'}\n"
-
-
 def test_what_is_broken_beside_the_stages_costs_itself_alone(check: Check) -> None:
     folder_for(check)
     archive = check.root / "gpu" / prepared.ARCHIVE
@@ -437,18 +426,26 @@ def test_a_machine_without_plugins_of_pytest(check: Check) -> None:
     assert "--ignore=" in tests
 
 
+COLD = "cold, every kernel has to be compiled: "
+
+
 @pytest.mark.parametrize(
-    ("changes", "why"),
+    ("changes", "used", "outcome"),
     [
-        ({"triton": "another key"}, "it is for another version of Triton"),
-        ({"python": "3.9"}, "its launchers are for Python 3.9"),
+        ({"triton": "another key"}, False, f"{COLD}it is for another version of Triton"),
+        ({"python": "3.9"}, False, f"{COLD}its launchers are for Python 3.9"),
+        (
+            {"sources": "others"},
+            True,
+            "warm: 1 kernels, 1 launchers; of other sources: what has changed is compiled",
+        ),
     ],
 )
-def test_a_cache_that_does_not_fit(check: Check, changes: dict[str, object], why: str) -> None:
+def test_a_cache_that_does_not_fit(check: Check, changes: dict, used: bool, outcome: str) -> None:
     folder_for(check, **changes)
     check(*only("bench"), STUB_BENCH=f'echo "cache: $TRITON_CACHE_DIR"; {check.leaves_results}')
-    assert check.summary["cache"] == f"cold, every kernel has to be compiled: {why}"
-    assert check.log("bench.log") == "cache: \n"
+    assert check.summary["cache"] == outcome
+    assert check.log("bench.log") == f"cache: {check.root / 'cache' if used else ''}\n"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from bench.cases.shapes import QUICK_MAP
 from bench.gpu.decide.meter import Meter
 from bench.harness.case import Unavailable
 from degmix.model.mixer import Offsets
-from degmix_kernels.launch import Launch, run
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LAST = {"memory_format": torch.channels_last}
@@ -116,16 +115,6 @@ def multiply_fp32(left: Tensor, right: Tensor, tf32: bool) -> Tensor:
         return left @ right
     finally:
         flags.allow_tf32 = before
-
-
-def results_of(launch: Launch, *results: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """A step that launches once."""
-
-    def step() -> tuple[Tensor, ...]:
-        run(launch, results[0].device)
-        return results
-
-    return step
 
 
 def model_offsets(x: Tensor) -> Tensor:
