@@ -3,7 +3,7 @@
     pytest --benchmark-only bench/ --benchmark-autosave
     pytest --benchmark-only bench/ --benchmark-compare
 
-On a CPU at small sizes, where the references run; on a GPU at the sizes of NYUD-v2.
+On a CPU at small sizes, where the references run; on a GPU at the sizes of NYUD-v2 and at small ones.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bench.cases.registry import CASES
-from bench.cases.shapes import LAUNCH, NYUD, QUICK
+from bench.cases.registry import CASES, everything
+from bench.cases.shapes import LAUNCH
 from bench.harness.case import DTYPES, Case
 from bench.harness.measure import call_of
 from bench.harness.results import OURS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SHAPES = (NYUD.name, f"{NYUD.name} b1", LAUNCH) if DEVICE.type == "cuda" else (QUICK,)
+if DEVICE.type == "cuda":
+    CASES_HERE = (*everything().headline().cases, *(case for case in CASES if case.shape == LAUNCH))
+else:
+    CASES_HERE = tuple(case for case in CASES if case.quick)
 CALLS = [
     pytest.param(case, mode, dtype, id=f"{case.op}-{case.shape}-{case.modes[mode]}-{dtype}".replace(" ", "_"))
-    for case in CASES
-    if case.shape in SHAPES
+    for case in CASES_HERE
     for mode in ("fwd", "fwdbwd")
     if mode in case.modes
     for dtype in ("bf16", "fp32")

@@ -77,15 +77,18 @@ def wrong_scalars(name: str, value: Any) -> Iterator[tuple[str, object]]:
 
 def wrong(op: Op, arguments: dict[str, Any]) -> Iterator[tuple[str, str, object]]:
     """Argument, what is wrong, value: of every argument of the function, given in the sample or not."""
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
     for name, parameter in inspect.signature(op.function).parameters.items():
         value = arguments.get(name, parameter.default)
         if name in op.op.call._fields[: op.op.count]:
             if value is None and "None" not in str(parameter.annotation):
                 continue
-            for what, each in wrong_tensors(value):
-                # A longer batch is right where no other tensor has one.
-                if what != "a longer axis" or op.batched != (name,):
-                    yield name, what, each
+            # A longer batch, or map, is right where no other tensor has that axis.
+            alone = op.batched == (name,)
+            right = {"a longer axis"} if alone else set()
+            if alone and not any(value.shape[-1] in other.shape for other in tensors if other is not value):
+                right.add("a longer last axis")
+            yield from ((name, what, each) for what, each in wrong_tensors(value) if what not in right)
         else:
             yield from ((name, what, each) for what, each in wrong_scalars(name, value))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.cases.shapes import LAUNCH, QUICK, Convolution, Map, is_leading
-from bench.harness.case import COMPILED, EAGER, EVENTS, SEED, SMALL, Case, Problem, Run, Unavailable
+from bench.harness.case import COMPILED, DTYPES, EAGER, EVENTS, SEED, SMALL, Case, Problem, Run, Unavailable
 from bench.harness.results import OURS
 from degmix_kernels.contract import Op, Sample
 from degmix_kernels.testing import tolerance
@@ -142,8 +142,9 @@ def op_case(
     sample: Callable[[Draw], Sample],
     baselines: tuple[Baseline, ...] = (),
     part: tuple[slice, ...] = (),
+    dtypes: tuple[str, ...] = tuple(DTYPES),
 ) -> Case:
-    """An op at one shape; arguments as of :class:`OpCases`."""
+    """An op at one shape; arguments as of :class:`OpCases` and :class:`bench.harness.case.Case`."""
     others = (eager(op), compiled(op), *baselines)
 
     def prepare(device: torch.device, dtype: torch.dtype) -> Problem:
@@ -169,6 +170,7 @@ def op_case(
         shape,
         prepare,
         implementations=(OURS, *(other.name for other in others)),
+        dtypes=dtypes,
         timers=SMALL if quick or shape.startswith(LAUNCH) else (EVENTS,),
         leading=is_leading(shape),
         quick=quick,

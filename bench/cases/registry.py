@@ -19,15 +19,17 @@ from bench.cases import (
 )
 from bench.cases.op import OpCases
 from bench.cases.own import Own, OwnError
+from bench.cases.recorded import Recorded
 from bench.harness.case import Case
 from bench.harness.measure import SECONDS
 from bench.harness.results import Results
 from bench.harness.selection import DEFAULT_DTYPES, DEFAULT_MODES, Selection
+from degmix_kernels import registry
 
 NOTHING = Own()
 
 # What matters most comes first: a run may be stopped when its time is up.
-OPS: tuple[OpCases, ...] = (
+_OWN: tuple[OpCases, ...] = (
     *deform_conv.OPS,
     *coordinate_bias.OPS,
     *task_attention.OPS,
@@ -37,6 +39,8 @@ OPS: tuple[OpCases, ...] = (
     *batch_norm.OPS,
     *attention.OPS,
 )
+_WITHOUT = (op for op in registry.OPS if op not in [each.op for each in _OWN])
+OPS: tuple[OpCases | Recorded, ...] = (*_OWN, *map(Recorded, _WITHOUT))
 
 
 def cases(own: Own = NOTHING) -> tuple[Case, ...]:

@@ -173,20 +173,22 @@ def differences(
 ) -> list[str]:
     """What a target's launches have lost against the baseline, and which ones it does not know or misses.
 
-    ``keys`` are those of all launches, where not all were compiled.
+    ``keys`` are those of all launches, where not all were compiled. An op that the baseline does not know at
+    all is no difference: ``--update`` records its launches.
 
     Registers, shared memory and load widths are not compared: they differ between versions of Triton.
     """
     found, recorded = by_key(rows), baseline[target]
     keys = set(found) if keys is None else keys
     rank = [None, TARGETS[target].older_matrix, TARGETS[target].matrix]
+    ops = {key[0] for key in recorded}  # by IDENTITY
     lines = []
     for key, row in found.items():
         before = recorded[key]["matrix"] if key in recorded else None
         if rank.index(row.matrix) < rank.index(before):
             now = row.matrix or "no matrix instruction"
             lines.append(f"{target}: {_words(key)}: {before} became {now}")
-    lines += [f"{target}: {_words(key)}: new" for key in sorted(keys - recorded.keys())]
+    lines += [f"{target}: {_words(key)}: new" for key in sorted(keys - recorded.keys()) if key[0] in ops]
     lines += [f"{target}: {_words(key)}: gone" for key in recorded if key not in keys]
     return lines
 

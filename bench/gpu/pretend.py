@@ -18,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +29,8 @@ import pytest
 HERE = Path(__file__).parent
 CAPABILITY = (9, 0)
 MEMORY = 80 * 2**30
-_modes: list[AbstractContextManager] = []  # in which there are no real tensors
+_modes: list[Callable[[], AbstractContextManager]] = []  # make those in which there are no real tensors
+_entered = ExitStack()  # of a process that pretends from its start
 EVENT_MS = 0.1  # whatever happens between two events
 
 
@@ -82,7 +83,7 @@ def begin() -> None:
     _modes.extend(_pretend_tensors(torch))
     if not any(words in " ".join(sys.orig_argv) for words in ("-m pytest", "sys.stdin.readline")):
         for mode in _modes:
-            mode.__enter__()
+            _entered.enter_context(mode())
     from bench.harness import measure
 
     measure.FEWEST = measure.MOST = measure.WARM_UP = measure.CALLS_IN_A_ROW = 1  # of what takes no time
@@ -93,7 +94,7 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
     """Pretend while a test runs, not while tests are collected: parameters may be tensors with values."""
     with ExitStack() as stack:
         for mode in _modes:
-            stack.enter_context(mode)
+            stack.enter_context(mode())
         return (yield)
 
 
@@ -244,7 +245,7 @@ def _write(**event: Any) -> None:
         file.write(json.dumps(about | event) + "\n")
 
 
-def _pretend_tensors(torch: Any) -> tuple[AbstractContextManager, ...]:
+def _pretend_tensors(torch: Any) -> tuple[Callable[[], AbstractContextManager], ...]:
     """In these no new tensor has memory; what is read of one is zero, or True."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.overrides import TorchFunctionMode
@@ -344,4 +345,5 @@ def _pretend_tensors(torch: Any) -> tuple[AbstractContextManager, ...]:
     where = FakeTensor.device.fget
     FakeTensor.device = property(lambda tensor: where(tensor) if inside else gpu)
     JITFunction.run = run_on_pointers
-    return transparent(True), Nothing(allow_non_fake_inputs=True), OnGpu()
+    nothing, on_gpu = Nothing(allow_non_fake_inputs=True), OnGpu()
+    return lambda: transparent(True), lambda: nothing, lambda: on_gpu

@@ -1,9 +1,9 @@
 """``make gpu-rehearse``: the visit on this machine, with what can go wrong: all launches, nothing computes.
 
 The first command and the second, each within its deadline, over the driver that launches nothing
-(:mod:`bench.gpu.pretend`) and from the folder that ``make gpu-ready`` has left. One op crashes, the profile
-hangs, a section of the decisions hangs, and a carried package is missing. Both summaries say what would have
-been kept.
+(:mod:`bench.gpu.pretend`) and from the folder that ``make gpu-ready`` has left. The check of all ops
+crashes, the profile hangs, a section of the decisions hangs, and a carried package is missing. Both summaries
+say what would have been kept.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 
 from bench.gpu import prepared, pretend, visit
 from bench.gpu.prepared import CACHE, FOLDER, REPOSITORY
-from bench.gpu.visits import VISITS
+from bench.gpu.visits import VALUES, VISITS
 from bench.harness.command import FAILURE, USER_ERROR
 
 FAULTS = {  # words of a command → what its process does
-    "--op deform_mix": "crash",
+    f"-k={VALUES}": "crash",
     "-m bench.profile_step": "hang",
     "bench.gpu.decide.offsets": "hang",
 }

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.gpu.check_ops import differentiated
+from bench.cases.op import op_run
 from bench.harness.case import SEED
 from bench.harness.command import USER_ERROR
 from degmix_kernels import use_backend
@@ -36,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(op.label, flush=True)  # a sanitizer that is cut off says how far it came
             samples = op.samples(device, DTYPE, torch.Generator().manual_seed(SEED))
             for sample in samples[:1] if first else samples:
-                differentiated(op, op.function, sample.arguments, DTYPE)
+                run = op_run(op, op.function, sample.arguments)
+                (output,) = run.forward()
+                gradient = torch.ones(output.shape, dtype=output.dtype).to(device)
+                torch.autograd.grad(output, list(run.leaves.values()), gradient)
                 torch.cuda.synchronize()
                 calls += 1
     print(f"{calls} calls of {len(OPS)} ops, forward and backward")

@@ -8,6 +8,8 @@ waits for the GPU after every test, and again after its fixtures are gone. If wa
 first line of the error are added to a file, and the process is given up. Under pytest-xdist the worker ends
 at once; xdist then reports the test as failed and starts another worker. Without xdist the test fails and the
 session ends.
+
+Where more than half of the tests failed, pytest ends with :data:`bench.gpu.visits.MOST_ARE_WRONG`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from bench.gpu.visits import MOST_ARE_WRONG
 
 CRASHES = "DEGMIX_CRASHES"  # environment variable: the file, crashes.txt if it is not set
 LOST = 70  # exit code of a worker
@@ -43,6 +47,11 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None]:
         return (yield)
     finally:
         wait(item)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput") and session.testsfailed > session.testscollected / 2:
+        session.exitstatus = MOST_ARE_WRONG
 
 
 def wait(item: pytest.Item) -> None:

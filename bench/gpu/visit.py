@@ -23,12 +23,11 @@ from pathlib import Path
 from bench.gpu import prepared
 from bench.gpu.prepared import REPOSITORY
 from bench.gpu.process import SECONDS_AFTER_KILL, TO_END, limited
-from bench.gpu.visits import BENCH, OPS, VISITS, WITHOUT_GPU, Stage, stages_of
+from bench.gpu.visits import BENCH, MOST_ARE_WRONG, OPS, VISITS, WITHOUT_GPU, Stage, stages_of
 from bench.harness.results import KILLED, Results, read
 
 OK, FAILED, USER_ERROR, NO_GPU = 0, 1, 2, 3  # exit codes
 LOST = 3  # of the benchmark: the GPU answers no more, another process can go on
-MOST_ARE_WRONG = 4  # of bench.gpu.check_ops
 TO_KILL = TO_END + SECONDS_AFTER_KILL  # seconds that a stage may take until it is gone
 TO_FINISH = 3  # seconds for the summary
 WORTHWHILE = 15  # with less left, a stage would hardly have loaded torch

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from bench.cases import model, op, task_attention
+from bench.cases.recorded import Recorded
 from bench.cases.registry import CASES
 from bench.cases.shapes import MAPS
 from bench.harness.case import COMPILED, DEFORMOPS, DTYPES, MODES, Case
 from bench.harness.selection import Selection
 from degmix.tasks import TASKS
-from degmix_kernels.registry import find
+from degmix_kernels.registry import OPS, find
 
 META = torch.device("meta")
 NOTICED = 1e-3  # relative error that a check in fp32 has to see; 1 % and everything above with it
@@ -24,7 +25,7 @@ class DrawMeta:
     """:class:`bench.harness.case.Draw` of shapes and dtypes alone."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+        self.device, self.dtype = device, dtype
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=META)
@@ -36,12 +37,12 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "Draw", DrawMeta)
 
 
-every_case = pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: f"{case.op} {case.shape} {[*case.modes]}"
+RECORDED = [case for op in OPS for case in Recorded(op).cases()]  # as of ops that have no file of cases
+
+
+@pytest.mark.parametrize(
+    "case", [*CASES, *RECORDED], ids=lambda case: f"{case.op} {case.shape} {[*case.modes]}"
 )
-
-
-@every_case
 def test_every_case_can_be_prepared(case: Case) -> None:
     for dtype in case.dtypes:
         problem = case.prepare(META, DTYPES[dtype])
@@ -51,7 +52,11 @@ def test_every_case_can_be_prepared(case: Case) -> None:
             assert work.bytes > 0
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.images is None], ids=lambda case: case.shape)
+@pytest.mark.parametrize(
+    "case",
+    [case for case in (*CASES, *RECORDED) if case.images is None and "fp32" in case.dtypes],
+    ids=lambda case: f"{case.op} {case.shape}",
+)
 def test_the_check_of_every_op_sees_a_small_error(case: Case) -> None:
     assert case.prepare(META, torch.float32).limit(None, True) < NOTICED
 

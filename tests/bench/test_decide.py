@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
-from threading import Thread
 
 import pytest
-import torch
 
 from bench.gpu import decide
 from bench.gpu.decide import __main__ as command
 from bench.gpu.decide import driver
-from bench.gpu.decide.common import capped
-from degmix_kernels import launch as launching
-from degmix_kernels.launch import Launch
 
 CALM = """
 import torch
@@ -142,36 +135,3 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert command.main([str(out), "--dry"]) == 1
     with pytest.raises(SystemExit):
         command.main([str(out), "nothing"])
-
-
-def test_a_cap_is_the_launches_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int | None] = []
-    monkeypatch.setattr(launching, "_launch", lambda launch: seen.append(launch.hopper_registers))
-    launch = Launch(None, 1, {}, {}, hopper_registers=96)
-
-    def step() -> None:  # as backward passes do, on another thread
-        thread = Thread(target=launching.run, args=(launch, torch.device("cpu")))
-        thread.start()
-        thread.join()
-
-    for each in (step, capped(128, step), capped(None, step), step):
-        each()
-    assert seen == [96, 128, None, 96]
-
-
-TRACE = """
-from bench.gpu import decide
-from bench.compiler.trace import specialise
-seen = {}
-decide.trace(lambda launch: seen.setdefault(specialise(launch).key, specialise(launch).source.hash()))
-print(len(seen))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton")
-def test_every_launch_can_be_found_without_a_gpu() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))
-    done = subprocess.run([sys.executable, "-c", TRACE], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.splitlines()[-1]) > 50

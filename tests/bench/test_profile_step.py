@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 from bench import profile_step
 from bench.cases.model import FORMULA, HEAD
 from bench.cases.shapes import QUICK
-from bench.gpu import check_ops, small_calls
+from bench.gpu import small_calls
 from bench.harness.case import Case
 from bench.harness.machine import read_machine
 from bench.harness.results import OURS
@@ -82,17 +82,13 @@ def test_it_profiles_the_head_at_the_data_sets_size() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-@pytest.mark.parametrize(
-    ("program", "arguments"), [(profile_step, []), (small_calls, []), (check_ops, ["checks.jsonl"])]
-)
-def test_it_says_that_it_needs_a_gpu(
-    program: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert program.main(arguments) == 2
+@pytest.mark.parametrize("program", [profile_step, small_calls])
+def test_it_says_that_it_needs_a_gpu(program: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main([]) == 2
     assert "needs a GPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("program", [profile_step, small_calls, check_ops])
+@pytest.mark.parametrize("program", [profile_step, small_calls])
 def test_options_are_read_before_anything_is_done(
     program: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,7 +96,7 @@ def test_options_are_read_before_anything_is_done(
         program.main(["--help"])
     assert f"usage: python -m {program.__name__}" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
-        program.main(["checks.jsonl"] * (program is check_ops) + ["--all"])
+        program.main(["--all"])
     assert "unrecognized arguments: --all" in capsys.readouterr().err
 
 

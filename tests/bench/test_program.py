@@ -166,16 +166,25 @@ runpy.run_module("bench", run_name="__main__")
     assert run.stderr == "bench: interrupted while nothing was being measured\n"
 
 
+def git(folder: Path, *command: str) -> str:
+    line = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b.example", *command]
+    return subprocess.run(line, check=True, capture_output=True, text=True).stdout
+
+
+def commit_all(folder: Path) -> None:
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "a commit")
+
+
 def test_the_commit_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "REPOSITORY", tmp_path)
     monkeypatch.delenv(machine.COMMIT_VARIABLE, raising=False)
     assert (read_machine(CPU).commit, read_machine(CPU).dirty) == ("unknown", None)
     monkeypatch.setenv(machine.COMMIT_VARIABLE, "c" * 40)
     assert read_machine(CPU).commit == "c" * 40
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.example"]
     (tmp_path / "code.py").write_text("")
-    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
-        subprocess.run([*git, *command], check=True)
+    git(tmp_path, "init", "-q")
+    commit_all(tmp_path)
     # Of a copy whose .git is older than its files.
     assert (read_machine(CPU).commit, read_machine(CPU).dirty) == ("c" * 40, None)
     monkeypatch.setenv(machine.COMMIT_VARIABLE, "not a commit")
@@ -200,25 +209,22 @@ def test_another_revision_is_measured_in_its_own_tree(
         "shutil.copy(pathlib.Path.cwd() / 'kept.jsonl', sys.argv[sys.argv.index('--json') + 1])\n"
     )
     write(results(ROW), tmp_path / "kept.jsonl")
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.example"]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
-        subprocess.run([*git, *command], check=True)
+    git(tmp_path, "init", "-q")
+    commit_all(tmp_path)
     monkeypatch.setattr(compare, "REPOSITORY", tmp_path)
     assert compare.earlier_results("HEAD", ["--quick"]) == results(ROW)
-    listed = subprocess.run([*git, "worktree", "list"], check=True, capture_output=True, text=True).stdout
-    assert len(listed.splitlines()) == 1
+    assert len(git(tmp_path, "worktree", "list").splitlines()) == 1
     (tmp_path / "kept.jsonl").write_text('{"rows": []}\n')
-    subprocess.run([*git, "commit", "-q", "-a", "-m", "another form"], check=True)
+    commit_all(tmp_path)
     with pytest.raises(compare.CompareError, match="writes its results in another form"):
         compare.earlier_results("HEAD", ["--quick"])
     write(results(ROW), tmp_path / "fresh.jsonl").replace(tmp_path / "kept.jsonl")
     crash = (tmp_path / "bench" / "__main__.py").read_text() + "raise RuntimeError('made up')\n"
     (tmp_path / "bench" / "__main__.py").write_text(crash)
-    subprocess.run([*git, "commit", "-q", "-a", "-m", "crash"], check=True)
+    commit_all(tmp_path)
     with pytest.raises(compare.CompareError, match="ended early, with exit code 1 after 1 rows"):
         compare.earlier_results("HEAD", ["--quick"])
     (tmp_path / "bench" / "__main__.py").unlink()
-    for command in (["add", "-A"], ["commit", "-q", "-m", "two"]):
-        subprocess.run([*git, *command], check=True)
+    commit_all(tmp_path)
     with pytest.raises(compare.CompareError, match="has no benchmark yet"):
         compare.earlier_results("HEAD", [])

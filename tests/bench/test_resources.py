@@ -143,6 +143,7 @@ def test_the_baseline_catches_what_is_lost(tmp_path: Path):
     assert gone.endswith("gone")
     new = differences("sm_90", [ROW, replace(other, warps=4)], baseline)
     assert [line.rsplit(": ", 1)[1] for line in new] == ["new", "gone"]
+    assert differences("sm_90", [ROW, other, replace(ROW, op="added")], baseline) == []  # not recorded yet
     assert differences("sm_80", [], baseline) == []
 
 

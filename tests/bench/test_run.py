@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.cases import recorded
 from bench.cases.model import WHOLE
 from bench.cases.op import Baseline, Draw, op_case
+from bench.cases.recorded import Recorded
 from bench.cases.registry import CASES, FAMILIES
 from bench.cases.sdpa import sdpa_baselines
 from bench.cases.shapes import QUICK
@@ -172,6 +174,26 @@ def test_every_op_of_the_registry_is_measured() -> None:
     assert {op.label for op in registry.OPS} <= {case.op for case in CASES}
     folders = {path.parent.name for path in (ROOT / "degmix_kernels").glob("*/cases.py")}
     assert folders == set(FAMILIES) - {"model"}
+
+
+@pytest.mark.parametrize("op", registry.OPS, ids=lambda op: op.label)
+def test_an_op_without_a_file_of_cases_is_measured_by_its_record(op: Op) -> None:
+    quick, *real = Recorded(op).cases()
+    assert quick.quick
+    assert real, "nothing to measure on a GPU"
+    rows = measured(quick)
+    assert {row.status for name in (OURS, EAGER) for row in of(rows, name)} == {OK}
+
+
+def test_what_is_drawn_for_a_record_is_what_its_samples_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the record's layout; a variance stays positive."""
+    monkeypatch.setattr(recorded, "MOST_ELEMENTS", 2**14)
+    _, case = Recorded(find("batch_norm")).cases()
+    assert (case.shape, case.dtypes) == ("2x50x7x7", ("bf16",))
+    leaves = case.prepare(CPU, torch.bfloat16).runs[OURS]().leaves
+    assert leaves["x"].std().item() == pytest.approx(1, abs=0.1)
+    assert leaves["variance"].min() >= 0.5
+    assert leaves["variance"].unique().numel() > 10
 
 
 def test_a_gpu_that_answers_no_more_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.gpu.visits import MOST_ARE_WRONG
+
 REPOSITORY = Path(__file__).parents[2]
 ERROR = "CUDA error: an illegal memory access was encountered"
 
@@ -102,6 +104,20 @@ def test_session_ends_without_workers(
     assert f"the GPU is lost: {ERROR}" in process.stdout
     lines = (folder / "crashes.txt").read_text(encoding="utf-8").splitlines()
     assert lines == [f"test_loses.py::{name}: {ERROR}"]
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong", "code"),
+    [(("-p", "no:xdist"), 3, MOST_ARE_WRONG), (("-p", "no:xdist"), 2, 1), (("-n", "1"), 3, MOST_ARE_WRONG)],
+)
+def test_where_most_are_wrong_the_code_says_so(
+    folder: Path, options: tuple[str, ...], wrong: int, code: int
+) -> None:
+    test = (
+        f"import pytest\n\n@pytest.mark.parametrize('n', range(4))\ndef test(n):\n    assert n >= {wrong}\n"
+    )
+    (folder / "test_loses.py").write_text(test, encoding="utf-8")
+    assert run_pytest(folder, *options).returncode == code
 
 
 def test_nothing_changes_while_the_gpu_answers(folder: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from made_up import ROW, results, write
 
 from bench import training
-from bench.gpu import prepared, visit, visits
+from bench.gpu import prepared, rehearse, visit, visits
 from bench.harness.results import KILLED
 from bench.options import parser, select
 
@@ -31,7 +31,7 @@ echo "$*" >> "$CALLS"
 case "$*" in
     *get_device_name*) eval "$STUB_TORCH" ;;
     *torch.ones*) eval "$STUB_PROBE" ;;
-    *check_ops*) eval "$STUB_OPS" ;;
+    *-k=values_and_gradients) eval "$STUB_OPS" ;;
     *test_beyond_32_bits) eval "$STUB_HUGE" ;;
     "-m pytest"*) eval "$STUB_TESTS" ;;
     *small_calls*) eval "$STUB_SMALL_CALLS" ;;
@@ -41,10 +41,6 @@ case "$*" in
     "-m bench.training"*) eval "$STUB_TRAINING" ;;
     *) exec {sys.executable} "$@" ;;
 esac
-"""
-SANITIZER = """#!/bin/sh
-while case $1 in --*) true ;; *) false ;; esac; do [ "$1" = --tool ] && shift; shift; done
-exec "$@"
 """
 MAIN = """
 import sys
@@ -75,7 +71,7 @@ class Check:
         self.tools.mkdir()
         for name, text in {
             "python": PYTHON,
-            "compute-sanitizer": SANITIZER,
+            "compute-sanitizer": rehearse.SANITIZER,
             "nvidia-smi": "#!/bin/sh\necho a table\n",
         }.items():
             (self.tools / name).write_text(text)
@@ -158,8 +154,8 @@ def test_everything_runs_and_few_files_are_left(check: Check) -> None:
 def test_what_is_left_out_exists() -> None:
     for path in visits.LEFT_TO_MAKE_TEST:
         assert (SCRIPT.parents[1] / path).is_file()
-    file, test = visits.HUGE.split("::")
-    assert f"def {test}" in (SCRIPT.parents[1] / file).read_text()
+    for file, test in (visits.HUGE.split("::"), (visits.CONTRACT, f"test_{visits.VALUES}")):
+        assert f"def {test}" in (SCRIPT.parents[1] / file).read_text()
 
 
 @pytest.mark.parametrize("name", visits.VISITS)
@@ -232,13 +228,13 @@ def test_a_failing_stage_stops_nothing(check: Check) -> None:
 
 
 def test_where_most_ops_are_wrong_no_time_is_spent(check: Check) -> None:
-    done = check(STUB_OPS=f"exit {visit.MOST_ARE_WRONG}")
+    done = check(STUB_OPS=f"exit {visits.MOST_ARE_WRONG}")
     assert done.returncode == visit.FAILED
     assert {check.summary[name] for name in ("tests", "bench", "profile", "huge")} == {
         "FAILED: left out: most ops are wrong, which ops.log shows"
     }
-    # The same code of another stage says something else: pytest's, that it was called in a wrong way.
-    assert check(STUB_OPS="exit 1", STUB_TESTS=f"exit {visit.MOST_ARE_WRONG}").returncode == visit.FAILED
+    # Of another stage the same code ends nothing.
+    assert check(STUB_OPS="exit 1", STUB_TESTS=f"exit {visits.MOST_ARE_WRONG}").returncode == visit.FAILED
     assert check.summary["bench"].startswith("ok")
 
 
@@ -396,13 +392,6 @@ def test_a_warm_cache_is_unpacked_and_used(check: Check) -> None:
     assert unpacked == {"__grp__forward.json", "forward.json", "forward.cubin", "launcher.so"}
 
 
-def test_a_cache_of_other_sources_has_what_has_not_changed(check: Check) -> None:
-    folder_for(check, sources="others")
-    check(*only("bench"), STUB_BENCH=f'echo "cache: $TRITON_CACHE_DIR"; {check.leaves_results}')
-    assert check.summary["cache"].endswith("; of other sources: what has changed is compiled")
-    assert check.log("bench.log") == f"cache: {check.root / 'cache'}\n"
-
-
 def test_what_is_broken_beside_the_stages_costs_itself_alone(check: Check) -> None:
     folder_for(check)
     archive = check.root / "gpu" / prepared.ARCHIVE
@@ -437,18 +426,26 @@ def test_a_machine_without_plugins_of_pytest(check: Check) -> None:
     assert "--ignore=" in tests
 
 
+COLD = "cold, every kernel has to be compiled: "
+
+
 @pytest.mark.parametrize(
-    ("changes", "why"),
+    ("changes", "used", "outcome"),
     [
-        ({"triton": "another key"}, "it is for another version of Triton"),
-        ({"python": "3.9"}, "its launchers are for Python 3.9"),
+        ({"triton": "another key"}, False, f"{COLD}it is for another version of Triton"),
+        ({"python": "3.9"}, False, f"{COLD}its launchers are for Python 3.9"),
+        (
+            {"sources": "others"},
+            True,
+            "warm: 1 kernels, 1 launchers; of other sources: what has changed is compiled",
+        ),
     ],
 )
-def test_a_cache_that_does_not_fit(check: Check, changes: dict[str, object], why: str) -> None:
+def test_a_cache_that_does_not_fit(check: Check, changes: dict, used: bool, outcome: str) -> None:
     folder_for(check, **changes)
     check(*only("bench"), STUB_BENCH=f'echo "cache: $TRITON_CACHE_DIR"; {check.leaves_results}')
-    assert check.summary["cache"] == f"cold, every kernel has to be compiled: {why}"
-    assert check.log("bench.log") == "cache: \n"
+    assert check.summary["cache"] == outcome
+    assert check.log("bench.log") == f"cache: {check.root / 'cache' if used else ''}\n"
 
 
 @pytest.mark.parametrize(

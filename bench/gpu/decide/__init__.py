@@ -5,43 +5,21 @@ Every section is a module of this package with a function ``rows(meter)``; see :
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import import_module
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from degmix_kernels.launch import Launch
 
 BUDGET_SECONDS = 160  # of all together
 COMPILE_SECONDS = 50  # of these, at most, until every row has run once
 SECTIONS = {  # in their order; seconds of each. What is left over goes to the next one
-    "ceilings": 10,
-    "mix": 20,
-    "general": 18,
-    "tents": 6,
+    "mix": 28,
+    "general": 26,
+    "tents": 10,
     "offsets": 12,
-    "vsr": 12,
+    "vsr": 14,
     "products": 8,
     "attention": 12,
-    "registers": 12,
 }
 PACKAGE = __name__
-
-
-def trace(record: Callable[[Launch], object], sections: Iterable[str] = SECTIONS) -> None:
-    """Hand every launch that the sections make on a GPU to ``record``; nothing computes or allocates.
-
-    Only in a process without TRITON_INTERPRET, see :mod:`bench.compiler.trace`, whose ``specialise``
-    tells what a launch is compiled to.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from bench.compiler.trace import traced
-    from bench.gpu.decide.meter import TRACE, Meter
-
-    with FakeTensorMode(), traced(record):
-        for name in sections:
-            import_module(f"{PACKAGE}.{name}").rows(Meter(TRACE, print))
 
 
 def dry(sections: Iterable[str] = SECTIONS) -> list[dict]:

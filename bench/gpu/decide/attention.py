@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.cases.sdpa import BACKENDS
 from bench.cases.shapes import NYUD
 from bench.gpu.decide.common import BF16, backward, exact
-from bench.gpu.decide.meter import TRACE, Meter
+from bench.gpu.decide.meter import Meter
 from degmix_kernels import gated_attention
 from degmix_kernels.attention import reference
 
@@ -45,8 +45,6 @@ def _rows(meter: Meter, size: str, arguments: dict[str, Tensor]) -> None:
     checked = {"expected": cache(partial(exact, reference.gated_attention, first)), "reduction": keys}
     flops = 4 * query.numel() * keys
     names = FASTEST if meter.device.type == "cuda" else ("SDPA math",)
-    if meter.mode == TRACE:
-        names = ()  # none of ours, and no backend takes tensors without memory
     functions = {name: partial(_sdpa, BACKENDS[name]) for name in names}
 
     name = f"attention fwd, {size}"

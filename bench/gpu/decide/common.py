@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -17,8 +15,6 @@ from bench.cases.shapes import QUICK_MAP
 from bench.gpu.decide.meter import Meter
 from bench.harness.case import Unavailable
 from degmix.model.mixer import Offsets
-from degmix_kernels import launch as launching
-from degmix_kernels.launch import Launch, run
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LAST = {"memory_format": torch.channels_last}
@@ -121,30 +117,8 @@ def multiply_fp32(left: Tensor, right: Tensor, tf32: bool) -> Tensor:
         flags.allow_tf32 = before
 
 
-def results_of(launch: Launch, *results: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """A step that launches once."""
-
-    def step() -> tuple[Tensor, ...]:
-        run(launch, results[0].device)
-        return results
-
-    return step
-
-
 def model_offsets(x: Tensor) -> Tensor:
     """Offsets of DeGMix's layer at its initialisation."""
     torch.manual_seed(0)
     with torch.no_grad(), x.device:
         return Offsets(x.shape[1])(x).contiguous()
-
-
-def capped(registers: int | None, step: Callable[[], Any]) -> Callable[[], Any]:
-    """The step with at most so many registers a thread in all of its launches, None for any number."""
-
-    @contextmanager
-    def cap() -> Iterator[None]:
-        run = launching._launch  # looked up by backward passes, too, which run on another thread
-        with patch.object(launching, "_launch", lambda each: run(replace(each, hopper_registers=registers))):
-            yield
-
-    return cap()(step)

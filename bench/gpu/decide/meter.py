@@ -17,16 +17,16 @@ from bench.harness.measure import WARM_UP, Call, host_seconds, measure
 from degmix_kernels.backend import INTERPRETED
 from degmix_kernels.testing import relative_l2, tolerance
 
-DRY, TRACE, WARM, TIME = "dry", "trace", "warm", "time"
+DRY, WARM, TIME = "dry", "warm", "time"
 Results = Tensor | Sequence[Tensor | None] | None
 Count = int | Callable[[], int]
 
 
 class Meter:
-    """Takes the rows of a section, in one of four ways.
+    """Takes the rows of a section, in one of three ways.
 
-    ``DRY``: every row once, at tiny sizes, and compared. ``TRACE``: every row of real sizes, on tensors
-    without memory. ``WARM``: every row of real sizes once, which compiles. ``TIME``: run, compared and timed.
+    ``DRY``: every row once, at tiny sizes, and compared. ``WARM``: every row of real sizes once, which
+    compiles. ``TIME``: run, compared and timed.
 
     Args:
         mode: one of these.
@@ -43,7 +43,7 @@ class Meter:
         seconds: float = 0.0,
     ) -> None:
         self.mode, self._tell, self._done, self._seconds = mode, tell, done, seconds
-        gpu = torch.cuda.is_available() and not INTERPRETED and mode != TRACE
+        gpu = torch.cuda.is_available() and not INTERPRETED
         self.device = torch.device("cuda" if gpu else "cpu")
         torch.manual_seed(0)
 
@@ -84,9 +84,6 @@ class Meter:
             timer: as of :func:`bench.harness.measure.measure`.
             note: anything else.
         """
-        if self.mode == TRACE:
-            step()
-            return
         if (name, variant) in self._done:
             return
         self._tell({"at": (name, variant)})
