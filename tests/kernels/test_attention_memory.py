@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from allocations import Allocations
+from contract import draw
 from launches import recorded_launches
-from test_attention import draw
 from torch import Tensor
 
 from degmix_kernels import gated_attention, linear_attention

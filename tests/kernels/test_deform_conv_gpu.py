@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from deform_conv_cases import PATHS, Call, expected_kernels, forced_triton, kernels_of, leaves_of
+from contract import leaves_of
+from deform_conv_cases import PATHS, Call, expected_kernels, forced_triton, kernels_of
 from launches import recorded_launches
 from test_deform_conv_memory import REALISTIC, allowance
 from torch import Tensor

@@ -91,7 +91,7 @@ def test_paper_input_size_and_parameter_count(timm):
     ("name", "count"),
     [("swin_small_patch4_window7_224", 54_513_803), ("swin_large_patch4_window12_384", 202_910_585)],
 )
-@pytest.mark.parametrize("attention", ["released", "pixel"])
+@pytest.mark.parametrize("attention", ["released", "pixel", "global"])
 def test_published_parameter_counts(timm, name, count, attention):
     nyud = {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}
     with torch.device("meta"):

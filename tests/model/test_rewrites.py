@@ -7,7 +7,8 @@ import copy
 
 import pytest
 import torch
-from test_head import draw, every_attention, small_features, small_head
+from contract import draw
+from test_head import every_attention, small_features, small_head
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
