@@ -28,21 +28,6 @@ def gradients(output: Tensor, inputs: list[Tensor | None], grad: Tensor) -> list
     return list(torch.autograd.grad(output, [each for each in inputs if each is not None], grad))
 
 
-def per_channel_call(
-    device: torch.device, dtype: torch.dtype = torch.float32, batch: int = 2, channels: int = 3
-) -> dict[str, Tensor]:
-    """Arguments of a small per-channel call: 5×6 maps, 4 out channels."""
-    shapes = {
-        "input": (batch, channels, 5, 6),
-        "offset": (batch, 2 * channels, 5, 6),
-        "weight": (4, channels, 1, 1),
-        "bias": (4,),
-        "mask": (batch, channels, 5, 6),
-    }
-    values = draw_all(3, *shapes.values(), dtype=dtype)
-    return {name: value.to(device) for name, value in zip(shapes, values, strict=True)}
-
-
 @dataclass(frozen=True)
 class Call:
     """One call of ``deform_conv2d`` in sizes; pairs are (vertical, horizontal).
@@ -148,6 +133,11 @@ class Call:
         given = {name: value for name, value in tensors.items() if name != "grad"}
         leaves = leaves_of(given, torch.float64)
         return reference.deform_conv2d(**leaves, **self.geometry), leaves
+
+
+def per_channel_call(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Arguments of a small per-channel call: 5×6 maps, 3 channels, 4 out channels."""
+    return Call(2, 3, 4, (5, 6), offset_groups=3).tensors(dtype, device, seed=3)
 
 
 # One small call for each path.

@@ -233,7 +233,8 @@ def test_mixer_layer_with_synchronised_norms_takes_their_own_way(device):
     layer, x = layer_and_input(device)
     layer.eval()
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(layer))
-    assert isinstance(converted.norm, nn.SyncBatchNorm)
+    for norm in (converted.norm, converted.channel_mix.norm):
+        assert isinstance(norm, nn.SyncBatchNorm)
     assert list(converted.state_dict()) == list(layer.state_dict())
     torch.testing.assert_close(converted(x), layer(x))
 

@@ -107,17 +107,6 @@ def test_cumulative_average():
     torch.testing.assert_close(module.norm.running_mean, plain.running_mean)
 
 
-def test_sync_batch_norm_conversion_keeps_names_and_result():
-    module = ChannelMix(3, 4).eval()
-    module.norm.running_mean.normal_()
-    x = draw(2, 3, 4, 4, dtype=torch.float32)
-    before, names = module(x, x.new_ones(2, 4, 4, 4)), list(module.state_dict())
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    assert isinstance(converted.norm, nn.SyncBatchNorm)
-    assert list(converted.state_dict()) == names
-    torch.testing.assert_close(converted(x, x.new_ones(2, 4, 4, 4)), before)
-
-
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_statistics_are_those_of_the_batch(device, backend, last):

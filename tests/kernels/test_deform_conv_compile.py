@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from contract import leaves_of
-from deform_conv_cases import PATHS, Call, expected_kernels, forced_triton, gradients, kernels_of
+from contract import leaves_of, result_and_gradients
+from deform_conv_cases import PATHS, Call, expected_kernels, forced_triton, kernels_of
 from launches import recorded_launches
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -37,13 +38,10 @@ def test_compiles_once_for_every_size(path: str, device: torch.device) -> None:
             for axis in (0, 2, 3):
                 torch._dynamo.mark_dynamic(leaves[name], axis)
         with forced_triton(), recorded_launches() as launches:
-            output = compiled(**leaves, **call.geometry)
-            actual = gradients(output, list(leaves.values()), torch.ones_like(output))
+            actual = result_and_gradients(partial(compiled, **call.geometry), leaves)
         assert kernels_of(launches) == expected_kernels(call)
-        eager = leaves_of(tensors)
         with forced_triton():
-            expected = deform_conv2d(**eager, **call.geometry)
-            others = gradients(expected, list(eager.values()), torch.ones_like(expected))
-        for mine, other in zip([output, *actual], [expected, *others], strict=True):
-            assert_close(mine, other.double(), call.reduction)
+            expected = result_and_gradients(partial(deform_conv2d, **call.geometry), leaves_of(tensors))
+        for name, value in actual.items():
+            assert_close(value, expected[name].double(), call.reduction, name=name)
     assert counter.frame_count == 1

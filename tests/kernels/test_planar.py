@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from deform_conv_cases import F64, Call
 from torch import Tensor
 
 from degmix_kernels.activation import activate
+from degmix_kernels.deform_conv.general import plan as general
 from degmix_kernels.deform_conv.path import fixed_point_scale
 from degmix_kernels.deform_conv.planar import blocks as planar_blocks
 from degmix_kernels.deform_conv.planar import plan as planar
@@ -260,6 +262,8 @@ def test_undefined_values_stay_where_they_belong(name: str, device: torch.device
     tensors["input"][0, call.channels - 1, 0, 0] = torch.inf
     tensors["offset"][0, 0, 1, 1] = torch.nan
     tensors["offset"][0, -1, 0, 0] = torch.nan
+    tensors["offset"][0, 0, 1, 3], tensors["offset"][0, 1, 1, 3] = torch.nan, 9.0  # off the map horizontally
+    tensors["offset"][0, 0, 0, 2], tensors["offset"][0, 1, 0, 2] = 9.0, torch.nan
     tensors["offset"][1 % call.batch, 2, 0, 0] = torch.inf
     tensors["offset"][1 % call.batch, 1, 0, 1] = -torch.inf
     tensors["grad"][0, 0, 0, 1] = torch.nan
@@ -296,3 +300,33 @@ def test_epilogue_needs_what_it_reads() -> None:
     with pytest.raises(ValueError, match="pre: expected a tensor"):
         Epilogue("gelu").arguments()
     assert Epilogue("identity", torch.ones(1)).arguments()["pre_ptr"] is None
+
+
+def test_tiles_waste_less_than_half() -> None:
+    """Rows of all tiles of all programs are at most twice the channels, or 32: a product takes 16."""
+
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    def divisors(number: int) -> list[int]:
+        return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+    for channels in (*range(1, 65), 72, 96, 120, 128, 192, 256):
+        for groups, offset_groups in itertools.product(divisors(channels), repeat=2):
+            problem = Problem(
+                meta(1, channels, 32, 32), meta(1, 2 * offset_groups, 32, 32),
+                meta(channels, channels // groups, 1, 1), None, (1, 1), (0, 0), (1, 1),
+            )  # fmt: skip
+            if general.suits(problem):
+                continue
+            output = meta(1, channels, 32, 32)
+            forward = planar.plan_forward(problem, None, output)
+            weight = planar.plan_backward_weight(problem, output)[0]
+            samples = planar.plan_backward_samples(problem, output, output, problem.offset, None, None)
+            for plan, tiles in (
+                (forward, forward.arguments["spans"] * forward.arguments["steps"]),
+                (weight, weight.arguments["spans"] * weight.arguments["tiles"]),
+                (samples, samples.arguments["blocks"] * samples.arguments["within_steps"]),
+            ):
+                rows = plan.constants["BLOCK_GROUPS"] * plan.constants["BLOCK_WITHIN"]
+                assert rows * tiles <= 2 * max(16, channels), (plan.kernel, channels, groups, offset_groups)
