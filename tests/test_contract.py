@@ -170,6 +170,7 @@ class FakeResults(TorchDispatchMode):
 
 
 @every_op
+@pytest.mark.usefixtures("no_launches")
 def test_compilers_are_told_the_truth(op: Op, device: torch.device) -> None:
     sample = first(op, device, torch.bfloat16)
     for wanted in [*([name] for name in differentiated(op, sample.arguments)), list(op.differentiable)]:
@@ -276,35 +277,6 @@ def test_forced_backend(op: Op, device: torch.device) -> None:
                 assert_close(op.function(**arguments), expected, first(op, device).reduction)
         with pytest.raises(RuntimeError, match=r"forced, but .*float64"):
             op.function(**fresh(op, arguments, wanted=(), dtype=torch.float64))
-
-
-class _Traceable(nn.Module):
-    """A call as what fvcore counts: a module with tensors for inputs."""
-
-    def __init__(self, op: Op, arguments: dict) -> None:
-        super().__init__()
-        self.op, self.arguments = op, arguments
-        self.tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        return self.op.reference(**self.arguments | dict(zip(self.tensors, tensors, strict=True)))
-
-
-@every_op
-def test_declared_products_are_those_of_the_reference(op: Op) -> None:
-    """The FLOPs that speed of light is counted from, against fvcore's count of multiply-adds."""
-    fvcore = pytest.importorskip("fvcore.nn", reason="needs fvcore, which is not installed")
-    arguments = dict(first(op, torch.device("cpu")).arguments)
-    for name in op.batched:  # one picture, as fvcore takes a matrix times a batch for one product
-        if isinstance(arguments.get(name), Tensor):
-            arguments[name] = arguments[name][:1]
-    call = _Traceable(op, arguments)
-    counter = fvcore.FlopCountAnalysis(call, tuple(call.tensors.values()))
-    found = counter.unsupported_ops_warnings(False).tracer_warnings("none").by_operator()
-    if "aten::scaled_dot_product_attention" in counter.unsupported_ops():
-        pytest.skip("fvcore does not count PyTorch's attention")
-    products = sum(found[name] for name in ("conv", "linear", "matmul"))
-    assert op.forward_work(arguments).flops == 2 * products
 
 
 @every_definition
