@@ -54,6 +54,12 @@ def backend_of_the_test(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out launches, for tests that look at no number: the interpreter is slow."""
+    monkeypatch.setattr("degmix_kernels.launch._launch", lambda plan: None)
+
+
 @pytest.fixture(scope="session")
 def torchvision() -> ModuleType:
     """torchvision with a working ``deform_conv2d``; CPU-only torch builds may not load its operators."""

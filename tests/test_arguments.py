@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from contract import every_op, first, fresh
+from contract import every_definition, first, fresh
+from launches import recorded_launches
 from torch import Tensor
 
 from degmix_kernels import use_backend
@@ -53,6 +54,15 @@ def wrong_tensors(value: Tensor | None) -> Iterator[tuple[str, object]]:
     yield "a longer last axis", torch.cat([value, value[..., :1]], -1)
 
 
+def wrong_dtypes(op: Op, name: str, value: Tensor) -> Iterator[tuple[str, object]]:
+    """Beside a first tensor in fp32; autocast takes the half for its own."""
+    field = next(field for field in op.op.fields if field.name == name)
+    if name != op.op.call._fields[0] and not field.own_dtype:
+        yield "doubles", value.double()
+        if not torch.is_autocast_enabled(value.device.type):
+            yield "half precision", value.half()
+
+
 def wrong_scalars(name: str, value: Any) -> Iterator[tuple[str, object]]:
     yield from (("a tensor", torch.zeros(2, 2)), ("a list of strings", ["x"]), ("an object", _Unhelpful()))
     if isinstance(value, bool):
@@ -89,18 +99,20 @@ def wrong(op: Op, arguments: dict[str, Any]) -> Iterator[tuple[str, str, object]
             if alone and not any(value.shape[-1] in other.shape for other in tensors if other is not value):
                 right.add("a longer last axis")
             yield from ((name, what, each) for what, each in wrong_tensors(value) if what not in right)
+            if value is not None:
+                yield from ((name, what, each) for what, each in wrong_dtypes(op, name, value))
         else:
             yield from ((name, what, each) for what, each in wrong_scalars(name, value))
 
 
-@every_op
+@every_definition
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_one_sentence_names_it(op: Op, backend: str, autocast: bool, device: torch.device) -> None:
     arguments = fresh(op, first(op, device).arguments, wanted=())
     region = torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext()
     missed = []
-    with use_backend(backend), region:
+    with use_backend(backend), region, recorded_launches() as launches:
         for name, what, value in wrong(op, arguments):
             try:
                 op.function(**arguments | {name: value})
@@ -114,3 +126,4 @@ def test_one_sentence_names_it(op: Op, backend: str, autocast: bool, device: tor
             else:
                 missed.append((name, what, "accepted"))
     assert not missed, "\n".join(map(str, missed))
+    assert not launches

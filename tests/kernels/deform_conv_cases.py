@@ -9,41 +9,34 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from contract import draw, leaves_of
 from torch import Tensor
 
 from degmix_kernels import use_backend
+from degmix_kernels.deform_conv import reference
+from degmix_kernels.deform_conv.problem import Problem
 from degmix_kernels.launch import Launch
 
 F64 = torch.float64
 
 
-def draw(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = F64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=F64).to(dtype) for shape in shapes]
+def draw_all(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = F64) -> list[Tensor]:
+    return [draw(*shape, seed=10 * seed + index, dtype=dtype) for index, shape in enumerate(shapes)]
 
 
 def gradients(output: Tensor, inputs: list[Tensor | None], grad: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(output, [each for each in inputs if each is not None], grad))
 
 
-def per_channel_call(
-    device: torch.device, dtype: torch.dtype = torch.float32, batch: int = 2, channels: int = 3
-) -> dict[str, Tensor]:
-    """Arguments of a small per-channel call: 5×6 maps, 4 out channels."""
-    shapes = {
-        "input": (batch, channels, 5, 6),
-        "offset": (batch, 2 * channels, 5, 6),
-        "weight": (4, channels, 1, 1),
-        "bias": (4,),
-        "mask": (batch, channels, 5, 6),
-    }
-    values = draw(3, *shapes.values(), dtype=dtype)
-    return {name: value.to(device) for name, value in zip(shapes, values, strict=True)}
-
-
 @dataclass(frozen=True)
 class Call:
-    """The sizes of one call of ``deform_conv2d``; pairs are (vertical, horizontal)."""
+    """One call of ``deform_conv2d`` in sizes; pairs are (vertical, horizontal).
+
+    Attributes:
+        dtype: of all tensors but the offset.
+        last: names of the tensors that are channels_last.
+        spread: how many pixels wide offsets are.
+    """
 
     batch: int
     channels: int
@@ -57,6 +50,10 @@ class Call:
     offset_groups: int = 1
     masked: bool = True
     biased: bool = True
+    dtype: torch.dtype = torch.float32
+    offset_dtype: torch.dtype = torch.float32
+    last: str = ""
+    spread: float = 2.0
 
     @property
     def taps(self) -> int:
@@ -110,13 +107,37 @@ class Call:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         seed: int = 0,
-        spread: float = 2.0,
+        spread: float | None = None,
     ) -> dict[str, Tensor]:
-        """Normally distributed arguments, offsets ``spread`` pixels wide."""
+        """Normally distributed arguments."""
         shapes = self.shapes()
-        values = dict(zip(shapes, draw(seed, *shapes.values(), dtype=torch.float32), strict=True))
-        values["offset"] *= spread
+        values = dict(zip(shapes, draw_all(seed, *shapes.values(), dtype=torch.float32), strict=True))
+        values["offset"] *= self.spread if spread is None else spread
         return {name: value.to(dtype).to(device) for name, value in values.items()}
+
+    def draw(self, device: torch.device) -> dict[str, Tensor | None]:
+        """All arguments and "grad", the result's gradient, in the dtypes and layouts of the call."""
+        values: dict[str, Tensor | None] = self.tensors(device=device)
+        values["grad"] = draw(self.batch, self.out_channels, *self.out_size, seed=99).to(device)
+        for name, value in values.items():
+            value = value.to(self.offset_dtype if name == "offset" else self.dtype)
+            last = name in self.last.split()
+            values[name] = value.contiguous(memory_format=torch.channels_last) if last else value
+        return {"mask": None, "bias": None} | values
+
+    def problem(self, tensors: dict[str, Tensor | None]) -> Problem:
+        return Problem(*(tensors[name] for name in ("input", "offset", "weight", "mask")), **self.geometry)
+
+    def exact(self, tensors: dict[str, Tensor | None]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reference's output and its leaves, in fp64."""
+        given = {name: value for name, value in tensors.items() if name != "grad"}
+        leaves = leaves_of(given, torch.float64)
+        return reference.deform_conv2d(**leaves, **self.geometry), leaves
+
+
+def per_channel_call(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Arguments of a small per-channel call: 5×6 maps, 3 channels, 4 out channels."""
+    return Call(2, 3, 4, (5, 6), offset_groups=3).tensors(dtype, device, seed=3)
 
 
 # One small call for each path.
@@ -125,14 +146,6 @@ PATHS = {
     "per-channel": Call(2, 6, 4, (5, 6), groups=2, offset_groups=6),
     "between": Call(2, 6, 4, (5, 6), (3, 2), stride=(2, 1), padding=(1, 0), groups=2, offset_groups=3),
 }
-
-
-def leaves_of(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Copies, laid out alike, that require gradients."""
-    return {
-        name: value.detach().clone().to(dtype or value.dtype).requires_grad_()
-        for name, value in tensors.items()
-    }
 
 
 @contextmanager

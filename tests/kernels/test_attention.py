@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from allocations import Allocations
+from contract import compare, draw, every_dtype
 from launches import recorded_launches
 from torch import Tensor, nn
 
@@ -16,11 +20,7 @@ from degmix_kernels.attention.module import join_heads
 from degmix_kernels.testing import assert_close
 
 
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def softmax_formula(query, key, value, gate, residual):
+def softmax_formula(query, key, value, gate=1, residual=0):
     weights = torch.exp(torch.einsum("bhnd,bhmd->bhnm", query, key) / math.sqrt(query.shape[3]))
     attended = torch.einsum("bhnm,bhmd->bhnd", weights / weights.sum(3, keepdim=True), value)
     return attended * gate + residual
@@ -30,29 +30,19 @@ def linear_formula(query, key, value, scale):
     return torch.einsum("bhnm,bhmd->bhnd", torch.einsum("bhnd,bhmd->bhnm", query, key), value) * scale
 
 
-def assert_same_gradients(got, want, inputs):
-    probe = draw(*got.shape, seed=99)
-    for ours, theirs in zip(
-        torch.autograd.grad(got, inputs, probe), torch.autograd.grad(want, inputs, probe), strict=True
-    ):
-        assert_close(ours, theirs, 100)
+NAMES = ("query", "key", "value", "gate", "residual")
 
 
-def test_gated_formula_and_gradients():
+@pytest.mark.parametrize("given", [5, 3])
+def test_gated_formula_and_gradients(given):
     shapes = ((2, 3, 7, 5), (2, 3, 9, 5), (2, 3, 9, 5), (2, 3, 7, 5), (2, 3, 7, 5))
-    inputs = [draw(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
-    got, want = gated_attention(*inputs), softmax_formula(*inputs)
-    assert_close(got, want, 9)
-    assert_same_gradients(got, want, inputs)
-    assert_close(gated_attention(*inputs[:3]), softmax_formula(*inputs[:3], 1, 0), 9)
+    inputs = [draw(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    compare(gated_attention, softmax_formula, dict(zip(NAMES[:given], inputs, strict=False)), 100)
 
 
 def test_linear_formula_and_gradients():
-    inputs = [draw(2, 3, n, 5, seed=n).requires_grad_() for n in (7, 9)]
-    inputs.append(draw(2, 3, 9, 5, seed=1).requires_grad_())
-    got, want = linear_attention(*inputs, scale=0.3), linear_formula(*inputs, 0.3)
-    assert_close(got, want, 45)
-    assert_same_gradients(got, want, inputs)
+    inputs = [draw(2, 3, n, 5, seed=seed) for seed, n in enumerate((7, 9, 9))]
+    compare_linear(inputs, 0.3, 45, linear_formula)
 
 
 def test_gated_module_is_multihead_attention():
@@ -115,11 +105,6 @@ def test_wide_heads_keep_the_reference(device):
 
 # --- Kernels -----------------------------------------------------------------------------------------------
 
-NAMES = ("query", "key", "value", "gate", "residual")
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:]
-)
-
 
 def tokens(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: Any, strided: bool) -> Tensor:
     """(B, heads, N, D), with the heads inside the tokens if strided."""
@@ -130,22 +115,19 @@ def tokens(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: Any, s
     return draw(*shape, seed=seed).to(device, dtype)
 
 
-def check_gradients(function: Any, plain: Any, inputs: list[Tensor | None], reduction: int) -> None:
-    """Result and gradients of a function against its reference in fp64."""
-    ours = [None if x is None else x.detach().requires_grad_() for x in inputs]
-    exact = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
-    output, expected = function(*ours), plain(*exact)
-    dtype = output.dtype
-    assert_close(output, expected, reduction)
-    probe = draw(*output.shape, seed=9).to(output)
-    given = [i for i, x in enumerate(inputs) if x is not None]
-    actual = torch.autograd.grad(output, [ours[i] for i in given], probe)
-    wanted = torch.autograd.grad(expected, [exact[i] for i in given], probe.double())
-    for i, got, want in zip(given, actual, wanted, strict=True):
-        assert_close(got, want, reduction, dtype, f"gradient of {NAMES[i]}")
+def compare_gated(inputs: list[Tensor | None], reduction: int) -> None:
+    tensors = dict(zip(NAMES, inputs, strict=True))
+    compare(gated_attention, reference.gated_attention, tensors, reduction)
 
 
-@DTYPES
+def compare_linear(
+    inputs: list[Tensor], scale: float, reduction: int, plain: Callable = reference.linear_attention
+) -> None:
+    ours, plain = (partial(each, scale=scale) for each in (linear_attention, plain))
+    compare(ours, plain, dict(zip(NAMES[:3], inputs, strict=True)), reduction)
+
+
+@every_dtype
 @pytest.mark.parametrize(
     ("queries", "keys", "head_dim", "gate", "residual", "strided"),
     [
@@ -164,12 +146,12 @@ def test_gated_kernels(device, dtype, queries, keys, head_dim, gate, residual, s
         for seed, length in enumerate(lengths)
     ]
     with recorded_launches() as seen:
-        check_gradients(gated_attention, reference.gated_attention, inputs, max(queries, keys, head_dim))
+        compare_gated(inputs, max(queries, keys, head_dim))
     kernels = [each.kernel.fn.__name__ for each in seen]
     assert kernels == ["forward", "prepare", "backward_query", "backward_context"]
 
 
-@DTYPES
+@every_dtype
 @pytest.mark.parametrize(
     ("queries", "keys", "head_dim", "strided"), [(7, 9, 1, False), (130, 70, 5, True), (17, 33, 128, True)]
 )
@@ -179,16 +161,8 @@ def test_linear_kernels(device, dtype, queries, keys, head_dim, strided):
         for seed, length in enumerate((queries, keys, keys))
     ]
 
-    def scaled(function: Any) -> Any:
-        return lambda *args: function(*args, 0.3)
-
     with recorded_launches() as seen:
-        check_gradients(
-            scaled(linear_attention),
-            scaled(reference.linear_attention),
-            inputs,
-            max(queries, keys) * head_dim,
-        )
+        compare_linear(inputs, 0.3, max(queries, keys) * head_dim)
     kernels = [each.kernel.fn.__name__ for each in seen]
     context, tokens_of = "multiply_tokens", "apply_matrix"
     assert kernels == [context, tokens_of, tokens_of, context, tokens_of, tokens_of]
@@ -205,13 +179,8 @@ def test_views_that_share_memory_and_64_bit_addresses(device, monkeypatch, wide)
     query = draw(1, 2, 9, 6).float().to(device).expand(2, -1, -1, -1)
     gate = draw(2, 2, 6, 9, seed=2).float().to(device).mT
     with recorded_launches() as seen:
-        check_gradients(gated_attention, reference.gated_attention, [query, key, value, gate, None], 11)
-        check_gradients(
-            lambda *args: linear_attention(*args, 2.0),
-            lambda *args: reference.linear_attention(*args, 2.0),
-            [query, key, value],
-            66,
-        )
+        compare_gated([query, key, value, gate, None], 11)
+        compare_linear([query, key, value], 2.0, 66)
     assert {each.constants["INDEX_64"] for each in seen} == {wide}
 
 
@@ -317,13 +286,10 @@ def test_scores_of_minus_infinity(device):
 
 
 def test_only_what_is_wanted_is_launched(device):
-    inputs = {
-        name: draw(1, 1, 5, 4, seed=seed).float().to(device).requires_grad_()
-        for seed, name in enumerate(NAMES)
-    }
+    inputs = {name: draw(1, 1, 5, 4, seed=seed).float().to(device) for seed, name in enumerate(NAMES)}
 
     def launches(*wanted: str) -> list[str]:
-        given = {name: x if name in wanted else x.detach() for name, x in inputs.items()}
+        given = {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
         output = gated_attention(**given)
         with recorded_launches() as seen:
             torch.autograd.grad(output, [given[name] for name in wanted], torch.ones_like(output))
@@ -374,7 +340,7 @@ def test_tiles_of_amd(device, monkeypatch):
     shape = (1, 1, 37, 128)
     assert plan.context_blocks(torch.empty(shape, dtype=torch.bfloat16)).queries == 16
     inputs = [tokens(shape, seed, torch.bfloat16, device, strided=False) for seed in range(3)]
-    check_gradients(gated_attention, reference.gated_attention, [*inputs, None, None], 128 + 37)
+    compare_gated([*inputs, None, None], 128 + 37)
 
 
 def test_plans_know_how_wide_they_may_read():
@@ -384,3 +350,55 @@ def test_plans_know_how_wide_they_may_read():
     for length, wide in ((2**22 - 1, False), (2**22 + 1, True)):
         x = torch.empty(2, length, 2, 128, device="meta").transpose(1, 2)
         assert plan.plan_forward(x, x, x, None, None, x, None, None).constants["INDEX_64"] == wide
+
+
+# --- Memory ------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(function: Any, *inputs: Tensor | None) -> int:
+    """Bytes that a call saves for its backward pass, each storage once."""
+    storages = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function(*inputs)
+    assert output.requires_grad
+    return sum(storages.values())
+
+
+def test_saved_bytes(device):
+    queries, keys = 2 * 3 * 9 * 8, 2 * 3 * 11 * 8  # elements
+    query, gate, residual = (
+        draw(2, 3, 9, 8, seed=s).bfloat16().to(device).requires_grad_() for s in (0, 3, 4)
+    )
+    key, value = (draw(2, 3, 11, 8, seed=s).bfloat16().to(device).requires_grad_() for s in (1, 2))
+    log_sum = 2 * 3 * 9 * 4
+    # Queries and result; keys and values.
+    assert saved_bytes(gated_attention, query, key, value) == 2 * (2 * queries + 2 * keys) + log_sum
+    # Attended values instead of the result, and the gate.
+    call = (query, key, value, gate, residual)
+    assert saved_bytes(gated_attention, *call) == 2 * (3 * queries + 2 * keys) + log_sum
+    # The gradient of the residual reads nothing.
+    nothing = (query.detach(), key.detach(), value.detach(), gate.detach(), residual)
+    assert saved_bytes(gated_attention, *nothing) == 0
+    context = 2 * 3 * 8 * 8 * 4
+    got = saved_bytes(lambda *args: linear_attention(*args, 1.0), query, key, value)
+    assert got == 2 * (queries + 2 * keys) + context
+
+
+def test_no_matrix_of_all_pairs(device):
+    """Memory at 65 536 tokens: forward and backward take a few times the inputs, not 65 536² scores."""
+    query, key, value, gate = (
+        torch.empty(1, 65536, 2, 64, dtype=torch.bfloat16, device=device).transpose(1, 2).requires_grad_()
+        for _ in range(4)
+    )
+    with recorded_launches(execute=False), Allocations(query, key, value, gate) as memory:
+        output = gated_attention(query, key, value, gate)
+        gradients = torch.autograd.grad(output, (query, key, value, gate), output.detach())
+    assert len(gradients) == 4
+    # Result, attended values and their gradient, four gradients; two vectors in fp32 of N · heads.
+    most, _ = memory.peak()
+    assert most <= 7 * query.nbytes + 2 * 2 * 65536 * 4

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract import compare, draw
 from torch import Tensor
 
 from degmix_kernels import CoordinateBias, coordinate_bias
 from degmix_kernels.coordinate_bias import reference
-from degmix_kernels.testing import assert_close
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def tables(groups: int, of_rows: int, of_columns: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    rows = draw(groups, of_rows, height, min(width, 3), seed=1)
-    return rows, draw(groups, of_columns, min(height, 3), width, seed=2)
+    rows = draw(groups, of_rows, height, min(width, 3), seed=1).float()
+    return rows, draw(groups, of_columns, min(height, 3), width, seed=2).float()
 
 
 def pixel_by_pixel(rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
@@ -38,7 +34,7 @@ def pixel_by_pixel(rows: Tensor, columns: Tensor, height: int, width: int) -> Te
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 40])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_first_middle_and_last_rows_and_columns(device, height, width, last):
-    x, (rows, columns) = draw(2, 10, height, width), tables(2, 3, 2, height, width)
+    x, (rows, columns) = draw(2, 10, height, width).float(), tables(2, 3, 2, height, width)
     want = x + pixel_by_pixel(rows, columns, height, width)
     assert torch.equal(reference.coordinate_bias(x, rows, columns), want)
     layout = torch.channels_last if last else torch.contiguous_format
@@ -58,41 +54,32 @@ def test_tables_keep_their_precision(device):
 
 
 def test_gradients_of_non_contiguous_tables(device):
-    rows, columns = (each.to(device) for each in tables(4, 3, 2, 6, 7))
-    wide = [torch.stack([each, each], 1)[:, 0].requires_grad_() for each in (rows, columns)]
-    narrow = [each.clone().requires_grad_() for each in (rows, columns)]
-    x = draw(3, 20, 6, 7).to(device)
+    rows, columns = (torch.stack([each, each], 1)[:, 0].to(device) for each in tables(4, 3, 2, 6, 7))
+    assert not rows.is_contiguous()
     grad = draw(3, 20, 6, 7, seed=3).to(device).contiguous(memory_format=torch.channels_last)
-    got = torch.autograd.grad(coordinate_bias(x, *wide), wide, grad)
-    want = torch.autograd.grad(
-        reference.coordinate_bias(x.double(), *(n.double() for n in narrow)), narrow, grad.double()
-    )
-    for one, other in zip(got, want, strict=True):
-        assert_close(one, other.double(), 3 * 7)
+    named = {"x": draw(3, 20, 6, 7).float().to(device), "rows": rows, "columns": columns}
+    compare(coordinate_bias, reference.coordinate_bias, named, 3 * 7, grad)
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "message"),
     [
-        ({"x": draw(2, 9, 6, 7)}, ValueError, r"x: expected shape \(2, 10, 6, 7\)"),
-        ({"x": draw(10, 6, 7)}, ValueError, "x: expected 4 dimensions"),
-        ({"x": draw(2, 10, 0, 7)}, ValueError, "x: expected no empty dimension"),
-        ({"x": torch.ones(2, 10, 6, 7, dtype=torch.int64)}, TypeError, "x: expected a floating-point tensor"),
-        ({"rows": draw(2, 3, 6, 7)}, ValueError, r"rows: expected shape \(2, 3, 6, 3\)"),
-        ({"rows": draw(2, 3, 5, 3)}, ValueError, r"rows: expected shape \(2, 3, 6, 3\)"),
-        ({"columns": draw(1, 2, 3, 7)}, ValueError, r"columns: expected shape \(2, 2, 3, 7\)"),
-        ({"columns": draw(2, 2, 3, 7).to("meta")}, TypeError, "columns: expected device"),
-        ({"columns": None}, TypeError, "columns: expected a tensor"),
+        ({"x": torch.ones(2, 9, 6, 7)}, r"x: expected shape \(2, 10, 6, 7\)"),
+        ({"x": torch.ones(10, 6, 7)}, "x: expected 4 dimensions"),
+        ({"x": torch.ones(2, 10, 0, 7)}, "x: expected no empty dimension"),
+        ({"rows": torch.ones(2, 3, 6, 7)}, r"rows: expected shape \(2, 3, 6, 3\)"),
+        ({"rows": torch.ones(2, 3, 5, 3)}, r"rows: expected shape \(2, 3, 6, 3\)"),
+        ({"columns": torch.ones(1, 2, 3, 7)}, r"columns: expected shape \(2, 2, 3, 7\)"),
     ],
 )
-def test_bad_input_is_refused(change, error, message):
+def test_bad_input_is_refused(change, message):
     rows, columns = tables(2, 3, 2, 6, 7)
-    with pytest.raises(error, match=message):
-        coordinate_bias(**{"x": draw(2, 10, 6, 7), "rows": rows, "columns": columns, **change})
+    with pytest.raises(ValueError, match=message):
+        coordinate_bias(**{"x": torch.ones(2, 10, 6, 7), "rows": rows, "columns": columns, **change})
 
 
 def test_module_starts_at_zero(device):
-    module, x = CoordinateBias(3, 2, 6, 7).to(device), draw(2, 5, 6, 7).to(device)
+    module, x = CoordinateBias(3, 2, 6, 7).to(device), draw(2, 5, 6, 7).float().to(device)
     assert torch.equal(module(x), x)
     module(x).sum().backward()
     assert torch.equal(module.rows.grad.cpu()[0, 0], torch.tensor([2.0, 10.0, 2.0]).expand(6, 3))

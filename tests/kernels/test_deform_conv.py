@@ -6,70 +6,15 @@ from types import ModuleType
 
 import pytest
 import torch
-from deform_conv_cases import F64, draw, gradients, per_channel_call
+from deform_conv_cases import F64, draw_all, gradients, per_channel_call
 from launches import recorded_launches
 from torch import Tensor
 from torch.nn import functional
 
 from degmix_kernels import DeformConv2d, DeformMix, deform_conv2d, deform_mix, launch, use_backend
 from degmix_kernels.deform_conv import path, reference
-from degmix_kernels.deform_conv.planar import plan as planar
 from degmix_kernels.deform_conv.problem import Problem
 from degmix_kernels.testing import assert_close, relative_l2, tolerance
-
-# --- the reference -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch", [0, 6, 33])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("permuted", [False, True])
-def test_reference_is_torchvisions(batch: int, masked: bool, permuted: bool, torchvision: ModuleType) -> None:
-    """torchvision's own test case: 6 → 2 channels, 3×2 kernel, all parameters different on the two axes."""
-    geometry = {"stride": (2, 1), "padding": (1, 0), "dilation": (2, 1)}
-    shape = functional.conv2d(torch.zeros(1, 6, 5, 4), torch.zeros(2, 6, 3, 2), None, **geometry).shape[2:]
-    tensors = draw(batch, (batch, 6, 5, 4), (batch, 36, *shape), (2, 3, 3, 2), (2,), (batch, 18, *shape))
-    if permuted:
-        tensors = [
-            t if t.dim() < 4 else t.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2) for t in tensors
-        ]
-    input, offset, weight, bias, mask = (tensor.requires_grad_() for tensor in tensors)
-    mask = mask if masked else None
-    ours = deform_conv2d(input, offset, weight, bias, mask=mask, **geometry)
-    theirs = torchvision.ops.deform_conv2d(input, offset, weight, bias, mask=mask, **geometry)
-    assert_close(ours, theirs, 18)
-    grad = torch.ones_like(ours)
-    leaves = [input, offset, weight, bias, mask]
-    for mine, other in zip(gradients(ours, leaves, grad), gradients(theirs, leaves, grad), strict=True):
-        assert_close(mine, other, 18 * max(batch, 1))
-
-
-def test_reference_weight_gradient_of_a_large_map(torchvision: ModuleType) -> None:
-    """A shape at which torchvision's weight gradient once was wrong."""
-    input, offset, weight = draw(0, (8, 9, 1000, 110), (8, 2, 1000, 110), (1, 9, 1, 1), dtype=torch.float32)
-    weight.requires_grad_()
-    with use_backend("reference"):
-        ours = deform_conv2d(input, offset, weight)
-    theirs = torchvision.ops.deform_conv2d(input, offset, weight)
-    grad = torch.ones_like(ours)
-    (mine,), (other,) = gradients(ours, [weight], grad), gradients(theirs, [weight], grad)
-    assert_close(mine, other.double(), 8 * 1000 * 110)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_reference_gradcheck(masked: bool) -> None:
-    input, offset, weight, bias, mask = draw(
-        1, (2, 4, 5, 4), (2, 24, 3, 3), (4, 2, 3, 2), (4,), (2, 12, 3, 3)
-    )
-    leaves = [t.requires_grad_() for t in (input, offset, weight, bias, mask)]
-
-    def call(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-        return reference.deform_conv2d(
-            input, offset, weight, bias, (2, 1), (1, 0), 1, mask if masked else None
-        )
-
-    # 6 taps and 12 channels: 2 offset groups beside 2 groups of channels
-    assert torch.autograd.gradcheck(call, leaves[: 5 if masked else 4] + ([] if masked else [mask.detach()]))
-
 
 # --- the kernels -------------------------------------------------------------------------------
 
@@ -103,20 +48,10 @@ def test_undefined_offsets(backend: str, device: torch.device) -> None:
     assert grad_offset[1, 4:, 0, 0].tolist() == [0, 0]
 
 
-def test_64_bit_addresses(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = per_channel_call(device)
+def test_what_needs_64_bit_addresses() -> None:
     huge = torch.empty(2, 256, 2048, 4096, device="meta")
-    assert launch.needs_64_bit(given["input"], None, huge)
-    assert not launch.needs_64_bit(huge[:, :255, :2047, :2047].contiguous()[:1], given["offset"])
-    results = []
-    for wide in (False, True):
-        monkeypatch.setattr(planar, "needs_64_bit", lambda *tensors, wide=wide: wide)
-        leaves = {name: value.clone().requires_grad_() for name, value in given.items()}
-        with use_backend("triton"):
-            output = deform_conv2d(**leaves)
-        results.append([output, *gradients(output, list(leaves.values()), torch.ones_like(output))])
-    for narrow, wide in zip(*results, strict=True):
-        assert torch.allclose(narrow, wide, atol=1e-6)
+    assert launch.needs_64_bit(huge[:1, :1, :1, :1], None, huge)
+    assert not launch.needs_64_bit(huge[:, :255, :2047, :2047].contiguous()[:1], huge[:1, :1, :1, :1])
 
 
 @pytest.mark.parametrize(
@@ -160,7 +95,7 @@ def test_deterministic_input_gradient(device: torch.device) -> None:
                     output = deform_conv2d(**given | {"input": leaf})
             finally:
                 torch.use_deterministic_algorithms(False)
-            grad = draw(5, output.shape, dtype=torch.float32)[0].to(device) * magnitude
+            grad = draw_all(5, output.shape, dtype=torch.float32)[0].to(device) * magnitude
             grads += gradients(output, [leaf], grad)
         exact = given["input"].double().requires_grad_()
         others = {name: given[name].double() for name in given if name != "input"}
@@ -172,36 +107,18 @@ def test_deterministic_input_gradient(device: torch.device) -> None:
     assert path.fixed_point_scale(problem, grad * 0) == 2.0**126
 
 
-def test_offsets_of_the_inputs_dtype(device: torch.device) -> None:
-    given = per_channel_call(device, torch.bfloat16)
-    given["offset"].requires_grad_()
-    with use_backend("triton"):
-        output = deform_conv2d(**given)
-    (grad,) = gradients(output, [given["offset"]], torch.ones_like(output))
-    exact = {name: value.detach().double().requires_grad_() for name, value in given.items()}
-    expected = reference.deform_conv2d(**exact)
-    assert_close(output, expected, 4)
-    assert grad.dtype == torch.bfloat16
-    assert_close(grad, gradients(expected, [exact["offset"]], torch.ones_like(expected))[0], 4)
-
-
-def test_double_runs_the_reference(device: torch.device) -> None:
-    given = per_channel_call(device, F64)
-    assert torch.equal(deform_conv2d(**given), reference.deform_conv2d(**given))
-
-
 def test_parts_of_the_batch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same result, whether the batch is copied and summed as a whole or an image at a time."""
-    shapes = (5, 16, 3, 4), (5, 18, 3, 4), (3, 16, 3, 3), (3,), (5, 9, 3, 4)
-    values = [value.to(device) for value in draw(0, *shapes, dtype=torch.float32)]
+    shapes = (5, 16, 3, 4), (5, 6, 3, 4), (3, 16, 1, 3), (3,), (5, 3, 3, 4)
+    values = [value.to(device) for value in draw_all(0, *shapes, dtype=torch.float32)]
     results = []
-    for share in (1e-9, 0.05, 1e9):
+    for share in (1e-9, 0.15, 1e9):
         monkeypatch.setattr(path, "PART_SHARE", share)
         leaves = [value.clone().requires_grad_() for value in values]
         with use_backend("triton"), recorded_launches() as launches:
-            output = deform_conv2d(*leaves[:4], padding=1, mask=leaves[4])
+            output = deform_conv2d(*leaves[:4], padding=(0, 1), mask=leaves[4])
             results.append((launches, [output, *gradients(output, leaves, torch.ones_like(output))]))
-    # Forward launches once per part, backward twice; a copied image is 1/45 of the columns, its sums another.
+    # Forward launches once per part, backward twice; a copied image is 1/15 of the columns, its sums another.
     assert [len(launches) for launches, _ in results] == [5 + 10, 3 + 10, 1 + 2]
     for _, part in results[:2]:
         for value, whole in zip(part, results[2][1], strict=True):
@@ -231,7 +148,7 @@ def test_statistics(backend: str, device: torch.device) -> None:
 def per_mix_call(device: torch.device) -> list[Tensor]:
     """A call of ``deform_mix`` whose results have a mean about 1000 times their standard deviation."""
     shapes = (2, 3, 5, 6), (2, 6, 5, 6), (4, 3, 1, 1), (4,)
-    x, offset, weight, bias = (value.to(device) for value in draw(3, *shapes, dtype=torch.float32))
+    x, offset, weight, bias = (value.to(device) for value in draw_all(3, *shapes, dtype=torch.float32))
     return [x, offset * 0.3, weight, bias.abs() * 1000 + 1000]
 
 
@@ -245,7 +162,7 @@ def normalise(output: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 def test_gradient_of_a_variance_beside_a_mean(dtype: torch.dtype, device: torch.device) -> None:
     """Five deviations from 0: what is a sum of deviations in theory is one in the kernel, too."""
     shapes = (2, 16, 4, 4), (2, 32, 4, 4), (8, 16, 1, 1)
-    x, offset, weight = (value.to(device) for value in draw(4, *shapes, dtype=torch.float32))
+    x, offset, weight = (value.to(device) for value in draw_all(4, *shapes, dtype=torch.float32))
     leaves = [x.to(dtype), offset, (weight / 4).to(dtype), torch.full((8,), 3.0, device=device, dtype=dtype)]
     exact = [leaf.double().requires_grad_() for leaf in leaves]
     with use_backend("triton"):
@@ -274,7 +191,7 @@ def test_only_a_gradient_keeps_the_value_before_the_activation(device: torch.dev
 
 
 def test_deform_mix_refuses_other_shapes() -> None:
-    x, offset, weight = draw(0, (1, 3, 4, 4), (1, 6, 4, 4), (2, 3, 1, 1))
+    x, offset, weight = draw_all(0, (1, 3, 4, 4), (1, 6, 4, 4), (2, 3, 1, 1))
     with pytest.raises(ValueError, match="activation: expected one of"):
         deform_mix(x, offset, weight, activation="tanh")
     with pytest.raises(ValueError, match="offset: expected shape"):
@@ -284,7 +201,7 @@ def test_deform_mix_refuses_other_shapes() -> None:
 
 
 def test_deform_mix_activations() -> None:
-    x, offset, weight, bias = draw(0, (1, 3, 4, 4), (1, 6, 4, 4), (2, 3, 1, 1), (2,))
+    x, offset, weight, bias = draw_all(0, (1, 3, 4, 4), (1, 6, 4, 4), (2, 3, 1, 1), (2,))
     product = deform_conv2d(x, offset, weight, bias)
     for name, function in {"gelu": functional.gelu, "relu": torch.relu, "silu": functional.silu}.items():
         assert torch.equal(deform_mix(x, offset, weight, bias, name), function(product))
@@ -313,7 +230,7 @@ def test_module_is_torchvisions(arguments: dict, torchvision: ModuleType) -> Non
         torch.zeros(1, 6, 7, 8), ours.weight, None, ours.stride, ours.padding, ours.dilation, ours.groups
     ).shape[2:]
     taps = ours.weight[0, 0].numel()
-    input, offset, mask = draw(
+    input, offset, mask = draw_all(
         1, (2, 6, 7, 8), (2, 4 * taps, *size), (2, 2 * taps, *size), dtype=torch.float32
     )
     assert_close(ours(input, offset, mask), theirs(input, offset, mask).double(), 6 * taps)
@@ -322,7 +239,7 @@ def test_module_is_torchvisions(arguments: dict, torchvision: ModuleType) -> Non
 def test_deform_mix_module() -> None:
     module = DeformMix(3, 2)
     assert repr(module) == "DeformMix(3, 2, activation='gelu')"
-    x, offset = draw(0, (1, 3, 4, 4), (1, 6, 4, 4), dtype=torch.float32)
+    x, offset = draw_all(0, (1, 3, 4, 4), (1, 6, 4, 4), dtype=torch.float32)
     assert torch.equal(module(x, offset), deform_mix(x, offset, module.weight, module.bias))
     with pytest.raises(ValueError, match="in_channels"):
         DeformMix(0, 2)

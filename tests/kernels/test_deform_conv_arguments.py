@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
-from deform_conv_cases import F64, gradients, per_channel_call
+from deform_conv_cases import gradients, per_channel_call
 from launches import recorded_launches
 
 from degmix_kernels import DeformConv2d, deform_conv2d, use_backend
@@ -20,49 +20,18 @@ NUMBERS = "expected an integer or a pair of integers"
     ("changes", "error", "message"),
     [
         # Too few or too many dimensions, an unbatched input among them
-        ({"input": torch.zeros(3, 5, 6)}, ValueError, r"input: expected 4 dimensions, got .*\[3, 5, 6\]"),
+        ({"input": torch.zeros(3, 5, 6)}, ValueError, r"input: expected 4 dimensions, got \(3, 5, 6\)"),
         ({"input": torch.zeros(1, 2, 3, 5, 6)}, ValueError, "input: expected 4 dimensions"),
         ({"offset": torch.zeros(6, 5, 6)}, ValueError, "offset: expected 4 dimensions"),
         ({"weight": torch.zeros(4, 3, 1)}, ValueError, "weight: expected 4 dimensions"),
         ({"mask": torch.zeros(3, 5, 6)}, ValueError, "mask: expected 4 dimensions"),
         ({"bias": torch.zeros(4, 1)}, ValueError, "bias: expected 1 dimensions"),
-        # No tensors, or none of dense floating-point numbers
-        ({"input": [1.0]}, TypeError, "input: expected a tensor, got list"),
-        ({"offset": None}, TypeError, "offset: expected a tensor, got NoneType"),
-        ({"weight": 1.0}, TypeError, "weight: expected a tensor, got float"),
-        ({"mask": [1.0]}, TypeError, "mask: expected a tensor, got list"),
-        ({"bias": 1.0}, TypeError, "bias: expected a tensor, got float"),
-        ({"input": torch.zeros(2, 3, 5, 6).to(torch.float8_e4m3fn)}, TypeError, "input: .*16, 32 or 64 bits"),
         (
             {"input": torch.nested.nested_tensor([torch.zeros(3, 5, 6)])},
             TypeError,
             "input: expected a dense tensor, got a nested tensor",
         ),
-        ({"input": torch.zeros(2, 3, 5, 6).int()}, TypeError, r"input: .*floating-point.* got torch\.int32"),
-        ({"input": torch.zeros(2, 3, 5, 6).bool()}, TypeError, "input: .*floating-point"),
-        ({"input": torch.zeros(2, 3, 5, 6).cfloat()}, TypeError, "input: .*floating-point"),
-        ({"offset": torch.zeros(2, 6, 5, 6).int()}, TypeError, "offset: .*floating-point"),
-        ({"weight": torch.zeros(4, 3, 1, 1).long()}, TypeError, "weight: .*floating-point"),
-        ({"mask": torch.zeros(2, 3, 5, 6).bool()}, TypeError, "mask: .*floating-point"),
-        ({"bias": torch.zeros(4).long()}, TypeError, "bias: .*floating-point"),
-        ({"input": torch.zeros(2, 3, 5, 6).to_sparse()}, TypeError, "input: expected a dense tensor"),
-        ({"mask": torch.zeros(2, 3, 5, 6).to_sparse()}, TypeError, "mask: expected a dense tensor"),
-        # Mixed dtypes and devices
-        ({"input": torch.zeros(2, 3, 5, 6).half()}, TypeError, "expected dtype torch.float16 as input"),
-        ({"weight": torch.zeros(4, 3, 1, 1, dtype=F64)}, TypeError, "weight: .*float32 as input.*float64"),
-        ({"offset": torch.zeros(2, 6, 5, 6, dtype=F64)}, TypeError, "offset: .*float32 as input.*float64"),
         ({"offset": torch.zeros(2, 6, 5, 6).half()}, TypeError, "offset: .*float32 as input.*float16"),
-        ({"mask": torch.zeros(2, 3, 5, 6).half()}, TypeError, "mask: .*float32 as input.*float16"),
-        ({"bias": torch.zeros(4).bfloat16()}, TypeError, "bias: .*float32 as input.*bfloat16"),
-        (
-            {"input": torch.zeros(2, 3, 5, 6, device=META)},
-            TypeError,
-            "expected device meta as input, got cpu",
-        ),
-        ({"weight": torch.zeros(4, 3, 1, 1, device=META)}, TypeError, "weight: expected device cpu as input"),
-        ({"offset": torch.zeros(2, 6, 5, 6, device=META)}, TypeError, "offset: expected device cpu as input"),
-        ({"mask": torch.zeros(2, 3, 5, 6, device=META)}, TypeError, "mask: expected device cpu as input"),
-        ({"bias": torch.zeros(4, device=META)}, TypeError, "bias: expected device cpu as input, got meta"),
         # Channels
         ({"input": torch.zeros(2, 0, 5, 6)}, ValueError, "input: expected at least one channel"),
         ({"weight": torch.zeros(4, 2, 1, 1)}, ValueError, "weight: .*divides.* got 2 for 3 channels"),
@@ -93,7 +62,6 @@ NUMBERS = "expected an integer or a pair of integers"
         ),
         ({"input": torch.zeros(2, 3, 0, 6)}, ValueError, "input: .*no smaller than the kernel"),
         # Geometry
-        ({"stride": 0}, ValueError, "stride: expected at least 1, got 0"),
         ({"stride": (1, -1)}, ValueError, r"stride: expected at least 1, got \(1, -1\)"),
         ({"stride": 2**31}, ValueError, "stride: expected at most 2147483647, got 2147483648"),
         ({"stride": ()}, TypeError, f"stride: {NUMBERS}"),
@@ -101,21 +69,13 @@ NUMBERS = "expected an integer or a pair of integers"
         ({"stride": 1.5}, TypeError, f"stride: {NUMBERS}, got 1.5"),
         ({"stride": True}, TypeError, f"stride: {NUMBERS}, got True"),
         ({"stride": (True, 1)}, TypeError, f"stride: {NUMBERS}"),
-        ({"stride": "1"}, TypeError, f"stride: {NUMBERS}, got '1'"),
-        ({"stride": None}, TypeError, f"stride: {NUMBERS}, got None"),
-        ({"padding": -1}, ValueError, "padding: expected at least 0, got -1"),
         ({"padding": (0, -1)}, ValueError, "padding: expected at least 0"),
-        ({"padding": False}, TypeError, f"padding: {NUMBERS}, got False"),
-        ({"padding": "same"}, TypeError, f"padding: {NUMBERS}"),
-        ({"dilation": 0}, ValueError, "dilation: expected at least 1, got 0"),
-        ({"dilation": -1}, ValueError, "dilation: expected at least 1"),
         ({"dilation": (1, 0)}, ValueError, "dilation: expected at least 1"),
-        ({"dilation": True}, TypeError, f"dilation: {NUMBERS}, got True"),
         ({"dilation": 2**31}, ValueError, "dilation: expected at most"),
     ],
 )
 def test_bad_arguments(changes: dict, error: type[Exception], message: str) -> None:
-    """Every one is named before anything is launched, under autocast too."""
+    """Every one is named before anything is launched, under autocast too; test_arguments.py has more."""
     arguments = per_channel_call(torch.device("cpu")) | changes
     with use_backend("triton"), recorded_launches() as launches:
         with pytest.raises(error, match=message):

@@ -30,43 +30,6 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     return torch.stack([tensor, tensor], -1)[..., 0]
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("path", PATHS)
-def test_only_the_inputs_are_saved(
-    path: str, layout: str, masked: bool, deterministic: bool, device: torch.device
-) -> None:
-    call = replace(PATHS[path], masked=masked)
-    tensors = {name: value.to(device) for name, value in call.tensors().items()}
-    leaves = {name: laid_out(value, layout).requires_grad_() for name, value in tensors.items()}
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        with (
-            forced_triton(),
-            recorded_launches(execute=False) as launches,
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        ):
-            output = deform_conv2d(**leaves, **call.geometry)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert kernels_of(launches) == expected_kernels(call)
-    inputs = {leaf.untyped_storage().data_ptr(): name for name, leaf in leaves.items()}
-    kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
-    extra = {pointer: size for pointer, size in kept.items() if pointer not in inputs}
-    assert not extra, f"{sum(extra.values())} bytes saved beside the inputs"
-    assert {inputs[pointer] for pointer in kept} == set(leaves)
-    # Nor does anything hide from the hooks: neither on the node of the graph, nor in what it points to.
-    node = vars(output.grad_fn)
-    assert not [name for name, value in node.items() if isinstance(value, Tensor)], node
-
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REALISTIC = {
     "3x3, 256 channels, 56², N=32": Call(32, 256, 256, (56, 56), (3, 3), padding=(1, 1)),

@@ -1,18 +1,20 @@
-"""torchvision's own test cases of ``deform_conv2d``, run on our Triton kernels."""
+"""torchvision's own test cases of ``deform_conv2d``, run on our Triton kernels and on the reference."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from types import ModuleType
 
 import pytest
 import torch
-from deform_conv_cases import Call, expected_kernels, forced_triton, gradients, kernels_of, leaves_of
+from contract import leaves_of, result_and_gradients
+from deform_conv_cases import F64, Call, expected_kernels, forced_triton, kernels_of
 from launches import recorded_launches
 from torch import Tensor
 
-from degmix_kernels import deform_conv2d
+from degmix_kernels import deform_conv2d, use_backend
 from degmix_kernels.backend import INTERPRETED
 from degmix_kernels.testing import assert_close
 
@@ -38,50 +40,62 @@ def permuted(name: str, tensor: Tensor) -> Tensor:
     return tensor.permute(order).contiguous().permute(inverse)
 
 
-def check(call: Call, oracle: ModuleType, tensors: dict[str, Tensor], wanted: tuple[str, ...]) -> None:
-    """Values and the wanted gradients on Triton against torchvision's op in fp64."""
-    leaves = {name: value.requires_grad_(name in wanted) for name, value in tensors.items()}
-    with forced_triton(), recorded_launches() as launches:
-        output = deform_conv2d(**leaves, **call.geometry)
-        actual = gradients(output, [leaves[name] for name in wanted], torch.ones_like(output))
-    assert kernels_of(launches) == expected_kernels(call)
-    exact = leaves_of({name: value.cpu() for name, value in tensors.items()}, torch.float64)
-    expected = oracle.ops.deform_conv2d(**exact, **call.geometry)
-    assert_close(output, expected, call.reduction)
-    others = gradients(expected, [exact[name] for name in wanted], torch.ones_like(expected))
-    for name, mine, other in zip(wanted, actual, others, strict=True):
-        assert_close(mine, other, call.reduction, name=f"gradient of {name}")
+BACKENDS = {"triton": torch.float32, "reference": F64}
 
 
-CASES = list(product((0, 6, 33), (True, False), ("contiguous", "permuted")))
-if INTERPRETED:  # 33 images take it half a minute each time, so they come once
-    CASES = [case for case in CASES if case[0] < 33 or case[1:] == (True, "permuted")]
-
-
-@pytest.mark.parametrize(("batch", "masked", "layout"), CASES)
-def test_forward_and_backward(
-    batch: int, masked: bool, layout: str, device: torch.device, torchvision: ModuleType
+def check(
+    call: Call,
+    oracle: ModuleType,
+    layout: str,
+    device: torch.device,
+    backend: str,
+    wanted: tuple[str, ...] | None = None,
 ) -> None:
-    call = replace(THEIRS, batch=batch, masked=masked)
-    tensors = {name: value.to(device) for name, value in call.tensors(spread=1.0, seed=batch).items()}
+    """Values and the wanted gradients, or all, on a backend against torchvision's op in fp64."""
+    tensors = call.tensors(call.dtype, device, seed=call.batch, spread=1.0)
     if layout == "permuted":
         tensors = {name: permuted(name, value) for name, value in tensors.items()}
-        assert batch == 0 or not any(tensors[name].is_contiguous() for name in ("input", "offset"))
-    check(call, torchvision, tensors, tuple(tensors))
+        assert call.batch == 0 or not any(tensors[name].is_contiguous() for name in ("input", "offset"))
+    on_triton = backend == "triton"
+    with forced_triton() if on_triton else use_backend(backend), recorded_launches() as launches:
+        ours = partial(deform_conv2d, **call.geometry)
+        actual = result_and_gradients(ours, leaves_of(tensors), wanted=wanted)
+    assert kernels_of(launches) == (expected_kernels(call) if on_triton else set())
+    exact = leaves_of({name: value.cpu() for name, value in tensors.items()}, F64)
+    theirs = partial(oracle.ops.deform_conv2d, **call.geometry)
+    for name, expected in result_and_gradients(theirs, exact, wanted=wanted).items():
+        assert_close(actual[name], expected, call.reduction, name=name)
+
+
+CASES = list(product((0, 6, 33), (True, False), ("contiguous", "permuted"), BACKENDS))
+LAYOUTS_OF_LARGE = [("contiguous", "triton"), ("permuted", "triton"), ("contiguous", "reference")]
+if INTERPRETED:  # 33 images and a large map take it long each time, so they come once
+    once = (True, "permuted", "triton")
+    CASES = [case for case in CASES if case[0] < 33 or case[1:] == once or case[3] == "reference"]
+    del LAYOUTS_OF_LARGE[0]
+
+
+@pytest.mark.parametrize(("batch", "masked", "layout", "backend"), CASES)
+def test_forward_and_backward(
+    batch: int, masked: bool, layout: str, backend: str, device: torch.device, torchvision: ModuleType
+) -> None:
+    call = replace(THEIRS, batch=batch, masked=masked, dtype=BACKENDS[backend])
+    check(call, torchvision, layout, device, backend)
 
 
 # pytorch/vision issue 2598: a sum over 880 000 output pixels per element of the weight's gradient.
 LARGE = Call(8, 9, 9, (1000, 110), (3, 3), padding=(1, 1), biased=False)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
-def test_weight_gradient_of_a_large_map(layout: str, device: torch.device, torchvision: ModuleType) -> None:
-    """At full size on a GPU; the interpreter would take hours, and gets a map of the same kind, 16 rows high.
+@pytest.mark.parametrize(("layout", "backend"), LAYOUTS_OF_LARGE)
+def test_weight_gradient_of_a_large_map(
+    layout: str, backend: str, device: torch.device, torchvision: ModuleType
+) -> None:
+    """At full size on a GPU; the interpreter would take hours, and gets a map of the same kind, 8 rows high.
 
-    The reference has the full size in test_deform_conv.py.
+    The reference takes the full map, and one tap and out channel.
     """
-    call = replace(LARGE, batch=2, size=(16, 11)) if INTERPRETED else LARGE
-    tensors = {name: value.to(device) for name, value in call.tensors(spread=1.0).items()}
-    if layout == "permuted":
-        tensors = {name: permuted(name, value) for name, value in tensors.items()}
-    check(call, torchvision, tensors, ("weight",))
+    call = replace(LARGE, batch=2, size=(8, 11)) if INTERPRETED else LARGE
+    if backend == "reference":
+        call = replace(LARGE, out_channels=1, kernel=(1, 1), padding=(0, 0))
+    check(call, torchvision, layout, device, backend, ("weight",))

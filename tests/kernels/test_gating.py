@@ -3,15 +3,12 @@
 import pytest
 import torch
 from allocations import Allocations
+from contract import compare, draw, every_dtype
 from launches import recorded_launches
 
 from degmix_kernels import GatedMLP, SpatialGatingUnit, gated_mlp, spatial_gating_unit, use_backend
 from degmix_kernels.gating import backward_plan, plan
 from degmix_kernels.testing import assert_close, inside_ops, poisoned_empty
-
-
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def layer_norm(x, weight, bias):
@@ -26,46 +23,50 @@ def gate_formula(u, v, norm_weight, norm_bias, weight, bias, mode):
     return u * (torch.einsum("mn,bnc->bmc", weight, normed) + bias[None, :, None])
 
 
-def assert_same_gradients(got, want, inputs):
-    probe = draw(*got.shape, seed=99)
-    for ours, theirs in zip(
-        torch.autograd.grad(got, inputs, probe), torch.autograd.grad(want, inputs, probe), strict=True
-    ):
-        assert_close(ours, theirs, 200)
-
-
-@pytest.mark.parametrize("mode", ["channel", "token"])
-def test_gate_formula_and_gradients(mode):
-    size = 5 if mode == "channel" else 7
-    shapes = ((2, 7, 5), (2, 7, 5), (5,), (5,), (size, size), (size,))
-    inputs = [draw(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
-    got, want = spatial_gating_unit(*inputs, mode), gate_formula(*inputs, mode)
-    assert_close(got, want, 7)
-    assert_same_gradients(got, want, inputs)
-
-
-@pytest.mark.parametrize("mode", ["channel", "token"])
-def test_mlp_formula_and_gradients(mode):
-    size = 6 if mode == "channel" else 7
-    shapes = ((2, 7, 5), (5,), (5,), (12, 5), (12,), (6,), (6,), (size, size), (size,), (5, 6), (5,))
-    inputs = [draw(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
-    x, norm_weight, norm_bias, fc1, bias1, *gate, fc2, bias2 = inputs
+def mlp_formula(x, norm_weight, norm_bias, fc1, bias1, *gate, mode):
+    *gate, fc2, bias2 = gate
     hidden = torch.einsum("oc,bnc->bno", fc1, layer_norm(x, norm_weight, norm_bias)) + bias1
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
     gated = gate_formula(hidden[..., :6], hidden[..., 6:], *gate, mode)
-    want = x + torch.einsum("oc,bnc->bno", fc2, gated) + bias2
-    got = gated_mlp(*inputs, mode)
-    assert_close(got, want, 12)
-    assert_same_gradients(got, want, inputs)
+    return x + torch.einsum("oc,bnc->bno", fc2, gated) + bias2
 
 
-@pytest.mark.parametrize("mode", ["channel", "token"])
+both_modes = pytest.mark.parametrize("mode", ["channel", "token"])
+
+
+def by_index(function, mode, **flags):
+    """The function of tensors that are named by their places."""
+    return lambda **tensors: function(*tensors.values(), mode=mode, **flags)
+
+
+def numbered(tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"tensor {index}": tensor for index, tensor in enumerate(tensors)}
+
+
+@both_modes
+def test_formulas_and_gradients(mode):
+    size, hidden = (5, 6) if mode == "channel" else (7, 7)
+    shapes = ((2, 7, 5), (2, 7, 5), (5,), (5,), (size, size), (size,))
+    inputs = [draw(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    compare(
+        by_index(spatial_gating_unit, mode),
+        by_index(gate_formula, mode),
+        numbered(inputs),
+        7,
+        of_gradients=200,
+    )
+    shapes = ((2, 7, 5), (5,), (5,), (12, 5), (12,), (6,), (6,), (hidden, hidden), (hidden,), (5, 6), (5,))
+    inputs = [draw(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    compare(by_index(gated_mlp, mode), by_index(mlp_formula, mode), numbered(inputs), 12, of_gradients=200)
+
+
+@both_modes
 def test_gate_starts_as_a_pass_through(mode):
     u_v = draw(2, 7, 10).float()
     assert torch.equal(SpatialGatingUnit(5, mode, tokens=7)(u_v), u_v[..., :5])
 
 
-@pytest.mark.parametrize("mode", ["channel", "token"])
+@both_modes
 def test_modules_call_the_functions(mode):
     module = GatedMLP(4, 6, mode, tokens=7).double()
     gate = module.gate
@@ -98,18 +99,12 @@ def test_bad_input():
         spatial_gating_unit(x, x[:, :2], w, w, torch.zeros(4, 4), w)
     with pytest.raises(ValueError, match=r"norm_weight: expected shape \(4,\)"):
         spatial_gating_unit(x, x, w[:3], w, torch.zeros(4, 4), w)
-    with pytest.raises(TypeError, match=r"weight: expected dtype torch\.float32"):
-        spatial_gating_unit(x, x, w, w, torch.zeros(4, 4).double(), w)
     module = GatedMLP(4)
     with pytest.raises(ValueError, match=r"fc1_weight: expected shape \(8, 5\), got \(8, 4\)"):
         module(torch.zeros(1, 3, 5))
 
 
 # --- kernels -----------------------------------------------------------------------------------------------
-
-half = [torch.bfloat16, torch.float16]
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, *half], ids=str)
-both_modes = pytest.mark.parametrize("mode", ["channel", "token"])
 
 
 def gate_arguments(device, dtype, batch, tokens, channels, mode) -> list[torch.Tensor]:
@@ -137,21 +132,9 @@ def mlp_arguments(device, dtype, batch, tokens, channels, hidden, mode) -> list[
 
 def assert_exact(function, arguments, mode, reduction, **flags):
     """Compare value and every gradient with the fp64 reference, which gets the same numbers."""
-    dtype = arguments[0].dtype
-    exact = [tensor.detach().double().requires_grad_() for tensor in arguments]
-    with poisoned_empty():
-        output = function(*arguments, mode, **flags)
-        assert output.dtype == dtype
-        probe = draw(*output.shape, seed=99).to(output)
-        actual = torch.autograd.grad(output, arguments, probe)
-    with use_backend("reference"):
-        expected = function(*exact, mode)
-    assert_close(output, expected, reduction)
-    wanted = torch.autograd.grad(expected, exact, probe.double())
-    for index, (got, want) in enumerate(zip(actual, wanted, strict=True)):
-        assert got.dtype == arguments[index].dtype
-        assert_close(got, want, reduction, dtype, f"gradient {index}")
-    return actual
+    ours, exact = by_index(function, mode, **flags), by_index(function, mode)
+    _, *gradients = compare(ours, exact, numbered(arguments), reduction).values()
+    return gradients
 
 
 def names(seen) -> list[str]:
@@ -306,16 +289,8 @@ def test_means_of_a_thousand_deviations(device, mode):
     gate[1] = (gate[1].detach() + 1000).requires_grad_()
     assert_exact(spatial_gating_unit, gate, mode, 9999)
     mlp = mlp_arguments(device, torch.float32, 2, 9, 40, 24, mode)
-    shifted = (mlp[0].detach() + 1000).requires_grad_()
     # The value is next to nothing but residual; the parameters' gradients tell what came of the rest.
-    probe = draw(2, 9, 40, seed=5).to(shifted)
-    tensors = [shifted, *mlp[1:]]
-    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    with use_backend("reference"):
-        wanted = torch.autograd.grad(gated_mlp(*exact, mode), exact, probe.double())
-    actual = torch.autograd.grad(gated_mlp(*tensors, mode), tensors, probe)
-    for got, want in zip(actual, wanted, strict=True):
-        assert_close(got, want, 99999)
+    assert_exact(gated_mlp, [mlp[0].detach() + 1000, *mlp[1:]], mode, 99999)
 
 
 @every_dtype

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from deform_conv_cases import F64, Call
 from torch import Tensor
 
 from degmix_kernels.activation import activate
-from degmix_kernels.deform_conv import reference
+from degmix_kernels.deform_conv.general import plan as general
 from degmix_kernels.deform_conv.path import fixed_point_scale
 from degmix_kernels.deform_conv.planar import blocks as planar_blocks
 from degmix_kernels.deform_conv.planar import plan as planar
@@ -20,100 +22,32 @@ from degmix_kernels.launch import run
 from degmix_kernels.statistics import Statistics, finish_statistics
 from degmix_kernels.testing import assert_close, poisoned_empty, relative_l2
 
-F64 = torch.float64
 
-
-@dataclass(frozen=True)
-class Case:
-    """One call; ``last`` names the tensors that are channels_last."""
-
-    channels: int
-    out: int
-    offset_groups: int
-    groups: int = 1
-    kernel: tuple[int, int] = (3, 3)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    size: tuple[int, int] = (4, 5)
-    batch: int = 2
-    masked: bool = False
-    dtype: torch.dtype = torch.float32
-    offset_dtype: torch.dtype = torch.float32
-    last: str = ""
-
-    @property
-    def out_size(self) -> tuple[int, int]:
-        return tuple(
-            (self.size[i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1)
-            // self.stride[i]
-            + 1
-            for i in (0, 1)
-        )
-
-    @property
-    def reduction(self) -> int:
-        pixels = self.batch * math.prod(self.out_size)
-        return self.channels // self.groups * math.prod(self.kernel) + pixels + self.out // self.groups
-
-    def draw(self, device: torch.device) -> dict[str, Tensor]:
-        """input, offset, mask, weight, bias and a gradient, in the dtypes and layouts of the case."""
-        generator = torch.Generator().manual_seed(0)
-        taps = math.prod(self.kernel)
-        shapes = {
-            "input": (self.batch, self.channels, *self.size),
-            "offset": (self.batch, 2 * self.offset_groups * taps, *self.out_size),
-            "mask": (self.batch, self.offset_groups * taps, *self.out_size),
-            "weight": (self.out, self.channels // self.groups, *self.kernel),
-            "bias": (self.out,),
-            "grad": (self.batch, self.out, *self.out_size),
-        }
-        drawn = {}
-        for name, shape in shapes.items():
-            values = torch.randn(shape, generator=generator)
-            values = values * 1.5 if name == "offset" else values
-            values = values.to(device, self.offset_dtype if name == "offset" else self.dtype)
-            if name in self.last.split():
-                values = values.contiguous(memory_format=torch.channels_last)
-            drawn[name] = values
-        if not self.masked:
-            drawn["mask"] = None
-        return drawn
-
-    def problem(self, tensors: dict[str, Tensor]) -> Problem:
-        names = ("input", "offset", "weight", "mask")
-        return Problem(*(tensors[name] for name in names), self.stride, self.padding, self.dilation)
-
-    def exact(self, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reference's output and its leaves, in fp64."""
-        leaves = {
-            name: tensors[name].detach().double().contiguous().requires_grad_()
-            for name in ("input", "offset", "mask", "weight", "bias")
-            if tensors[name] is not None
-        }
-        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        return reference.deform_conv2d(**leaves, **geometry), leaves
+def case(channels: int, out_channels: int, offset_groups: int, **others: Any) -> Call:
+    """By default of 3×3 taps with padding."""
+    usual = {"batch": 2, "size": (4, 5), "kernel": (3, 3), "padding": (1, 1), "masked": False, "spread": 1.5}
+    return Call(channels=channels, out_channels=out_channels, offset_groups=offset_groups, **usual | others)
 
 
 CASES = {
-    "per-channel 1x1": Case(20, 17, 20, kernel=(1, 1), padding=(0, 0), masked=True),
-    "per-channel 1x1 channels_last": Case(
+    "per-channel 1x1": case(20, 17, 20, kernel=(1, 1), padding=(0, 0), masked=True),
+    "per-channel 1x1 channels_last": case(
         3, 2, 3, kernel=(1, 1), padding=(0, 0), masked=True, last="input offset mask grad"
     ),
-    "per-channel 3x3": Case(5, 3, 5),
-    "8 groups of 1": Case(8, 4, 8, kernel=(2, 1), masked=True),
-    "8 groups of 3": Case(24, 4, 8, kernel=(1, 2), dtype=torch.bfloat16, batch=1),
-    "8 groups of 4": Case(32, 18, 8, kernel=(1, 3), masked=True, last="weight offset", dtype=torch.float16),
-    "8 groups of 5": Case(40, 4, 8, kernel=(1, 2), batch=1, last="input"),
-    "8 groups of 8": Case(64, 4, 8, kernel=(2, 1), batch=1, last="grad mask", masked=True),
-    "16 groups of 1": Case(16, 4, 16, kernel=(1, 2), dtype=torch.bfloat16, offset_dtype=torch.bfloat16),
-    "16 groups of 3": Case(48, 4, 16, kernel=(1, 2), batch=1),
-    "16 groups of 4": Case(64, 4, 16, kernel=(1, 1), padding=(0, 0), batch=1),
-    "16 groups of 5": Case(80, 4, 16, kernel=(1, 1), padding=(0, 0), batch=1, size=(3, 3)),
-    "16 groups of 8": Case(128, 4, 16, kernel=(1, 1), padding=(0, 0), batch=1, size=(3, 3)),
-    "depthwise": Case(20, 20, 4, groups=20, kernel=(1, 2), masked=True, size=(3, 3)),
-    "depthwise, one offset group": Case(19, 38, 1, groups=19, kernel=(2, 1), last="input weight"),
-    "groups across offset groups": Case(
+    "per-channel 3x3": case(5, 3, 5),
+    "8 groups of 1": case(8, 4, 8, kernel=(2, 1), masked=True),
+    "8 groups of 3": case(24, 4, 8, kernel=(1, 2), dtype=torch.bfloat16, batch=1),
+    "8 groups of 4": case(32, 18, 8, kernel=(1, 3), masked=True, last="weight offset", dtype=torch.float16),
+    "8 groups of 5": case(40, 4, 8, kernel=(1, 2), batch=1, last="input"),
+    "8 groups of 8": case(64, 4, 8, kernel=(2, 1), batch=1, last="grad mask", masked=True),
+    "16 groups of 1": case(16, 4, 16, kernel=(1, 2), dtype=torch.bfloat16, offset_dtype=torch.bfloat16),
+    "16 groups of 3": case(48, 4, 16, kernel=(1, 2), batch=1),
+    "16 groups of 4": case(64, 4, 16, kernel=(1, 1), padding=(0, 0), batch=1),
+    "16 groups of 5": case(80, 4, 16, kernel=(1, 1), padding=(0, 0), batch=1, size=(3, 3)),
+    "16 groups of 8": case(128, 4, 16, kernel=(1, 1), padding=(0, 0), batch=1, size=(3, 3)),
+    "depthwise": case(20, 20, 4, groups=20, kernel=(1, 2), masked=True, size=(3, 3)),
+    "depthwise, one offset group": case(19, 38, 1, groups=19, kernel=(2, 1), last="input weight"),
+    "groups across offset groups": case(
         6,
         4,
         3,
@@ -125,15 +59,15 @@ CASES = {
         size=(6, 5),
         masked=True,
     ),
-    "17 channels per offset group": Case(
+    "17 channels per offset group": case(
         34, 17, 2, groups=17, kernel=(1, 2), masked=True, batch=1, size=(3, 3)
     ),
-    "65 channels per offset group": Case(65, 65, 1, groups=65, kernel=(1, 1), padding=(0, 0), size=(2, 3)),
-    "groups of 18, offset groups of 4": Case(36, 4, 9, groups=2, kernel=(1, 1), padding=(0, 0), batch=1),
-    "groups of 24, offset groups of 16": Case(48, 4, 3, groups=2, kernel=(1, 2), batch=1),
-    "more than a block of out channels": Case(3, 270, 3, kernel=(1, 1), padding=(0, 0), size=(2, 3), batch=1),
-    "more than a block of pixels": Case(2, 2, 2, kernel=(1, 1), padding=(0, 0), size=(7, 11)),
-    "one pixel": Case(1, 1, 1, size=(1, 1), batch=1),
+    "65 channels per offset group": case(65, 65, 1, groups=65, kernel=(1, 1), padding=(0, 0), size=(2, 3)),
+    "groups of 18, offset groups of 4": case(36, 4, 9, groups=2, kernel=(1, 1), padding=(0, 0), batch=1),
+    "groups of 24, offset groups of 16": case(48, 4, 3, groups=2, kernel=(1, 2), batch=1),
+    "more than a block of out channels": case(3, 270, 3, kernel=(1, 1), padding=(0, 0), size=(2, 3), batch=1),
+    "more than a block of pixels": case(2, 2, 2, kernel=(1, 1), padding=(0, 0), size=(7, 11)),
+    "one pixel": case(1, 1, 1, size=(1, 1), batch=1),
 }
 
 
@@ -166,23 +100,23 @@ def gradients(
     return results
 
 
-def compare(actual: dict[str, Tensor], leaves: dict[str, Tensor], case: Case) -> None:
+def compare(actual: dict[str, Tensor], leaves: dict[str, Tensor], call: Call) -> None:
     for name, value in actual.items():
-        assert_close(value, leaves[name].grad, case.reduction, case.dtype, name)
+        assert_close(value, leaves[name].grad, call.reduction, call.dtype, name)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name: str, device: torch.device) -> None:
-    case = CASES[name]
-    tensors = case.draw(device)
-    problem = case.problem(tensors)
-    expected, leaves = case.exact(tensors)
+    call = CASES[name]
+    tensors = call.draw(device)
+    problem = call.problem(tensors)
+    expected, leaves = call.exact(tensors)
     expected.backward(tensors["grad"].double())
     with poisoned_empty():
         output = torch.empty_like(tensors["grad"])
         run(planar.plan_forward(problem, tensors["bias"], output), device)
-        assert_close(output, expected, case.reduction)
-        compare(gradients(problem, tensors["grad"]), leaves, case)
+        assert_close(output, expected, call.reduction)
+        compare(gradients(problem, tensors["grad"]), leaves, call)
 
 
 @pytest.mark.parametrize("name", ["per-channel 1x1", "groups across offset groups"])
@@ -204,47 +138,42 @@ def test_shares_of_the_pixels(device: torch.device, monkeypatch: pytest.MonkeyPa
     test_values_and_gradients("more than a block of pixels", device)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu", "silu", "identity"])
-def test_epilogue(activation: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("activation", "name", "dtype"),
+    [
+        *((each, "per-channel 1x1", torch.float32) for each in ("gelu", "relu", "silu", "identity")),
+        ("gelu", "groups across offset groups", torch.bfloat16),
+    ],
+)
+def test_epilogue(activation: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
     """Activation, the value before it, statistics far from 0, and the gradient of all of them."""
-    case = replace(CASES["per-channel 1x1"], size=(7, 11), out=6, last="grad" * (activation == "relu"))
-    tensors = case.draw(device)
-    problem = case.problem(tensors)
-    constant, linear = torch.linspace(-1, 2, 6, device=device), torch.linspace(1, -1, 6, device=device)
-    expected_pre, leaves = case.exact(tensors)
+    last = "grad" * (activation == "relu")
+    call = replace(CASES[name], dtype=dtype, last=last)
+    if dtype == torch.float32:
+        call = replace(call, size=(7, 11), out_channels=6)
+    tensors, out = call.draw(device), call.out_channels
+    problem = call.problem(tensors)
+    constant, linear = torch.linspace(-1, 2, out, device=device), torch.linspace(1, -1, out, device=device)
+    if dtype != torch.float32:
+        constant, linear = None, None
+    expected_pre, leaves = call.exact(tensors)
     expected = activate(expected_pre, activation)
-    loss = (tensors["grad"].double() * expected).sum((0, 2, 3)) + constant.double() * expected.sum((0, 2, 3))
-    loss = loss + linear.double() * expected.square().sum((0, 2, 3)) / 2
+    loss = (tensors["grad"].double() * expected).sum((0, 2, 3))
+    if linear is not None:
+        loss = loss + constant.double() * expected.sum((0, 2, 3))
+        loss = loss + linear.double() * expected.square().sum((0, 2, 3)) / 2
     loss.sum().backward()
     with poisoned_empty():
         output, pre = torch.empty_like(tensors["grad"]), torch.empty_like(tensors["grad"])
         statistics = planar.new_statistics(problem)
         run(planar.plan_forward(problem, tensors["bias"], output, activation, pre, statistics), device)
         mean, variance = finished(statistics, problem.out_pixels)
-        assert_close(output, expected, case.reduction)
-        assert_close(pre, expected_pre, case.reduction)
-        assert_close(mean, expected.mean((0, 2, 3)), case.reduction)
-        assert_close(variance, expected.var((0, 2, 3), unbiased=False), case.reduction)
+        assert_close(output, expected, call.reduction)
+        assert_close(pre, expected_pre, call.reduction)
+        assert_close(mean, expected.mean((0, 2, 3)), call.reduction, dtype)
+        assert_close(variance, expected.var((0, 2, 3), unbiased=False), call.reduction, dtype)
         epilogue = Epilogue(activation, pre, constant, linear)
-        compare(gradients(problem, tensors["grad"], epilogue, bias=True), leaves, case)
-
-
-def test_epilogue_in_half_precision_and_small_groups(device: torch.device) -> None:
-    case = replace(CASES["groups across offset groups"], dtype=torch.bfloat16)
-    tensors = case.draw(device)
-    problem = case.problem(tensors)
-    expected_pre, leaves = case.exact(tensors)
-    expected = activate(expected_pre, "gelu")
-    expected.backward(tensors["grad"].double())
-    with poisoned_empty():
-        output, pre = torch.empty_like(tensors["grad"]), torch.empty_like(tensors["grad"])
-        statistics = planar.new_statistics(problem)
-        run(planar.plan_forward(problem, tensors["bias"], output, "gelu", pre, statistics), device)
-        assert_close(output, expected, case.reduction)
-        mean, variance = finished(statistics, problem.out_pixels)
-        assert_close(mean, expected.mean((0, 2, 3)), case.reduction, case.dtype)
-        assert_close(variance, expected.var((0, 2, 3), unbiased=False), case.reduction, case.dtype)
-        compare(gradients(problem, tensors["grad"], Epilogue("gelu", pre), bias=True), leaves, case)
+        compare(gradients(problem, tensors["grad"], epilogue, bias=True), leaves, call)
 
 
 def finished(statistics: Statistics, pixels: int) -> tuple[Tensor, Tensor]:
@@ -255,14 +184,14 @@ def finished(statistics: Statistics, pixels: int) -> tuple[Tensor, Tensor]:
 
 def test_statistics_far_from_zero(device: torch.device) -> None:
     """A mean of a thousand standard deviations leaves the variance its digits."""
-    case = replace(CASES["more than a block of pixels"], size=(7, 17))
-    tensors = case.draw(device)
+    call = replace(CASES["more than a block of pixels"], size=(7, 17))
+    tensors = call.draw(device)
     tensors["bias"] = tensors["bias"].sign() * 3e3
-    problem = case.problem(tensors)
+    problem = call.problem(tensors)
     output, statistics = torch.empty_like(tensors["grad"]), planar.new_statistics(problem)
     run(planar.plan_forward(problem, tensors["bias"], output, statistics=statistics), device)
     mean, variance = finished(statistics, problem.out_pixels)
-    expected = case.exact(tensors)[0]
+    expected = call.exact(tensors)[0]
     assert (expected.mean((0, 2, 3)).abs() > 1e3 * expected.std((0, 2, 3))).all()
     assert relative_l2(mean, expected.mean((0, 2, 3))) < 1e-6
     # Values near 3000 have fp32 steps of 2e-4, a ten-thousandth of the deviation.
@@ -286,8 +215,8 @@ def test_chan_formula_of_unequal_parts(device: torch.device) -> None:
 
 
 def _empty_batch(device: torch.device) -> Problem:
-    case = replace(CASES["per-channel 3x3"], batch=0)
-    return case.problem(case.draw(device))
+    call = replace(CASES["per-channel 3x3"], batch=0)
+    return call.problem(call.draw(device))
 
 
 def test_batch_0_plans_no_programs(device: torch.device) -> None:
@@ -303,11 +232,11 @@ def test_batch_0_plans_no_programs(device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", ["8 groups of 3", "per-channel 1x1"])
 def test_fixed_point_input_gradient(name: str, device: torch.device) -> None:
-    case = replace(CASES[name], dtype=torch.float32)
-    tensors = case.draw(device)
-    expected, leaves = case.exact(tensors)
+    call = replace(CASES[name], dtype=torch.float32)
+    tensors = call.draw(device)
+    expected, leaves = call.exact(tensors)
     pre = expected.detach().to(tensors["grad"]).contiguous()
-    linear = torch.full((case.out,), 3.0, device=device)
+    linear = torch.full((call.out_channels,), 3.0, device=device)
     loss = torch.nn.functional.gelu(expected)
     for magnitude in (1e-15, 1.0, 1e15):
         grad = tensors["grad"] * magnitude
@@ -316,10 +245,10 @@ def test_fixed_point_input_gradient(name: str, device: torch.device) -> None:
         y = loss.detach()
         loss.backward(grad.double() + 3.0 * magnitude * y, retain_graph=True)
         epilogue = Epilogue("gelu", pre, None, linear * magnitude)
-        actual = gradients(case.problem(tensors), grad, epilogue, deterministic=True)
-        assert_close(actual["input"], leaves["input"].grad, case.reduction, case.dtype)
-    assert fixed_point_scale(case.problem(tensors), grad * torch.inf).isnan()
-    assert fixed_point_scale(case.problem(tensors), grad * 0) == 2.0**126
+        actual = gradients(call.problem(tensors), grad, epilogue, deterministic=True)
+        assert_close(actual["input"], leaves["input"].grad, call.reduction, call.dtype)
+    assert fixed_point_scale(call.problem(tensors), grad * torch.inf).isnan()
+    assert fixed_point_scale(call.problem(tensors), grad * 0) == 2.0**126
 
 
 @pytest.mark.parametrize(
@@ -327,19 +256,21 @@ def test_fixed_point_input_gradient(name: str, device: torch.device) -> None:
 )
 def test_undefined_values_stay_where_they_belong(name: str, device: torch.device) -> None:
     """NaN in input, offset and gradient spoils what it spoils in the reference, no more; so does infinity."""
-    case = replace(CASES[name], dtype=torch.float32, batch=2)
-    tensors = case.draw(device)
+    call = replace(CASES[name], dtype=torch.float32, batch=2)
+    tensors = call.draw(device)
     tensors["input"][0, 1, 2, 2] = torch.nan
-    tensors["input"][0, case.channels - 1, 0, 0] = torch.inf
+    tensors["input"][0, call.channels - 1, 0, 0] = torch.inf
     tensors["offset"][0, 0, 1, 1] = torch.nan
     tensors["offset"][0, -1, 0, 0] = torch.nan
-    tensors["offset"][1 % case.batch, 2, 0, 0] = torch.inf
-    tensors["offset"][1 % case.batch, 1, 0, 1] = -torch.inf
+    tensors["offset"][0, 0, 1, 3], tensors["offset"][0, 1, 1, 3] = torch.nan, 9.0  # off the map horizontally
+    tensors["offset"][0, 0, 0, 2], tensors["offset"][0, 1, 0, 2] = 9.0, torch.nan
+    tensors["offset"][1 % call.batch, 2, 0, 0] = torch.inf
+    tensors["offset"][1 % call.batch, 1, 0, 1] = -torch.inf
     tensors["grad"][0, 0, 0, 1] = torch.nan
-    tensors["grad"][0, case.out // 4, 1, 0] = torch.nan
-    expected, leaves = case.exact(tensors)
+    tensors["grad"][0, call.out_channels // 4, 1, 0] = torch.nan
+    expected, leaves = call.exact(tensors)
     expected.backward(tensors["grad"].double())
-    problem = case.problem(tensors)
+    problem = call.problem(tensors)
     with poisoned_empty():
         output = torch.empty_like(tensors["grad"])
         run(planar.plan_forward(problem, tensors["bias"], output), device)
@@ -349,13 +280,13 @@ def test_undefined_values_stay_where_they_belong(name: str, device: torch.device
         good = wanted[what].isfinite()
         assert torch.equal(value.isnan(), wanted[what].isnan()), what
         assert torch.equal(value.isfinite(), good), what
-        assert_close(value[good], wanted[what][good], case.reduction, name=what)
+        assert_close(value[good], wanted[what][good], call.reduction, name=what)
 
 
 def test_activation_of_nan(device: torch.device) -> None:
-    case = Case(1, 2, 1, kernel=(1, 1), padding=(0, 0))
-    tensors = case.draw(device)
-    problem, bias = case.problem(tensors), torch.tensor([torch.nan, 1.0], device=device)
+    call = case(1, 2, 1, kernel=(1, 1), padding=(0, 0))
+    tensors = call.draw(device)
+    problem, bias = call.problem(tensors), torch.tensor([torch.nan, 1.0], device=device)
     for activation in ("gelu", "relu", "silu"):
         output, pre = torch.empty_like(tensors["grad"]), torch.empty_like(tensors["grad"])
         run(planar.plan_forward(problem, bias, output, activation, pre), device)
@@ -369,3 +300,33 @@ def test_epilogue_needs_what_it_reads() -> None:
     with pytest.raises(ValueError, match="pre: expected a tensor"):
         Epilogue("gelu").arguments()
     assert Epilogue("identity", torch.ones(1)).arguments()["pre_ptr"] is None
+
+
+def test_tiles_waste_less_than_half() -> None:
+    """Rows of all tiles of all programs are at most twice the channels, or 32: a product takes 16."""
+
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    def divisors(number: int) -> list[int]:
+        return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+    for channels in (*range(1, 65), 72, 96, 120, 128, 192, 256):
+        for groups, offset_groups in itertools.product(divisors(channels), repeat=2):
+            problem = Problem(
+                meta(1, channels, 32, 32), meta(1, 2 * offset_groups, 32, 32),
+                meta(channels, channels // groups, 1, 1), None, (1, 1), (0, 0), (1, 1),
+            )  # fmt: skip
+            if general.suits(problem):
+                continue
+            output = meta(1, channels, 32, 32)
+            forward = planar.plan_forward(problem, None, output)
+            weight = planar.plan_backward_weight(problem, output)[0]
+            samples = planar.plan_backward_samples(problem, output, output, problem.offset, None, None)
+            for plan, tiles in (
+                (forward, forward.arguments["spans"] * forward.arguments["steps"]),
+                (weight, weight.arguments["spans"] * weight.arguments["tiles"]),
+                (samples, samples.arguments["blocks"] * samples.arguments["within_steps"]),
+            ):
+                rows = plan.constants["BLOCK_GROUPS"] * plan.constants["BLOCK_WITHIN"]
+                assert rows * tiles <= 2 * max(16, channels), (plan.kernel, channels, groups, offset_groups)

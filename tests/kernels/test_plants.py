@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import test_attention_memory
+import test_attention
 import test_contract
 import test_deform_conv
 import test_deform_conv_memory
@@ -67,7 +67,7 @@ def test_a_copy(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     op, copies = registry.find("gated_attention"), []
     planted(op, monkeypatch, lambda call, *outputs: copies.extend(call.query.clone() for _ in range(9)))
     with pytest.raises(AssertionError):
-        test_attention_memory.test_no_matrix_of_all_pairs(device)
+        test_attention.test_no_matrix_of_all_pairs(device)
     x = torch.ones(1, 4, 5, 5, device=device)
     planted(registry.find("coordinate_bias"), monkeypatch, lambda call, *outputs: call.x.clone())
     tables = torch.ones(1, 2, 5, 3, device=device), torch.ones(1, 2, 3, 5, device=device)

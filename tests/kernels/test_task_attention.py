@@ -1,20 +1,17 @@
 """Attention over tasks against loops over pixels, heads and tasks, and against its reference in fp64."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from contract import draw, every_dtype, leaves_of, result_and_gradients
 from launches import recorded_launches
 from torch import Tensor, nn
 
 from degmix_kernels import TaskAttention, task_attention, use_backend
-from degmix_kernels.backend import KERNEL_DTYPES
 from degmix_kernels.task_attention import plan, reference
 from degmix_kernels.testing import assert_close, poisoned_empty
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def formula(query, key, value, heads):
@@ -41,22 +38,23 @@ def formula(query, key, value, heads):
 )
 def test_formula_and_gradients(queries, tasks, heads, shared):
     channels = 6 // heads if shared else 6
-    inputs = [draw(2, queries, 3, 6), *(draw(2, tasks, 3, channels, seed=seed) for seed in (1, 2))]
-    query, key, value = inputs = [t.requires_grad_() for t in inputs]
-    got, want = task_attention(query, key, value, heads), formula(query, key, value, heads)
-    assert_close(got, want, 8)
+    named = {"query": draw(2, queries, 3, 6)}
+    named |= {name: draw(2, tasks, 3, channels, seed=seed) for seed, name in ((1, "key"), (2, "value"))}
+    query, key, value = named.values()
+    got, want = (
+        result_and_gradients(partial(each, heads=heads), leaves_of(named))
+        for each in (task_attention, formula)
+    )
+    assert_close(got.pop("output"), want.pop("output"), 8)
+    for name, ours in got.items():
+        # One task leaves queries and keys without effect: their gradients are rounding noise.
+        assert_close(ours + 1, want[name] + 1, 48)
     assert_close(task_attention(query, key, None, heads), formula(query, key, key, heads), 8)
     assert_close(
         task_attention(query, key, value, heads, 0.5),
         formula(query * 0.5 * math.sqrt(6 // heads), key, value, heads),
         8,
     )
-    probe = draw(*got.shape, seed=3)
-    for ours, theirs in zip(
-        torch.autograd.grad(got, inputs, probe), torch.autograd.grad(want, inputs, probe), strict=True
-    ):
-        # One task leaves queries and keys without effect: their gradients are rounding noise.
-        assert_close(ours + 1, theirs + 1, 48)
 
 
 # --- The kernels -------------------------------------------------------------------------------------------
@@ -64,30 +62,26 @@ def test_formula_and_gradients(queries, tasks, heads, shared):
 
 def compare(query: Tensor, key: Tensor, value: Tensor | None, heads: int, scale: float | None = None) -> None:
     """Output and gradients against the reference in fp64, on the kernels, which must have been launched."""
-    leaves = [tensor for tensor in (query, key, value) if tensor is not None]
-    exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
-    for leaf in leaves:
-        leaf.requires_grad_()
+    named = {"query": query, "key": key, "value": value}
+    probe = draw(*query.shape, seed=9, dtype=query.dtype).to(query.device)
+    options = {"heads": heads, "scale": scale}
     with poisoned_empty(), recorded_launches() as seen:
-        output = task_attention(query, key, value, heads, scale)
-        probe = draw(*output.shape, seed=9, dtype=output.dtype).to(output.device)
-        gradients = torch.autograd.grad(output, leaves, probe)
+        actual = result_and_gradients(partial(task_attention, **options), leaves_of(named), probe)
     assert [launch.kernel.fn.__name__ for launch in seen] == ["forward", "backward"]
-    expected = reference.task_attention(*exact[:2], None if value is None else exact[2], heads, scale)
-    wanted = torch.autograd.grad(expected, exact, probe.double())
+    plain = partial(reference.task_attention, value=None, **options)
+    wanted = result_and_gradients(plain, leaves_of(named, torch.float64), probe)
     # Sums over the channels of scores in front of an exponential: of these errors, those of large ones count.
     reduction = 4 * query.shape[3]
-    assert_close(output, expected, reduction)
-    for name, got, want in zip(("query", "key", "value"), gradients, wanted, strict=False):
+    for name, got in actual.items():
         assert got.dtype == query.dtype
         if key.shape[1] == 1 and (name == "query" or (name == "key" and value is not None)):
             # One task has all the weight, whatever its score: of its derivative, w (v·g − w v·g), a rounded w
             # leaves a last bit or two.
             slope = scale or (query.shape[3] // heads) ** -0.5
-            derivative = probe.norm(dim=3).max() * leaves[-1].norm(dim=3).max()
+            derivative = probe.norm(dim=3).max() * (key if value is None else value).norm(dim=3).max()
             assert got.abs().max() <= 2**-21 * slope * derivative * max(query.abs().max(), key.abs().max())
         else:
-            assert_close(got, want, reduction, name=f"gradient of {name}")
+            assert_close(got, wanted[name], reduction, name=name)
 
 
 def tensors(
@@ -107,33 +101,33 @@ def tensors(
     return query, key, None if "none" in form else draw(*key.shape, seed=2, dtype=dtype).to(device)
 
 
-@pytest.mark.parametrize("form", ["own", "own none", "shared", "shared none"])
-@pytest.mark.parametrize("tasks", range(1, 9))
-def test_any_number_of_tasks(device, tasks, form):
-    compare(*tensors(device, torch.float32, 1, tasks, 4, 2, form), 2)
+FORMS = ("own", "own none", "shared", "shared none")
+# query tasks, tasks, head dim, heads, form
+SIZES = [
+    *((1, tasks, 4, 2, form) for tasks in range(1, 9) for form in FORMS),
+    *((4, 4, 4, 2, form) for form in ("own", "own none", "shared none")),
+    *(
+        (queries, 2, 3, heads, "shared") for queries, heads in ((3, 1), (5, 1), (1, 3), (3, 3))
+    ),  # ragged chunks
+]
 
 
-@pytest.mark.parametrize("form", ["own", "own none", "shared none"])
-def test_as_many_queries_as_keys(device, form):
-    compare(*tensors(device, torch.float32, 4, 4, 4, 2, form), 2)
+@pytest.mark.parametrize(("queries", "tasks", "head_dim", "heads", "form"), SIZES)
+def test_numbers_of_tasks_and_queries(device, queries, tasks, head_dim, heads, form):
+    compare(*tensors(device, torch.float32, queries, tasks, head_dim, heads, form), heads)
 
 
 @pytest.mark.parametrize("form", ["own", "shared none"])
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("head_dim", [1, 5, 16, 40, 128, 256])
 def test_head_dims_and_dtypes(device, head_dim, dtype, form):
     pixels = 40 if head_dim < 16 else 5  # enough elements for roundings to average out
     compare(*tensors(device, dtype, 1, 2, head_dim, 2, form, pixels), 2)
 
 
-@pytest.mark.parametrize(("queries", "heads"), [(3, 1), (5, 1), (1, 3), (3, 3)])
-def test_queries_that_do_not_fill_chunks(device, queries, heads):
-    compare(*tensors(device, torch.float32, queries, 2, 3, heads, "shared"), heads)
-
-
-def test_head_dims_up_to_the_largest(device):
-    compare(*tensors(device, torch.float32, 1, 8, 1023, 1, "own", pixels=2), 1)
-    compare(*tensors(device, torch.bfloat16, 1, 8, 1024, 1, "own", pixels=2), 1)
+@pytest.mark.parametrize(("head_dim", "dtype"), [(1023, torch.float32), (1024, torch.bfloat16)])
+def test_head_dims_up_to_the_largest(device, head_dim, dtype):
+    compare(*tensors(device, dtype, 1, 8, head_dim, 1, "own", pixels=2), 1)
 
 
 def test_more_rows_than_a_block(device):
@@ -173,18 +167,6 @@ def test_views_are_read_where_they_are(device):
     assert output.is_contiguous()
     assert seen[0].arguments["query_stride_batch"] == 0
     assert seen[0].arguments["key_stride_pixel"] * seen[0].constants["UNIT"] == 24
-
-
-def test_gradients_as_they_come(device):
-    query, key, value = (
-        tensor.requires_grad_() for tensor in tensors(device, torch.float32, 3, 2, 4, 2, "own")
-    )
-    probes = draw(3, 2, 5, 8, dtype=torch.float32).to(device)
-    output = task_attention(query, key, value, 2)
-    one = torch.autograd.grad(output, (query, key, value), probes.transpose(0, 1), retain_graph=True)
-    two = torch.autograd.grad(output, (query, key, value), probes.transpose(0, 1).contiguous())
-    for strided, dense in zip(one, two, strict=True):
-        assert torch.equal(strided, dense)
 
 
 def test_scores_in_the_thousands(device):
@@ -228,32 +210,12 @@ def test_scores_of_minus_infinity(device):
 
 def test_a_value_that_is_the_key(device):
     query, key, _ = tensors(device, torch.float32, 2, 3, 4, 2, "own")
-    key.requires_grad_()
     with recorded_launches() as seen:
-        output = task_attention(query, key, key, 2)
+        actual = result_and_gradients(lambda key: task_attention(query, key, key, 2), leaves_of({"key": key}))
     assert seen[0].arguments["value_ptr"] is None
-    plain = reference.task_attention(query.double(), key.double(), None, 2)
-    probe = draw(*output.shape, seed=4, dtype=torch.float32).to(device)
-    (got,) = torch.autograd.grad(output, key, probe)
-    (want,) = torch.autograd.grad(plain, key, probe.double())
-    assert_close(got, want, 8)
-
-
-def test_saves_the_inputs_only(device):
-    query, key, value = (
-        tensor.requires_grad_() for tensor in tensors(device, torch.float32, 2, 3, 4, 2, "own")
-    )
-    saved = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved.append(tensor.data_ptr())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        task_attention(query, key, value, 2)
-        task_attention(query, key, None, 2)
-    own = [tensor.data_ptr() for tensor in (query, key, value)]
-    assert saved == own + own[:2]
+    exact = leaves_of({"key": key}, torch.float64)
+    expected = result_and_gradients(lambda key: reference.task_attention(query.double(), key, None, 2), exact)
+    assert_close(actual["key"], expected["key"], 8)
 
 
 def test_only_what_is_wanted_is_computed(device):

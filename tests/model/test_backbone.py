@@ -91,7 +91,7 @@ def test_paper_input_size_and_parameter_count(timm):
     ("name", "count"),
     [("swin_small_patch4_window7_224", 54_513_803), ("swin_large_patch4_window12_384", 202_910_585)],
 )
-@pytest.mark.parametrize("attention", ["released", "pixel"])
+@pytest.mark.parametrize("attention", ["released", "pixel", "global"])
 def test_published_parameter_counts(timm, name, count, attention):
     nyud = {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}
     with torch.device("meta"):
@@ -107,22 +107,19 @@ def test_vit_takes_four_evenly_spaced_blocks(timm):
     assert [tuple(each.shape) for each in maps] == [(1, 192, 2, 3)] * 4
 
 
-def test_hrnet_maps_are_the_raw_planes_in_order(timm):
-    backbone = create_backbone("hrnet_w18_small").eval()
+@pytest.mark.parametrize(
+    ("name", "planes"),
+    [
+        ("swin_tiny_patch4_window7_224", lambda maps: [each.permute(0, 3, 1, 2) for each in maps]),
+        ("hrnet_w18_small", lambda maps: maps[1:]),  # without the stem's
+    ],
+)
+def test_maps_are_the_raw_planes_in_order_channels_first(timm, name, planes):
+    backbone = create_backbone(name).eval()
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        stem, *maps = backbone.model(image)
-        assert stem.shape[1:] == (64, 32, 32)
-        for got, want in zip(backbone(image), maps, strict=True):
+        for got, want in zip(backbone(image), planes(backbone.model(image)), strict=True):
             assert torch.equal(got, want)
-
-
-def test_swin_maps_are_turned_channels_first(timm):
-    backbone = create_backbone("swin_tiny_patch4_window7_224").eval()
-    image = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        for got, want in zip(backbone(image), backbone.model(image), strict=True):
-            assert torch.equal(got, want.permute(0, 3, 1, 2))
 
 
 def test_a_single_image_trains_a_batch_norm_backbone_as_a_batch_would(timm):

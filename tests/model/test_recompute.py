@@ -9,7 +9,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from test_head import draw, every_attention, small_features, small_head
+from contract import draw
+from test_head import every_attention, small_features, small_head
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint

@@ -7,7 +7,8 @@ import copy
 
 import pytest
 import torch
-from test_head import draw, every_attention, small_features, small_head
+from contract import draw
+from test_head import every_attention, small_features, small_head
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,7 +38,8 @@ def run(head: DeGMixHead, forward, features: list[Tensor], size: tuple[int, int]
     return found | {name: buffer.double() for name, buffer in head.named_buffers()}
 
 
-def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+def assert_formula(head: DeGMixHead, features: list[Tensor], size: tuple[int, int]) -> None:
+    got, want = (run(head, forward, features, size) for forward in (DeGMixHead.__call__, formula))
     assert list(got) == list(want)
     for name, expected in want.items():
         assert got[name].shape == expected.shape, name
@@ -56,9 +58,7 @@ def test_head_is_the_formula(attention, training, tasks, batch, height, width, d
     if attention == "linear" and training and batch * height * width < 100:
         height, width = 5 * height, 5 * width  # a BatchNorm needs more than one token
     head = small_head(attention, tasks, depth).train(training)
-    features, size = small_features(batch, height, width), (2 * height + 1, 3 * width)
-    got, want = (run(head, forward, features, size) for forward in (DeGMixHead.__call__, formula))
-    assert_same(got, want)
+    assert_formula(head, small_features(batch, height, width), (2 * height + 1, 3 * width))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -77,9 +77,8 @@ def test_tasks_mix_together_or_alone(together, training, monkeypatch):
         return original(mixers, *arguments)
 
     monkeypatch.setattr(mixer, "mix_tasks", spy)
-    got = run(head, DeGMixHead.__call__, features, (15, 27))
+    assert_formula(head, features, (15, 27))
     assert sizes == {1: [], 2: [2, 1], 3: [3]}[together]
-    assert_same(got, run(head, formula, features, (15, 27)))
 
 
 def test_tasks_whose_norms_differ_mix_alone(monkeypatch):
@@ -89,8 +88,7 @@ def test_tasks_whose_norms_differ_mix_alone(monkeypatch):
     first.eval()
     second[0].norm.momentum = None
     monkeypatch.setattr(mixer, "mix_tasks", None)
-    got = run(head, DeGMixHead.__call__, features, (15, 27))
-    assert_same(got, run(head, formula, features, (15, 27)))
+    assert_formula(head, features, (15, 27))
 
 
 @pytest.mark.parametrize("removed", [("running_mean", "running_var"), ("num_batches_tracked",)])
@@ -101,8 +99,7 @@ def test_norms_without_buffers(removed):
             for norm in layer.norms:
                 for name in removed:
                     setattr(norm, name, None)
-    got = run(head, DeGMixHead.__call__, features, (15, 27))
-    assert_same(got, run(head, formula, features, (15, 27)))
+    assert_formula(head, features, (15, 27))
 
 
 def test_an_empty_batch_has_no_gradient(device):
@@ -137,8 +134,7 @@ def test_hooks_of_a_layer_are_called():
 @every_attention
 def test_as_many_heads_and_maps_as_there_may_be(attention):
     head = DeGMixHead((3,), {"one": 2, "two": 1}, attention=attention, depth=1, dim=8, heads=4).double()
-    features = [draw(2, 3, 9, 10)]
-    assert_same(run(head, DeGMixHead.__call__, features, (18, 20)), run(head, formula, features, (18, 20)))
+    assert_formula(head, [draw(2, 3, 9, 10)], (18, 20))
 
 
 def grid_offsets(offsets: Offsets, height: int, width: int) -> Tensor:
