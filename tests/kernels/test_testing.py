@@ -28,6 +28,8 @@ def test_what_cancels_is_measured_by_its_terms():
     assert relative_l2(rest, nothing, terms) == pytest.approx(2e-7)
     assert relative_l2(rest, nothing, nothing) == math.inf
     assert math.isnan(relative_l2(rest * math.nan, nothing, terms))
+    with pytest.raises(AssertionError, match="relative L2 error nan"):
+        assert_close(rest * math.nan, rest, 1)
     assert relative_l2(terms + rest, terms, terms / 2) == relative_l2(
         terms + rest, terms
     )  # larger than these
