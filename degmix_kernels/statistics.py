@@ -101,7 +101,7 @@ def plan_combine(statistics: Statistics, pixels: int, mean: Tensor, variance: Te
 
 
 def finish_statistics(statistics: Statistics, pixels: int, mean: Tensor, variance: Tensor) -> None:
-    """Fill mean and biased variance per channel, (channels,), fp32, by ``plan_combine``; of nothing, zeros.
+    """Fill the mean and the biased variance of each channel, (channels,), fp32; zeros without elements.
 
     NaN would reach the gradients of a normalisation's parameters, which are sums over nothing.
     """

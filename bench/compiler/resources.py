@@ -94,7 +94,7 @@ def compile_for(
 def compile_all(
     targets: Sequence[str], op: str, dtype: str | None, benchmark: bool, console: Console
 ) -> list[Compiled]:
-    """Compile for several targets, as many at once as there are processors, with a progress bar for each."""
+    """Compile for several targets, one on each processor at a time. Every target has a progress bar."""
     with Progress(console=console) as bars, ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def compile_one(target: str) -> list[Compiled]:
