@@ -56,9 +56,7 @@ Positive = Annotated[int, checks.Range(minimum=1)]
 """An integer of at least 1."""
 
 _SCHEMA = {Tensor: "Tensor", str: "str", float: "float", int: "SymInt", bool: "bool"}
-
-
-_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 class Field(NamedTuple):
@@ -436,7 +434,7 @@ class define:
             return round(self.products(self._parted(values)[1]) * self.backward_products)
 
 
-_PLAIN = _TENSORS | {type(None), int, float, bool, str, list}
+_PLAIN = {*_TENSORS, type(None), int, float, bool, str, list}
 
 
 def _is_traced() -> bool:
