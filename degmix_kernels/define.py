@@ -223,10 +223,8 @@ class define:
             return True
         if not torch.compiler.is_compiling() and _is_traced():  # nor what will be asked of a trace
             return True
-        return any(
-            computed and value is not None and value.requires_grad
-            for computed, value in zip(self._computed, values, strict=False)
-        )
+        every = range(self.count)
+        return any(self._computed[at] and values[at] is not None and values[at].requires_grad for at in every)
 
     def runs_triton(self, call: Any, missing: str = "") -> bool:
         """As :func:`degmix_kernels.backend.runs_triton`, of a checked call."""
