@@ -51,49 +51,6 @@ def prepare(
 
 
 @triton.jit
-def over_keys(
-    query,  # (BLOCK_QUERIES, BLOCK_DIM), as grad
-    grad,
-    log_sum,  # (BLOCK_QUERIES,), as delta
-    delta,
-    grad_query,
-    key_ptr,  # of this head, as value_ptr
-    value_ptr,
-    key_stride_n,
-    value_stride_n,
-    start,
-    end,
-    keys,
-    score_scale,
-    MASKED: tl.constexpr,
-    INDEX_64: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    """The gradient of a block of queries after the keys from start to end, but for the scale."""
-    column = tl.arange(0, BLOCK_DIM)[None, :]
-    for first in tl.range(start, end, BLOCK_KEYS, num_stages=1 if MASKED else None):
-        token = first + tl.arange(0, BLOCK_KEYS)
-        if INDEX_64:
-            token = token.to(tl.int64)
-        address = key_ptr + token[:, None] * key_stride_n + column
-        key = load_tokens(address, token, keys, MASKED, HEAD_DIM, BLOCK_DIM)
-        address = value_ptr + token[:, None] * value_stride_n + column
-        value = load_tokens(address, token, keys, MASKED, HEAD_DIM, BLOCK_DIM)
-        nothing = tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32)
-        scores = multiply(query, tl.trans(key), nothing, PRECISION)
-        weights = tl.exp2(scores * score_scale - log_sum[:, None])
-        grad_scores = weights * (multiply(grad, tl.trans(value), nothing, PRECISION) - delta[:, None])
-        if MASKED:  # beside scores below -128 the weight of a key that is not there overflows
-            grad_scores = tl.where(token[None, :] < keys, grad_scores, 0.0)
-        grad_query = multiply(grad_scores.to(key.dtype), key, grad_query, PRECISION)
-    return grad_query
-
-
-@triton.jit
 def backward_query(
     query_ptr,
     key_ptr,
@@ -119,8 +76,8 @@ def backward_query(
     heads,
     queries,
     keys,
-    query_blocks,
-    whole_keys,  # in whole blocks
+    blocks,
+    whole,  # keys in whole blocks
     UNIT: tl.constexpr,
     INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -130,7 +87,7 @@ def backward_query(
     BLOCK_DIM: tl.constexpr,
 ):
     """The gradient of one block of queries."""
-    sequence, batch, head, block = block_of_head(query_blocks, heads, INDEX_64)
+    sequence, batch, head, block = block_of_head(blocks, heads, INDEX_64)
     token = block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     column = tl.arange(0, BLOCK_DIM)[None, :]
     query_ptr += (batch * query_stride_b + head * query_stride_h) * UNIT
@@ -146,114 +103,24 @@ def backward_query(
     delta = tl.load(delta_ptr + rows, mask=token < queries, other=0.0)
 
     grad_query = tl.zeros((BLOCK_QUERIES, BLOCK_DIM), tl.float32)
-    grad_query = over_keys(
-        query,
-        grad,
-        log_sum,
-        delta,
-        grad_query,
-        key_ptr,
-        value_ptr,
-        key_stride_n * UNIT,
-        value_stride_n * UNIT,
-        0,
-        whole_keys,
-        keys,
-        score_scale,
-        False,
-        INDEX_64,
-        PRECISION,
-        HEAD_DIM,
-        BLOCK_QUERIES,
-        BLOCK_KEYS,
-        BLOCK_DIM,
-    )
-    grad_query = over_keys(
-        query,
-        grad,
-        log_sum,
-        delta,
-        grad_query,
-        key_ptr,
-        value_ptr,
-        key_stride_n * UNIT,
-        value_stride_n * UNIT,
-        whole_keys,
-        keys,
-        keys,
-        score_scale,
-        True,
-        INDEX_64,
-        PRECISION,
-        HEAD_DIM,
-        BLOCK_QUERIES,
-        BLOCK_KEYS,
-        BLOCK_DIM,
-    )
+    for MASKED in tl.static_range(2):
+        start, end = whole if MASKED else 0, keys if MASKED else whole
+        for first in tl.range(start, end, BLOCK_KEYS, num_stages=1 if MASKED else None):
+            key_token = first + tl.arange(0, BLOCK_KEYS)
+            if INDEX_64:
+                key_token = key_token.to(tl.int64)
+            key_at = key_ptr + key_token[:, None] * (key_stride_n * UNIT) + column
+            key = load_tokens(key_at, key_token, keys, MASKED, HEAD_DIM, BLOCK_DIM)
+            value_at = value_ptr + key_token[:, None] * (value_stride_n * UNIT) + column
+            value = load_tokens(value_at, key_token, keys, MASKED, HEAD_DIM, BLOCK_DIM)
+            nothing = tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32)
+            scores = multiply(query, tl.trans(key), nothing, PRECISION)
+            weights = tl.exp2(scores * score_scale - log_sum[:, None])
+            grad_scores = weights * (multiply(grad, tl.trans(value), nothing, PRECISION) - delta[:, None])
+            if MASKED:  # beside scores below -128 the weight of a key that is not there overflows
+                grad_scores = tl.where(key_token[None, :] < keys, grad_scores, 0.0)
+            grad_query = multiply(grad_scores.to(key.dtype), key, grad_query, PRECISION)
     store_tokens(grad_query_ptr + offset, grad_query * scale, token, queries, HEAD_DIM, BLOCK_DIM)
-
-
-@triton.jit
-def over_queries(
-    key,  # (BLOCK_KEYS, BLOCK_DIM), as value
-    value,
-    grad_key,
-    grad_value,
-    query_ptr,  # of this head, as all pointers
-    grad_ptr,
-    log_sum_ptr,
-    delta_ptr,
-    query_stride_n,
-    grad_stride_n,
-    start,
-    end,
-    queries,
-    score_scale,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    MASKED: tl.constexpr,
-    INDEX_64: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    """The gradients of a block of keys and values after the queries from start to end, but for the scale.
-
-    Scores are (keys, queries) here, so that both sums are plain products.
-    """
-    column = tl.arange(0, BLOCK_DIM)[None, :]
-    for first in tl.range(start, end, BLOCK_QUERIES, num_stages=1 if MASKED else None):
-        token = first + tl.arange(0, BLOCK_QUERIES)
-        if INDEX_64:
-            token = token.to(tl.int64)
-        address = query_ptr + token[:, None] * query_stride_n + column
-        query = load_tokens(address, token, queries, MASKED, HEAD_DIM, BLOCK_DIM)
-        address = grad_ptr + token[:, None] * grad_stride_n + column
-        grad = load_tokens(address, token, queries, MASKED, HEAD_DIM, BLOCK_DIM)
-        valid = token < queries
-        nothing = tl.zeros((BLOCK_KEYS, BLOCK_QUERIES), tl.float32)
-        scores = multiply(key, tl.trans(query), nothing, PRECISION)
-        if MASKED:
-            log_sum = tl.load(log_sum_ptr + token, mask=valid, other=0.0)
-        else:
-            log_sum = tl.load(log_sum_ptr + token)
-        weights = tl.exp2(scores * score_scale - log_sum[None, :])
-        if MASKED:
-            weights = tl.where(valid[None, :], weights, 0.0)
-        if VALUE:
-            grad_value = multiply(weights.to(grad.dtype), grad, grad_value, PRECISION)
-        if KEY:
-            if MASKED:
-                delta = tl.load(delta_ptr + token, mask=valid, other=0.0)
-            else:
-                delta = tl.load(delta_ptr + token)
-            grad_scores = weights * (multiply(value, tl.trans(grad), nothing, PRECISION) - delta[None, :])
-            if MASKED:  # an infinite value times the zero that is not there
-                grad_scores = tl.where(valid[None, :], grad_scores, 0.0)
-            grad_key = multiply(grad_scores.to(query.dtype), query, grad_key, PRECISION)
-    return grad_key, grad_value
 
 
 @triton.jit
@@ -286,8 +153,8 @@ def backward_context(
     heads,
     queries,
     keys,
-    key_blocks,
-    whole_queries,  # in whole blocks
+    blocks,
+    whole,  # queries in whole blocks
     UNIT: tl.constexpr,
     INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -297,7 +164,7 @@ def backward_context(
     BLOCK_DIM: tl.constexpr,
 ):
     """The gradients of one block of keys and of their values."""
-    sequence, batch, head, block = block_of_head(key_blocks, heads, INDEX_64)
+    sequence, batch, head, block = block_of_head(blocks, heads, INDEX_64)
     token = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     column = tl.arange(0, BLOCK_DIM)[None, :]
     query_ptr += (batch * query_stride_b + head * query_stride_h) * UNIT
@@ -316,56 +183,32 @@ def backward_context(
 
     grad_key = tl.zeros((BLOCK_KEYS, BLOCK_DIM), tl.float32)
     grad_value = tl.zeros((BLOCK_KEYS, BLOCK_DIM), tl.float32)
-    grad_key, grad_value = over_queries(
-        key,
-        value,
-        grad_key,
-        grad_value,
-        query_ptr,
-        grad_ptr,
-        log_sum_ptr,
-        delta_ptr,
-        query_stride_n * UNIT,
-        output_stride_n * UNIT,
-        0,
-        whole_queries,
-        queries,
-        score_scale,
-        grad_key_ptr is not None,
-        grad_value_ptr is not None,
-        False,
-        INDEX_64,
-        PRECISION,
-        HEAD_DIM,
-        BLOCK_QUERIES,
-        BLOCK_KEYS,
-        BLOCK_DIM,
-    )
-    grad_key, grad_value = over_queries(
-        key,
-        value,
-        grad_key,
-        grad_value,
-        query_ptr,
-        grad_ptr,
-        log_sum_ptr,
-        delta_ptr,
-        query_stride_n * UNIT,
-        output_stride_n * UNIT,
-        whole_queries,
-        queries,
-        queries,
-        score_scale,
-        grad_key_ptr is not None,
-        grad_value_ptr is not None,
-        True,
-        INDEX_64,
-        PRECISION,
-        HEAD_DIM,
-        BLOCK_QUERIES,
-        BLOCK_KEYS,
-        BLOCK_DIM,
-    )
+    # Scores are (keys, queries) here, so that both sums are plain products.
+    for MASKED in tl.static_range(2):
+        start, end = whole if MASKED else 0, queries if MASKED else whole
+        for first in tl.range(start, end, BLOCK_QUERIES, num_stages=1 if MASKED else None):
+            query_token = first + tl.arange(0, BLOCK_QUERIES)
+            if INDEX_64:
+                query_token = query_token.to(tl.int64)
+            query_at = query_ptr + query_token[:, None] * (query_stride_n * UNIT) + column
+            query = load_tokens(query_at, query_token, queries, MASKED, HEAD_DIM, BLOCK_DIM)
+            grad_at = grad_ptr + query_token[:, None] * (output_stride_n * UNIT) + column
+            grad = load_tokens(grad_at, query_token, queries, MASKED, HEAD_DIM, BLOCK_DIM)
+            valid, absent = query_token < queries if MASKED else None, 0.0 if MASKED else None
+            nothing = tl.zeros((BLOCK_KEYS, BLOCK_QUERIES), tl.float32)
+            scores = multiply(key, tl.trans(query), nothing, PRECISION)
+            log_sum = tl.load(log_sum_ptr + query_token, mask=valid, other=absent)
+            weights = tl.exp2(scores * score_scale - log_sum[None, :])
+            if MASKED:
+                weights = tl.where(valid[None, :], weights, 0.0)
+            if grad_value_ptr is not None:
+                grad_value = multiply(weights.to(grad.dtype), grad, grad_value, PRECISION)
+            if grad_key_ptr is not None:
+                delta = tl.load(delta_ptr + query_token, mask=valid, other=absent)
+                grad_scores = weights * (multiply(value, tl.trans(grad), nothing, PRECISION) - delta[None, :])
+                if MASKED:  # an infinite value times the zero that is not there
+                    grad_scores = tl.where(valid[None, :], grad_scores, 0.0)
+                grad_key = multiply(grad_scores.to(query.dtype), query, grad_key, PRECISION)
     offset = (batch * context_stride_b + head * context_stride_h) * UNIT
     offset += token[:, None] * (context_stride_n * UNIT) + column
     if grad_key_ptr is not None:

@@ -85,7 +85,8 @@ def _gated_shapes(dtype: torch.dtype) -> Iterator[Shape]:
         lengths = (queries, keys, keys, queries, queries)
         tensors = (_tokens(batch, length, heads, head_dim, dtype) for length in lengths)
         yield Shape(dict(zip(names, tensors, strict=True)))
-    yield Shape({name: torch.empty(8, 2, 107 * 140, 128, dtype=dtype) for name in names})
+    # Heads outside and no residual: the one call that is capped on Hopper.
+    yield Shape({name: torch.empty(8, 2, 107 * 140, 128, dtype=dtype) for name in names[:4]})
 
 
 def _linear_shapes(dtype: torch.dtype) -> Iterator[Shape]:

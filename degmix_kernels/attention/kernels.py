@@ -47,52 +47,6 @@ def block_of_head(blocks, heads, INDEX_64: tl.constexpr):
 
 
 @triton.jit
-def attend(
-    query,  # (BLOCK_QUERIES, BLOCK_DIM)
-    maximum,
-    total,
-    output,
-    key_ptr,  # of this head, as value_ptr
-    value_ptr,
-    key_stride_n,
-    value_stride_n,
-    start,
-    end,
-    keys,
-    score_scale,
-    MASKED: tl.constexpr,
-    INDEX_64: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    """Running maximum, sum and weighted values of a block of queries after the keys from start to end."""
-    column = tl.arange(0, BLOCK_DIM)[None, :]
-    for first in tl.range(start, end, BLOCK_KEYS, num_stages=1 if MASKED else None):
-        token = first + tl.arange(0, BLOCK_KEYS)
-        if INDEX_64:
-            token = token.to(tl.int64)
-        address = key_ptr + token[:, None] * key_stride_n + column
-        key = load_tokens(address, token, keys, MASKED, HEAD_DIM, BLOCK_DIM)
-        scores = tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32)
-        scores = multiply(query, tl.trans(key), scores, PRECISION)
-        if MASKED:
-            scores = tl.where(token[None, :] < keys, scores, float("-inf"))
-        larger = tl.maximum(maximum, tl.max(scores, axis=1) * score_scale)
-        weights = tl.exp2(scores * score_scale - larger[:, None])
-        shrink = tl.exp2(maximum - larger)
-        total = total * shrink + tl.sum(weights, axis=1)
-        output *= shrink[:, None]
-        address = value_ptr + token[:, None] * value_stride_n + column
-        value = load_tokens(address, token, keys, MASKED, HEAD_DIM, BLOCK_DIM)
-        output = multiply(weights.to(value.dtype), value, output, PRECISION)
-        maximum = larger
-    return maximum, total, output
-
-
-@triton.jit
 def forward(
     query_ptr,
     key_ptr,
@@ -118,8 +72,8 @@ def forward(
     heads,
     queries,
     keys,
-    query_blocks,
-    whole_keys,  # in whole blocks
+    blocks,
+    whole,  # keys in whole blocks
     UNIT: tl.constexpr,
     INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -129,7 +83,7 @@ def forward(
     BLOCK_DIM: tl.constexpr,
 ):
     """Softmax attention of one block of queries over all keys, gate and residual."""
-    sequence, batch, head, block = block_of_head(query_blocks, heads, INDEX_64)
+    sequence, batch, head, block = block_of_head(blocks, heads, INDEX_64)
     token = block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     column = tl.arange(0, BLOCK_DIM)[None, :]
     query_ptr += (batch * query_stride_b + head * query_stride_h) * UNIT
@@ -143,48 +97,27 @@ def forward(
     total = tl.zeros((BLOCK_QUERIES,), tl.float32)
     output = tl.zeros((BLOCK_QUERIES, BLOCK_DIM), tl.float32)
     # Only the last block of keys can be ragged: the others need no masks.
-    maximum, total, output = attend(
-        query,
-        maximum,
-        total,
-        output,
-        key_ptr,
-        value_ptr,
-        key_stride_n * UNIT,
-        value_stride_n * UNIT,
-        0,
-        whole_keys,
-        keys,
-        score_scale,
-        False,
-        INDEX_64,
-        PRECISION,
-        HEAD_DIM,
-        BLOCK_QUERIES,
-        BLOCK_KEYS,
-        BLOCK_DIM,
-    )
-    maximum, total, output = attend(
-        query,
-        maximum,
-        total,
-        output,
-        key_ptr,
-        value_ptr,
-        key_stride_n * UNIT,
-        value_stride_n * UNIT,
-        whole_keys,
-        keys,
-        keys,
-        score_scale,
-        True,
-        INDEX_64,
-        PRECISION,
-        HEAD_DIM,
-        BLOCK_QUERIES,
-        BLOCK_KEYS,
-        BLOCK_DIM,
-    )
+    for MASKED in tl.static_range(2):
+        start, end = whole if MASKED else 0, keys if MASKED else whole
+        for first in tl.range(start, end, BLOCK_KEYS, num_stages=1 if MASKED else None):
+            key_token = first + tl.arange(0, BLOCK_KEYS)
+            if INDEX_64:
+                key_token = key_token.to(tl.int64)
+            key_at = key_ptr + key_token[:, None] * (key_stride_n * UNIT) + column
+            key = load_tokens(key_at, key_token, keys, MASKED, HEAD_DIM, BLOCK_DIM)
+            scores = tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32)
+            scores = multiply(query, tl.trans(key), scores, PRECISION)
+            if MASKED:
+                scores = tl.where(key_token[None, :] < keys, scores, float("-inf"))
+            larger = tl.maximum(maximum, tl.max(scores, axis=1) * score_scale)
+            weights = tl.exp2(scores * score_scale - larger[:, None])
+            shrink = tl.exp2(maximum - larger)
+            total = total * shrink + tl.sum(weights, axis=1)
+            output *= shrink[:, None]
+            value_at = value_ptr + key_token[:, None] * (value_stride_n * UNIT) + column
+            value = load_tokens(value_at, key_token, keys, MASKED, HEAD_DIM, BLOCK_DIM)
+            output = multiply(weights.to(value.dtype), value, output, PRECISION)
+            maximum = larger
 
     # A query all of whose scores are -inf attends to nothing: 0, as PyTorch has it.
     empty = total == 0

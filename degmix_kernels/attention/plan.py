@@ -93,6 +93,50 @@ def scales(head_dim: int) -> dict[str, float]:
     return {"scale": head_dim**-0.5, "score_scale": math.log2(math.e) * head_dim**-0.5}
 
 
+def _launch(
+    kernel: Any,
+    blocks: Blocks,
+    tensors: dict[str, Tensor],
+    arguments: dict[str, Any],
+    by_keys: bool = False,
+    registers: int | None = None,
+) -> Launch:
+    """A kernel whose programs each own a block of queries, or of keys, and go over all of the other.
+
+    Args:
+        kernel: the kernel.
+        blocks: its tiles.
+        tensors: all that it takes strides of, by name; query and key among them.
+        arguments: all that is its own.
+        by_keys: whether programs own keys.
+        registers: at most so many on Hopper, if addresses have 32 bits.
+    """
+    batch, heads, queries, _ = tensors["query"].shape
+    keys = tensors["key"].shape[2]
+    steps, unit = strides(**tensors)
+    sides = ((queries, blocks.queries), (keys, blocks.keys))
+    (own, block), (other, other_block) = reversed(sides) if by_keys else sides
+    count = ceil_div(own, block)
+    large = needs_64_bit(*tensors.values())
+    return Launch(
+        kernel,
+        batch * heads * count,
+        {
+            **arguments,
+            **steps,
+            "heads": heads,
+            "queries": queries,
+            "keys": keys,
+            "blocks": count,
+            "whole": other // other_block * other_block,
+        },
+        {"UNIT": unit, "INDEX_64": large, **blocks.constants(tensors["query"])},
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+        hopper_registers=None if large else registers,
+    )
+
+
 def plan_forward(
     query: Tensor,
     key: Tensor,
@@ -104,41 +148,25 @@ def plan_forward(
     log_sum: Tensor | None,
 ) -> Launch:
     """The forward pass; gate, residual and attended are laid out as output, channels are contiguous."""
-    batch, heads, queries, head_dim = query.shape
-    keys = key.shape[2]
-    blocks = forward_blocks(query)
-    steps, unit = strides(query=query, key=key, value=value, output=output)
-    query_blocks = ceil_div(queries, blocks.queries)
-    large = needs_64_bit(query, key, value, output)
+    head_dim = query.shape[3]
     # 136 registers with Triton 3.6: capped, 2.11 ms instead of 2.62 on an H100 (bf16, 14 980 tokens). A call
     # that saves nothing for a backward pass gains nothing.
     saves = log_sum is not None
     capped = query.dtype != torch.float32 and head_dim == 128 and saves and residual is None
-    return Launch(
-        kernels.forward,
-        batch * heads * query_blocks,
-        {
-            "query_ptr": query,
-            "key_ptr": key,
-            "value_ptr": value,
-            "gate_ptr": gate,
-            "residual_ptr": residual,
-            "output_ptr": output,
-            "attended_ptr": attended,
-            "log_sum_ptr": log_sum,
-            **steps,
-            "score_scale": scales(head_dim)["score_scale"],
-            "heads": heads,
-            "queries": queries,
-            "keys": keys,
-            "query_blocks": query_blocks,
-            "whole_keys": keys // blocks.keys * blocks.keys,
-        },
-        {"UNIT": unit, "INDEX_64": large, **blocks.constants(query)},
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
-        hopper_registers=128 if capped and not large else None,
-    )
+    arguments = {
+        "query_ptr": query,
+        "key_ptr": key,
+        "value_ptr": value,
+        "gate_ptr": gate,
+        "residual_ptr": residual,
+        "output_ptr": output,
+        "attended_ptr": attended,
+        "log_sum_ptr": log_sum,
+        "score_scale": scales(head_dim)["score_scale"],
+    }
+    tensors = {"query": query, "key": key, "value": value, "output": output}
+    registers = 128 if capped else None
+    return _launch(kernels.forward, forward_blocks(query), tensors, arguments, registers=registers)
 
 
 def plan_prepare(
@@ -191,35 +219,19 @@ def plan_backward_query(
     grad_query: Tensor,
 ) -> Launch:
     """The gradient of the queries, laid out as that of the attended values, ``grad``."""
-    batch, heads, queries, head_dim = query.shape
-    keys = key.shape[2]
-    wide = needs_64_bit(query, key, value, grad)
-    blocks = query_blocks(query, wide)
-    steps, unit = strides(query=query, key=key, value=value, output=grad)
-    count = ceil_div(queries, blocks.queries)
-    return Launch(
-        backward_kernels.backward_query,
-        batch * heads * count,
-        {
-            "query_ptr": query,
-            "key_ptr": key,
-            "value_ptr": value,
-            "grad_ptr": grad,
-            "log_sum_ptr": log_sum,
-            "delta_ptr": delta,
-            "grad_query_ptr": grad_query,
-            **steps,
-            **scales(head_dim),
-            "heads": heads,
-            "queries": queries,
-            "keys": keys,
-            "query_blocks": count,
-            "whole_keys": keys // blocks.keys * blocks.keys,
-        },
-        {"UNIT": unit, "INDEX_64": wide, **blocks.constants(query)},
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
-    )
+    arguments = {
+        "query_ptr": query,
+        "key_ptr": key,
+        "value_ptr": value,
+        "grad_ptr": grad,
+        "log_sum_ptr": log_sum,
+        "delta_ptr": delta,
+        "grad_query_ptr": grad_query,
+        **scales(query.shape[3]),
+    }
+    blocks = query_blocks(query, needs_64_bit(query, key, value, grad))
+    tensors = {"query": query, "key": key, "value": value, "output": grad}
+    return _launch(backward_kernels.backward_query, blocks, tensors, arguments)
 
 
 def plan_backward_context(
@@ -233,34 +245,18 @@ def plan_backward_context(
     grad_value: Tensor | None,
 ) -> Launch:
     """The gradients of keys and values, laid out alike, each filled if given; delta only for the keys'."""
-    batch, heads, queries, head_dim = query.shape
-    keys = key.shape[2]
-    blocks = context_blocks(query)
+    arguments = {
+        "query_ptr": query,
+        "key_ptr": key,
+        "value_ptr": value,
+        "grad_ptr": grad,
+        "log_sum_ptr": log_sum,
+        "delta_ptr": delta,
+        "grad_key_ptr": grad_key,
+        "grad_value_ptr": grad_value,
+        **scales(query.shape[3]),
+    }
     context = grad_value if grad_key is None else grad_key
-    steps, unit = strides(query=query, key=key, value=value, output=grad, context=context)
-    count = ceil_div(keys, blocks.keys)
-    wide = needs_64_bit(query, key, value, grad, context)
-    return Launch(
-        backward_kernels.backward_context,
-        batch * heads * count,
-        {
-            "query_ptr": query,
-            "key_ptr": key,
-            "value_ptr": value,
-            "grad_ptr": grad,
-            "log_sum_ptr": log_sum,
-            "delta_ptr": delta,
-            "grad_key_ptr": grad_key,
-            "grad_value_ptr": grad_value,
-            **steps,
-            **scales(head_dim),
-            "heads": heads,
-            "queries": queries,
-            "keys": keys,
-            "key_blocks": count,
-            "whole_queries": queries // blocks.queries * blocks.queries,
-        },
-        {"UNIT": unit, "INDEX_64": wide, **blocks.constants(query)},
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
-    )
+    tensors = {"query": query, "key": key, "value": value, "output": grad, "context": context}
+    kernel = backward_kernels.backward_context
+    return _launch(kernel, context_blocks(query), tensors, arguments, by_keys=True)

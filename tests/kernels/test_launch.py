@@ -50,3 +50,33 @@ def test_a_test_that_pretends_to_be_on_amd_leaves_nothing(monkeypatch):
         assert not launch._on_hopper()
     monkeypatch.setattr(torch.version, "hip", None)
     assert launch._on_hopper()
+
+
+def test_a_grid_has_an_end():
+    kernel = Kernel()
+    with pytest.raises(ValueError, match="grid: expected at most 2147483647 programs, got 2147483648"):
+        launch.run(Launch(kernel, 2**31, {}, {}), torch.device("cpu"))
+    assert kernel.given == []
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_launch_runs_on_the_device_of_its_tensors(monkeypatch, current):
+    devices = [current]
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            devices.append(self.index)
+
+        def __exit__(self, *_: object) -> None:
+            devices.pop()
+
+    launched_on = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: devices[-1])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(launch, "_launch", lambda planned: launched_on.append(devices[-1]))
+    launch.run(Launch(Kernel(), 1, {}, {}), torch.device("cuda", 1))
+    assert launched_on == [1]
+    assert devices == [current]
