@@ -18,7 +18,6 @@ from degmix_kernels.launch import run
 if backend.HAS_TRITON:
     from degmix_kernels.gating.backward_plan import plan_norm_backward
     from degmix_kernels.gating.passes import (
-        GateGradients,
         Norm,
         Wants,
         flat,
@@ -196,17 +195,13 @@ def _backward(
             _run_fc1(call, "identity", pre, None)
         grad_pre = torch.empty_like(pre) if through_fc1 else None
         found = _through_gate(call, grad, pre, grad_pre, wanted)
-        gradients = {
-            "gate_norm_weight": found.norm_weight,
-            "gate_norm_bias": found.norm_bias,
-            "gate_weight": found.weight,
-            "gate_bias": found.bias,
-        }
+        gated = found.pop("gated")
+        gradients = {f"gate_{name}": gradient for name, gradient in found.items()}
         if wanted.fc1_bias:
-            gradients["fc1_bias"] = torch.cat([found.u_sum, found.v_sum])
+            gradients["fc1_bias"] = torch.cat([found["u_sum"], found["v_sum"]])
         if wanted.fc2_weight:
-            gradients["fc2_weight"] = flat(grad).t() @ flat(found.gated)
-        del found
+            gradients["fc2_weight"] = flat(grad).t() @ flat(gated)
+        del gated
     normed = sums = None
     if through_norm:
         grad_normed = (flat(grad_pre) @ call.fc1_weight).view(x.shape)
@@ -230,7 +225,7 @@ def _backward(
 
 def _through_gate(
     call: Call, grad: Tensor, pre: Tensor, grad_pre: Tensor | None, wanted: Call
-) -> GateGradients:
+) -> dict[str, Tensor | None]:
     """The way back through fc2, the gate and fc1's activation; ``grad_pre`` is filled, if given."""
     wants = Wants(
         norm=wanted.gate_norm_weight or wanted.gate_norm_bias,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -74,19 +73,6 @@ class Wants(NamedTuple):
     sums: bool = False
 
 
-@dataclass
-class GateGradients:
-    """Results of ``gate_backward``, each None where not wanted; sums are fp32."""
-
-    norm_weight: Tensor | None = None
-    norm_bias: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    gated: Tensor | None = None
-    u_sum: Tensor | None = None
-    v_sum: Tensor | None = None
-
-
 def gate_backward(
     grad: Tensor | None,
     u: Tensor,
@@ -99,7 +85,7 @@ def gate_backward(
     wants: Wants,
     grad_u: Tensor | None,
     grad_v: Tensor | None,
-) -> GateGradients:
+) -> dict[str, Tensor | None]:
     """The way back through ``act(u) ⊙ (weight · LayerNorm(act(v)) + bias)``.
 
     Args:
@@ -114,21 +100,24 @@ def gate_backward(
         wants: what to compute.
         grad_u: filled with the gradient of u, if given; made by ``as_rows``.
         grad_v: filled with the gradient of v, if given; made by ``as_rows``.
+
+    Returns:
+        What is wanted, of norm_weight, norm_bias, weight, bias, gated, u_sum and v_sum; sums are fp32.
     """
-    results = GateGradients()
     through_norm = grad_v is not None or wants.norm
     normed = normalised(v, norm, activation)
     grad_mixed = torch.empty_like(normed) if through_norm or wants.weight else None
-    results.gated = torch.empty_like(normed) if wants.gated else None
+    gated = torch.empty_like(normed) if wants.gated else None
     launch, bias_parts, u_parts = plan_gate_backward(
-        normed, weight, bias, u, mode, activation, grad, results.gated, grad_mixed, grad_u, wants.bias,
+        normed, weight, bias, u, mode, activation, grad, gated, grad_mixed, grad_u, wants.bias,
         grad_u is not None and wants.sums,
     )  # fmt: skip
     run(launch, u.device)
-    results.bias = None if bias_parts is None else bias_parts.sum(0)
-    results.u_sum = None if u_parts is None else u_parts.sum(0)
+    results = {"gated": gated}
+    for name, parts in (("bias", bias_parts), ("u_sum", u_parts)):
+        results[name] = None if parts is None else parts.sum(0)
     if wants.weight:
-        results.weight = _weight_gradient(grad_mixed, normed, mode)
+        results["weight"] = _weight_gradient(grad_mixed, normed, mode)
     if through_norm:
         # Nothing needs ``normed`` any more; its gradient takes its place.
         if mode == "token":
@@ -142,9 +131,9 @@ def gate_backward(
         for launch in launches:
             run(launch, u.device)
         if wants.norm:
-            results.norm_weight, results.norm_bias = sums[0].sum(0), sums[1].sum(0)
+            results["norm_weight"], results["norm_bias"] = sums[0].sum(0), sums[1].sum(0)
         if wants.sums:
-            results.v_sum = sums[2].sum(0)
+            results["v_sum"] = sums[2].sum(0)
     return results
 
 

@@ -108,14 +108,7 @@ def _backward(
     wants = Wants(wanted.norm_weight or wanted.norm_bias, wanted.weight, wanted.bias)
     norm, grad = (norm_weight, norm_bias, eps), grads[0].contiguous()
     found = gate_backward(grad, u, v, norm, weight, bias, mode, "identity", wants, grad_u, grad_v)
-    return {
-        "u": grad_u,
-        "v": grad_v,
-        "norm_weight": found.norm_weight,
-        "norm_bias": found.norm_bias,
-        "weight": found.weight,
-        "bias": found.bias,
-    }
+    return {"u": grad_u, "v": grad_v, **found}
 
 
 def _products(call: Call) -> int:
