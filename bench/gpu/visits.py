@@ -104,9 +104,9 @@ VISITS = {
         ),
     ),
     "decide": Visit(
-        "ways to compute the same, side by side (python -m bench.gpu.decide)",
+        "prototypes of kernels beside ours (python -m bench.gpu.decide)",
         200,
-        (Stage("decide", 180, ("-m", "bench.gpu.decide", "{out}/decide.jsonl", "--seconds", "{seconds}")),),
+        (Stage("decide", 180, ("-m", "bench.gpu.decide", "{out}/decide.jsonl"), repeated=True),),
     ),
     "compare": Visit(
         "torch.compile beside ours, and training with ours and with the formula",
