@@ -311,7 +311,3 @@ def _changed(rows: Sequence[Compiled]) -> list[str]:
         for target in TARGETS
         for line in differences(target, [row for row in rows if row.target == target], baseline)
     ]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -160,7 +160,7 @@ def _event_samples(
     """
     for _ in range(WARM_UP):
         call.step(call.prepare())
-    hosts = [host_seconds(call) for _ in range(WARM_UP)]
+    hosts = [_host_seconds(call) for _ in range(WARM_UP)]
     torch.cuda.synchronize()
     began = time.perf_counter()
     call.step(call.prepare())
@@ -188,7 +188,7 @@ def _event_samples(
     return [start.elapsed_time(end) / calls for start, end in pairs]
 
 
-def host_seconds(call: Call) -> float:
+def _host_seconds(call: Call) -> float:
     """How long the host takes to launch a call on a device that has nothing else to do."""
     prepared = call.prepare()
     torch.cuda.synchronize()

@@ -345,12 +345,10 @@ def _line(row: Row, part: Part) -> str:
     """A row with its call; numbers that are not finite become null."""
     columns = asdict(row) | {"device": part.machine.device(row.impl)}
     columns |= asdict(part.machine) | asdict(part.ceilings) | {"measured": part.measured, "quick": part.quick}
-    finite = {name: None if _infinite(value) else value for name, value in columns.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
-
-
-def _infinite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+    for name, value in columns.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            columns[name] = None
+    return json.dumps(columns, allow_nan=False) + "\n"
 
 
 def _parsed(line: Any) -> tuple[Row, Part]:

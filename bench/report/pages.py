@@ -174,12 +174,6 @@ def newest_of_a_gpu(folder: Path) -> tuple[Path, Results] | None:
     return max(of_gpus, key=lambda each: (is_complete(each[1]), each[1].measured), default=None)
 
 
-def of_known_ops(results: Results) -> Results:
-    """The results without rows of ops that are gone since."""
-    known = {case.op for case in CASES}
-    return replace(results, rows=tuple(row for row in results.rows if row.op in known))
-
-
 def publish(file: Path, results: Results) -> Path:
     """Move a result file to those that the report reads, under the name that its date and commit give it.
 
@@ -256,7 +250,9 @@ def report(check: bool) -> int:
     else:
         from bench.report import plots
 
-        path, results = found[0], of_known_ops(found[1])
+        path, measured = found
+        known = {case.op for case in CASES}  # some are gone since
+        results = replace(measured, rows=tuple(row for row in measured.rows if row.op in known))
         pictures = [(PICTURES / name).as_posix() for name in plots.names(results)]
         source = path.relative_to(README.parent).as_posix()
         generated = section(results, source, pictures)
@@ -311,7 +307,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, ValueError) as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return USER_ERROR
-
-
-if __name__ == "__main__":
-    sys.exit(main())
