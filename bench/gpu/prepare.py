@@ -53,11 +53,10 @@ def fill(work: Path, console: Console) -> list[dict]:
     """Run everything; returns all events, as :func:`bench.gpu.pretend.environment` has them."""
     environment = os.environ | pretend.environment(work, CACHE) | {"OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    values = {"out": work, "logs": work, "seconds": 3600}
 
     def run(name: str, command: tuple[str, ...]) -> None:
         with (work / f"{name}.log").open("w") as log:
-            words = [sys.executable, *(word.format(**values) for word in command)]
+            words = [sys.executable, *(word.format(out=work) for word in command)]
             own = environment | {"DEGMIX_STAGE": name}
             subprocess.run(words, cwd=REPOSITORY, env=own, stdout=log, stderr=log, check=False)
 

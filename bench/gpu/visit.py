@@ -23,7 +23,7 @@ from pathlib import Path
 from bench.gpu import prepared
 from bench.gpu.prepared import REPOSITORY
 from bench.gpu.process import SECONDS_AFTER_KILL, TO_END, limited
-from bench.gpu.visits import MOST_ARE_WRONG, OPS, VISITS, WITHOUT_GPU, Stage, stages_of
+from bench.gpu.visits import MOST_ARE_WRONG, OPS, TO_RENDER, VISITS, WITHOUT_GPU, Stage, with_seconds
 from bench.harness.results import KILLED, Results, read
 
 OK, FAILED, USER_ERROR, NO_GPU = 0, 1, 2, 3  # exit codes
@@ -247,7 +247,7 @@ class Call:
 
     def _command(self, stage: Stage, seconds: int) -> tuple[list[str], str]:
         """What to run, or why it cannot be."""
-        values = {"out": self.out, "logs": self.logs, "seconds": max(1, seconds - stage.spare)}
+        values = {"out": self.out, "seconds": max(1, seconds - TO_RENDER)}
         command = [self.python, *(word.format(**values) for word in stage.command)]
         if not stage.sanitizer:
             lacking = tuple(option for option, plugin in PLUGINS.items() if plugin in self.missing)
@@ -384,7 +384,7 @@ def _visit(options: argparse.Namespace, call: Call) -> int:
         print(f"gpu_check: {error}", file=sys.stderr)
         return USER_ERROR
     if gpu:
-        call.run(stages_of(VISITS[options.visit], options.seconds))
+        call.run([with_seconds(stage, options.seconds) for stage in VISITS[options.visit].stages])
     else:
         print("The benchmark runs at small sizes on the CPU; its times say nothing about the kernels.")
         call.run([WITHOUT_GPU] if options.resume is None else [])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_up import ROW, results, write
+from made_up import CEILINGS, ROW, results, write
 
 from bench import program
 from bench.cases.shapes import QUICK
@@ -88,6 +88,7 @@ def test_a_file_is_continued(
     file = tmp_path / "results.jsonl"
     here = replace(read_machine(CPU), commit="c" * 40, dirty=False)
     monkeypatch.setattr(program, "read_machine", lambda device: here)
+    monkeypatch.setattr(program, "measure_ceilings", lambda *_: CEILINGS)
     options = ["--op", "batch_norm", "--shapes", QUICK, "--baseline", "none", "--resume", str(file)]
     file.touch()  # as of a process that was killed at once
     assert program.main([*options, "--mode", "fwd"]) == 0
