@@ -106,16 +106,9 @@ def _problem(
     terms: int,
     updating: Callable[[nn.Module], Update] | None = None,
 ) -> Problem:
-    """Ours beside the formula, eager and compiled, all with the same weights and inputs.
+    """Ours beside the formula, eager and compiled, all with the module's weights and the same inputs.
 
-    Args:
-        module: whose weights they are.
-        inputs: what the functions take besides.
-        ours: of module and inputs.
-        written_out: the same by the formula.
-        dtype: that is measured.
-        terms: of the longest sum.
-        updating: what ends a step of training, of the module that is trained.
+    The longest sum has so many terms; ``updating`` makes what ends a step of training of a module.
     """
     device = inputs[0].device
 

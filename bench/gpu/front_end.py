@@ -44,13 +44,13 @@ from triton.compiler.compiler import make_backend
 from bench.compiler.targets import TARGETS
 from bench.compiler.trace import Specialised, launches_of, specialise, traced
 from bench.harness.case import SEED
+from bench.harness.command import FAILURE, USER_ERROR
 from degmix_kernels.backend import INTERPRETED, KERNEL_DTYPES
 from degmix_kernels.contract import Op
 from degmix_kernels.launch import Launch
 from degmix_kernels.registry import OPS
 
 INTEGERS = ("i32", "i64")
-USER_ERROR = 2
 
 Fact = tuple[str, str, object]
 """Kernel, what it is about, value."""
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "refused": refused,
     }
     print(json.dumps(counts))
-    return 1 if refused else 0
+    return FAILURE if refused else 0
 
 
 if __name__ == "__main__":

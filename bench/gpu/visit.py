@@ -34,7 +34,7 @@ TO_ASK = 20  # seconds for a tool that may hang
 WORTHWHILE = 15  # with less left, a stage would hardly have loaded torch
 SHOWN = 30  # lines of a stage's log
 RESULTS = "results.jsonl"
-KEPT = (RESULTS, "results.md", "profile.md", "decide.jsonl", "training.json")
+KEPT = (RESULTS, "results.md", "profile.md", "decide.jsonl", "decide.md", "training.json")
 SANITIZER = ("--error-exitcode=9",)
 # PyTorch's own kernels are not what is to be checked, and are most of the work. initcheck has to see what
 # they write.
@@ -198,12 +198,7 @@ class Call:
                 self.fail(stage.name, f"{type(error).__name__}: {error}")
 
     def _stage(self, stage: Stage, until: float) -> int | None:
-        """Its exit code; None if it did not run.
-
-        Args:
-            stage: what to run.
-            until: seconds after the beginning of the visit, the time to end it included.
-        """
+        """Its exit code; None if it did not run. It is gone ``until`` so many seconds after the beginning."""
         began, left = self.elapsed, until - self.elapsed - TO_KILL - TO_FINISH
         seconds = min(stage.seconds, int(left))
         if stage.seconds == 0:

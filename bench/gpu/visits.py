@@ -68,16 +68,10 @@ TRAINING = ("-m", "bench.training", "--out", "{out}/training", "--rooms", "64", 
 
 @dataclass(frozen=True)
 class Visit:
-    """What one command does.
+    """What one command does, in this order: what has no time left is at the end."""
 
-    Attributes:
-        what: for the help.
-        deadline: seconds for all of it.
-        stages: in their order: what has no time left is at the end.
-    """
-
-    what: str
-    deadline: int
+    what: str  # for the help
+    deadline: int  # seconds for all of it
     stages: tuple[Stage, ...]
 
 

@@ -273,11 +273,8 @@ class ResultFile:
     """A file that gets the rows of one call, each as soon as it is known.
 
     A measurement that is begun has a line that says that it was killed, until its rows take the place of
-    that line: whatever hangs would otherwise hang every call that continues the file.
-
-    Args:
-        path: of the file, which is made if it is not there; without a row it does not stay.
-        part: the call.
+    that line: whatever hangs would otherwise hang every call that continues the file. Without a row the file
+    does not stay.
     """
 
     def __init__(self, path: Path, part: Part) -> None:

@@ -37,11 +37,7 @@ def run(
 ) -> Iterator[tuple[Row, ...]]:
     """Measure everything that is selected; rows come as they are known, those of one measurement together.
 
-    Args:
-        selection: what.
-        device: where.
-        ceilings: what the device reaches.
-        advance: called once for each implementation and mode, with a row that says what comes next.
+    ``advance`` is called once for each implementation and mode, with a row that says what comes next.
 
     Raises:
         DeviceLost: after the rows of the measurement that lost it.
@@ -61,7 +57,7 @@ def run(
             if name in SLOW_TO_START and selection.quick and device.type == "cuda":
                 reason = _words(Unavailable("left out by --quick"))
             for mode in modes:
-                row = _row(case, dtype, mode, name)
+                row = Row(case.op, case.shape, dtype, case.modes[mode], name, images=case.images)
                 advance(row)
                 if reason is not None or make is None:
                     yield (replace(row, status=reason),)
@@ -113,10 +109,6 @@ def _with_peak(row: Row, made: Run, mode: str, dtype: torch.dtype) -> Row:
         return replace(row, peak_bytes=peak_bytes(call_of(plain, mode, dtype), plain.own_bytes))
     except Exception as error:  # the times are known and stay
         return replace(row, status=f"peak memory: {_words(error)}")
-
-
-def _row(case: Case, dtype: str, mode: str, name: str) -> Row:
-    return Row(case.op, case.shape, dtype, case.modes[mode], name, images=case.images)
 
 
 def _words(error: Exception) -> str:

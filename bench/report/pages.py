@@ -43,13 +43,7 @@ MIB = 2**20
 
 
 def section(results: Results, source: str, pictures: Sequence[str]) -> str:
-    """The report in Markdown.
-
-    Args:
-        results: what was measured.
-        source: where the file is, as the report's reader finds it.
-        pictures: where the pictures are, as the report's reader finds them.
-    """
+    """The report in Markdown; ``source``, the file, and the pictures are where its reader finds them."""
     lines = [_provenance(results, source), ""]
     ops, model = shown(results), model_calls(results)
     if ops:
@@ -110,13 +104,7 @@ def _op_table(calls: Sequence[Comparison]) -> list[str]:
 
 
 def family_section(results: Results | None, family: str, source: str) -> str:
-    """The calls of one family's ops in Markdown.
-
-    Args:
-        results: what was measured, if anything was.
-        family: the name of its folder.
-        source: where the result file is, as the page's reader finds it.
-    """
+    """The calls of one family's ops in Markdown; ``source`` is where its reader finds the file."""
     names = {op.name for op in OPS if family_of(op) == family}
     calls = [] if results is None else shown(results)
     calls = [call for call in calls if call.ours.op.partition(" (")[0] in names]

@@ -39,7 +39,7 @@ def on_a_cpu(machine: Machine) -> str:
 
 
 def compared_with(now: Results, earlier: Results, name: str) -> str:
-    """What another run was measured on, and what of that is different now; arguments as below."""
+    """What another run was measured on, and what of that is different now."""
     then, here = earlier.machine, now.machine
     pairs = {
         "device": (_device(then), _device(here)),
@@ -55,11 +55,6 @@ def comparison_table(now: Results, earlier: Results, name: str) -> Table:
     """Our times now beside those of another run, matched by op, shape, dtype, mode and timer.
 
     Times whose 20 % and 80 % quantiles overlap are not told apart.
-
-    Args:
-        now: this run.
-        earlier: what it is compared with.
-        name: of that.
     """
     table = _table(f"ours, compared with {name}")
     for title in ("op", "shape", "dtype", "mode", "timer"):
