@@ -56,9 +56,7 @@ Positive = Annotated[int, checks.Range(minimum=1)]
 """An integer of at least 1."""
 
 _SCHEMA = {Tensor: "Tensor", str: "str", float: "float", int: "SymInt", bool: "bool"}
-
-
-_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 class Field(NamedTuple):
@@ -225,10 +223,8 @@ class define:
             return True
         if not torch.compiler.is_compiling() and _is_traced():  # nor what will be asked of a trace
             return True
-        return any(
-            computed and value is not None and value.requires_grad
-            for computed, value in zip(self._computed, values, strict=False)
-        )
+        every = range(self.count)
+        return any(self._computed[at] and values[at] is not None and values[at].requires_grad for at in every)
 
     def runs_triton(self, call: Any, missing: str = "") -> bool:
         """As :func:`degmix_kernels.backend.runs_triton`, of a checked call."""
@@ -436,7 +432,7 @@ class define:
             return round(self.products(self._parted(values)[1]) * self.backward_products)
 
 
-_PLAIN = _TENSORS | {type(None), int, float, bool, str, list}
+_PLAIN = {*_TENSORS, type(None), int, float, bool, str, list}
 
 
 def _is_traced() -> bool:

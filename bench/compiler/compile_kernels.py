@@ -38,6 +38,8 @@ from degmix_kernels.registry import OPS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
+TURNS = ("fp32", "bf16", "fp16")  # a target checks one dtype of every kernel, so that all together check each
+
 Labelled = tuple[str, str, Launch]
 """Label of an op, dtype, launch."""
 
@@ -149,7 +151,9 @@ def main() -> None:
     parser.add_argument("--op", default="", help="only ops whose label contains this")
     parser.add_argument("--dtype", choices=DTYPES, help="only this one")
     parser.add_argument("--benchmark", action="store_true", help="those of the benchmark's calls instead")
-    parser.add_argument("--representatives", action="store_true", help="one of each kernel and dtype")
+    parser.add_argument(
+        "--representatives", action="store_true", help="one of each kernel, in the target's dtype"
+    )
     arguments = parser.parse_args()
     target = TARGETS[arguments.target]
     gpu = GPUTarget(target.backend, target.arch, target.lanes)
@@ -157,12 +161,13 @@ def main() -> None:
         torch.version.hip = "none, but compiled for"  # plans ask it for whom they plan
     which = benchmarked if arguments.benchmark else planned
     # A launch that several dtypes share goes by the first.
-    dtypes = [arguments.dtype] if arguments.dtype else ["fp32", "bf16", "fp16"]
+    dtypes = [arguments.dtype] if arguments.dtype else TURNS
     launches = [
         (plan(op, dtype, launch, target.name, specialisation.capped(gpu)), specialisation)
         for op, dtype, launch, specialisation in specialised(which(arguments.op, dtypes))
     ]
-    chosen = representatives(launches) if arguments.representatives else launches
+    turn = dtypes[list(TARGETS).index(target.name) % len(dtypes)]
+    chosen = representatives(launches, turn) if arguments.representatives else launches
     print(json.dumps({"keys": [planned.key for planned, _ in launches], "compiled": len(chosen)}), flush=True)
     for planned_launch, specialisation in chosen:
         compiled = triton.compile(specialisation.source, target=gpu, options=specialisation.options(gpu))
@@ -190,13 +195,14 @@ def plan(op: str, dtype: str, launch: Launch, target: str, capped: int | None) -
     )
 
 
-def representatives(launches: Sequence[tuple[Planned, Specialised]]) -> list[tuple[Planned, Specialised]]:
-    """The first launch of every kernel in every dtype: what a change is checked with at first."""
-    first: dict[tuple[str, str, str], tuple[Planned, Specialised]] = {}
-    for planned_launch, specialisation in launches:
-        kernel = specialisation.module, specialisation.kernel, planned_launch.dtype
-        first.setdefault(kernel, (planned_launch, specialisation))
-    return list(first.values())
+def representatives(
+    launches: Sequence[tuple[Planned, Specialised]], dtype: str
+) -> list[tuple[Planned, Specialised]]:
+    """One launch of every kernel, in this dtype if it has one."""
+    chosen: dict[tuple[str, str], tuple[Planned, Specialised]] = {}
+    for launch in sorted(launches, key=lambda launch: launch[0].dtype != dtype):
+        chosen.setdefault((launch[1].module, launch[1].kernel), launch)
+    return list(chosen.values())
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def compile_for(
         dtype: "fp32", "bf16" or "fp16"; None for all.
         benchmark: the launches of the benchmark's calls, instead of those that the registry plans.
         report: called after each launch with how many are compiled, and of how many.
-        representatives: compile only one launch of each kernel and dtype.
+        representatives: compile only one launch of each kernel, in a dtype that depends on the target.
 
     Returns:
         What was compiled, and the keys of all launches.

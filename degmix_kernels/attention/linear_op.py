@@ -52,7 +52,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     Follows DeGMix, arXiv 2308.05721, as in its authors' later program.
     """
     call = linear_op.checked(query, key, value, scale)
-    check_shapes(*call[:3])
+    check_shapes(call.query, call.key, call.value)
     if linear_op.runs_triton(call, missing(call.query)):
         return linear_op(call)[0]
     return reference.linear_attention(*call)

@@ -58,12 +58,12 @@ def gated_attention(
     Follows Vaswani et al., arXiv 1706.03762, equation 1; the gate as in Qiu et al., arXiv 2505.06708.
     """
     call = gated_op.checked(query, key, value, gate, residual, True)
-    check_shapes(*call[:3])
+    check_shapes(call.query, call.key, call.value)
     checks.expect_shape("gate", call.gate, call.query.shape)
     checks.expect_shape("residual", call.residual, call.query.shape)
     if gated_op.runs_triton(call, missing(call.query)):
         return gated_op(call)[0]
-    return reference.gated_attention(*call[:5])
+    return reference.gated_attention(*tuple(call)[:5])
 
 
 def _outputs(call: GatedCall) -> tuple[Tensor, Tensor, Tensor]:

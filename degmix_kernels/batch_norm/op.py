@@ -70,8 +70,8 @@ def batch_norm(
     shape = call.x.shape
     checks.expect(len(shape) in (2, 4), "x", "2 or 4 dimensions", shape)
     checks.expect(shape[1] > 0, "x", "at least one channel", shape)
-    for name, vector in zip(Call._fields[1:5], call[1:5], strict=True):
-        checks.expect_shape(name, vector, shape[1:2])
+    for name in Call._fields[1:5]:
+        checks.expect_shape(name, getattr(call, name), shape[1:2])
     checks.expect_shape("residual", call.residual, shape)
     if op.runs_triton(call):
         return op(call)

@@ -110,7 +110,7 @@ def channel_mix(
         x, weight, residual, bias, norm_weight, norm_bias, running_mean, running_var, activation, eps, True,
         group,
     )  # fmt: skip
-    x, weight = call[:2]
+    x, weight = call.x, call.weight
     _check_shapes(call)
     both = (running_mean is None) == (running_var is None)
     checks.expect(both, "running_var", "running_mean and running_var, or neither", "one of them")
@@ -158,8 +158,8 @@ def _check_shapes(call: Call) -> None:
     divides = inner > 0 and x.shape[1] % inner == 0 and out_channels % (x.shape[1] // inner) == 0
     checks.expect(divides, "weight", "C/groups inputs and a multiple of groups rows", tuple(weight.shape))
     checks.expect_shape("weight", weight, (out_channels, inner, *([1] * (weight.dim() - 2))))
-    for name, vector in zip(Call._fields[3:8], call[3:8], strict=True):
-        checks.expect_shape(name, vector, (out_channels,))
+    for name in Call._fields[3:8]:
+        checks.expect_shape(name, getattr(call, name), (out_channels,))
     checks.expect_shape("residual", call.residual, (x.shape[0], out_channels, *x.shape[2:]))
 
 

@@ -75,8 +75,8 @@ def deform_mix(
     deterministic = torch.are_deterministic_algorithms_enabled()
     call = mix_op.checked(x, offset, weight, bias, activation, statistics, True, deterministic)
     x, offset, weight, bias, activation, statistics, *_ = call
-    for name, tensor in zip(Call._fields, call[:4], strict=False):
-        checks.expect_dims(name, tensor, 1 if name == "bias" else 4)
+    for name in Call._fields[:4]:
+        checks.expect_dims(name, getattr(call, name), 1 if name == "bias" else 4)
     batch, channels, height, width = x.shape
     checks.expect(height > 0 and width > 0, "x", "at least one pixel", x.shape)
     checks.expect_shape("offset", offset, (batch, 2 * channels, height, width))

@@ -88,8 +88,8 @@ def deform_conv2d(
     # The user may have left the region that asks for it by the time the backward pass runs.
     deterministic = torch.are_deterministic_algorithms_enabled()
     call = conv_op.checked(input, offset, weight, bias, mask, *geometry, deterministic)
-    for name, tensor in zip(Call._fields, call[:5], strict=False):
-        checks.expect_dims(name, tensor, 1 if name == "bias" else 4)
+    for name in Call._fields[:5]:
+        checks.expect_dims(name, getattr(call, name), 1 if name == "bias" else 4)
     input, offset, weight, bias, mask, *geometry, _ = call
     check_weight("input", input, weight, bias)
     _check_maps(input, offset, weight.shape[2:], mask, geometry)
@@ -103,7 +103,7 @@ def deform_conv2d(
 
 def checked_pair(argument: str, value: object, minimum: int) -> tuple[int, int]:
     """The pair behind an integer or a pair of integers, each at least ``minimum``."""
-    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or not all(checks.is_integer(each) for each in pair):
         raise TypeError(f"{argument}: expected an integer or a pair of integers, got {checks.shown(value)}")
     checks.expect(min(pair) >= minimum, argument, f"at least {minimum}", value)

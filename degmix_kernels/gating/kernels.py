@@ -268,12 +268,13 @@ def mix_tokens(
     token = program // column_blocks % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = program % column_blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     token_valid, column_valid = token < tokens, column < columns
+    bias = tl.load(bias_ptr + token, mask=token_valid, other=0.0).to(tl.float32)
     result = product(
         weight_ptr, normed_ptr + element * tokens * columns,
         tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32), token, token_valid, column, column_valid,
         tokens, columns, 1, token_units, TOKENS_UNIT, PRECISION, BLOCK_INNER,
     )  # fmt: skip
-    result += tl.load(bias_ptr + token, mask=token_valid, other=0.0).to(tl.float32)[:, None]
+    result += bias[:, None]
     valid = token_valid[:, None] & column_valid[None, :]
     row = (element * tokens + token)[:, None]
     at = row * multiplier_stride + column[None, :]

@@ -147,8 +147,8 @@ def gated_mlp(
         return op(call)[0]
     # Transforms of torch.func refuse the hooks that checkpointing needs.
     if call.recompute and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-        return checkpoint(reference.gated_mlp, *call[:13], use_reentrant=False)
-    return reference.gated_mlp(*call[:13])
+        return checkpoint(reference.gated_mlp, *tuple(call)[:13], use_reentrant=False)
+    return reference.gated_mlp(*tuple(call)[:13])
 
 
 def _contiguous(call: Call) -> Call:

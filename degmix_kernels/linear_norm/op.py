@@ -77,7 +77,7 @@ def linear_norm(
     ends its attention blocks so.
     """
     call = op.checked(x, weight, bias, norm_weight, norm_bias, addend, residual, eps, True)
-    x, weight = call[:2]
+    x, weight = call.x, call.weight
     checks.expect(x.dim() in (3, 4), "x", "3 or 4 dimensions", x.shape)
     checks.expect(weight.dim() in (2, 3), "weight", "2 or 3 dimensions", weight.shape)
     checks.expect(weight.dim() == 2 or x.dim() == 3, "weight", "2 dimensions for a map", weight.shape)
@@ -86,15 +86,15 @@ def linear_norm(
     checks.expect_shape("weight", weight, (*blocks, out_channels, x.shape[1 if x.dim() == 4 else 2]))
     divides = not blocks or x.shape[0] % blocks[0] == 0
     checks.expect(divides, "weight", "a first dimension that divides the batch of x", weight.shape)
-    for name, vector in zip(Call._fields[2:5], call[2:5], strict=True):
-        checks.expect_shape(name, vector, (*blocks, out_channels))
+    for name in Call._fields[2:5]:
+        checks.expect_shape(name, getattr(call, name), (*blocks, out_channels))
     shape = result_shape(x, out_channels)
     checks.expect_shape("addend", call.addend, shape)
     checks.expect_shape("residual", call.residual, shape)
     missing = f"more than {MAX_CHANNELS} out channels" if out_channels > MAX_CHANNELS else ""
     if op.runs_triton(call, missing):
         return op(call)[0]
-    return maps.laid_out(x, reference.linear_norm(*call[:8]))[0]
+    return maps.laid_out(x, reference.linear_norm(*tuple(call)[:8]))[0]
 
 
 def result_shape(x: Tensor, out_channels: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from degmix_kernels import maps
@@ -125,5 +126,6 @@ def layouts(problem: Problem, output: Tensor) -> dict[str, Any]:
 
 
 def warps(elements: int, of_a_warp: int) -> int:
-    """Warps for a tile: 4 to 16."""
-    return max(4, min(16, elements // of_a_warp))
+    """Warps for a tile: 4 to 16, on AMD half as many, of twice the lanes."""
+    count = max(4, min(16, elements // of_a_warp))
+    return count // 2 if torch.version.hip else count
