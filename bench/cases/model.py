@@ -178,21 +178,17 @@ def _prepare_whole(
 ) -> Problem:
     try:
         model = _untrained(backbone, shape.task_names, shape.classes, shape.channels)
-        step = _training_of(shape.task_names) if training else None
+        of, updating = _training_of(shape.task_names) if training else (_predictions_of, None)
     except ImportError as error:  # of timm, or of what reads configurations
         raise Unavailable(str(error)) from error
     model = copy.deepcopy(model).to(device).train(training)
     draw = Draw(device, torch.float32)  # pictures and labels are fp32 in every dtype
     inputs = [draw(shape.batch, 3, *shape.picture)]
     terms = shape.batch * math.prod(shape.picture)  # of a loss
-    if step is None:
-        functions = (_predictions_of(_predict), _predictions_of(_predict_written_out))
-        return _problem(model, inputs, *functions, dtype, terms)
-    loss_of, updating = step
-    channels = task_channels(shape.task_names, shape.classes)
-    inputs += [_labels(draw, task, channels[task], shape) for task in shape.task_names]
-    functions = (loss_of(_predict), loss_of(_predict_written_out))
-    return _problem(model, inputs, *functions, dtype, terms, updating)
+    if training:
+        channels = task_channels(shape.task_names, shape.classes)
+        inputs += [_labels(draw, task, channels[task], shape) for task in shape.task_names]
+    return _problem(model, inputs, of(_predict), of(_predict_written_out), dtype, terms, updating)
 
 
 @cache
