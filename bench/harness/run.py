@@ -63,7 +63,8 @@ def run(
                     yield (replace(row, status=reason),)
                 else:
                     yield _rows(checker, make, row, mode, case, place)
-                _forget(device)
+                if device.type == "cuda":
+                    _forget()
             if name == COMPILED and device.type == "cuda":
                 torch.compiler.reset()  # its graphs keep their memory otherwise
 
@@ -119,16 +120,15 @@ def _words(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {text}"[:300]
 
 
-def _forget(device: torch.device) -> None:
-    """Give memory back, so that the next one starts with what this one did.
+def _forget() -> None:
+    """Give the GPU's memory back, so that the next one starts with what this one did.
 
     Raises:
         DeviceLost: if an error, such as an illegal address, has ended all work of this process on the GPU.
     """
     gc.collect()
-    if device.type == "cuda":
-        try:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        except RuntimeError as error:
-            raise DeviceLost(_words(error)) from error
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        raise DeviceLost(_words(error)) from error
