@@ -27,7 +27,7 @@ CONTENDERS = [*decide.CONTENDERS, Contender("parts of an image", "deform_conv2d 
 SHAPES = [
     Map("map", 2, 4, 5, 7),
     Convolution(1, 16, 9, 11, 1.0, "four tiles"),
-    Convolution(2, 16, 2, 3, 1.0, "groups", offset_groups=8),
+    Convolution(2, 32, 2, 3, 1.0, "groups", offset_groups=8),
 ]
 """
 
