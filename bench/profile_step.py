@@ -34,17 +34,11 @@ LONGEST_NAME = 60  # characters
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel's part of a step; on a CPU, one operation's.
+    """One kernel's part of a step; on a CPU, one operation's."""
 
-    Attributes:
-        name: as the profiler has it.
-        calls: in a step.
-        ms: in a step, all calls together.
-    """
-
-    name: str
+    name: str  # as the profiler has it
     calls: float
-    ms: float
+    ms: float  # of all calls together
 
 
 def step_case(shape: str) -> Case:

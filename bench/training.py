@@ -32,7 +32,7 @@ from bench.cases.deform_conv import load_torchvision
 from bench.cases.model import FORMULA
 from bench.harness.case import Unavailable
 from bench.harness.ceilings import at_work
-from bench.harness.command import FAILURE, INTERRUPTED, LOG_WIDTH, USER_ERROR
+from bench.harness.command import FAILURE, INTERRUPTED, USER_ERROR, console
 from bench.harness.machine import read_machine
 from bench.harness.results import OK, OURS, expect_writable
 from bench.report.curves import JSON_NAME, PLOT_NAME, Curve, write
@@ -158,15 +158,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train twice, and put the curves together; 130 if interrupted, 1 if a run failed, 2 for a mistake."""
     options = parse(arguments)
-    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
-    device = train.default_device()
-    try:
-        load_torchvision(device)  # without it the formula would be something else than people have today
-    except Unavailable as error:
-        print(f"bench.training: {error}", file=sys.stderr)
-        return USER_ERROR
+    shown, device = console(), train.default_device()
     if device.type != "cuda":
-        console.print("No GPU: fp32, and our ops run their references; this says nothing about the kernels.")
+        shown.print("No GPU: fp32, and our ops run their references; this says nothing about the kernels.")
     work = nullcontext(options.work) if options.work else TemporaryDirectory(prefix="training-")
     try:
         expect_writable(options.out / JSON_NAME)
@@ -174,9 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench.training: --out: {error}", file=sys.stderr)
         return USER_ERROR
     try:
+        load_torchvision(device)  # without it the formula would be something else than people have today
         with work as folder:
-            return train_twice(options, Path(folder), device, console)
-    except (ConfigError, DataError) as error:
+            return train_twice(options, Path(folder), device, shown)
+    except (Unavailable, ConfigError, DataError) as error:
         print(f"bench.training: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:

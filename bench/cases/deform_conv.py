@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.cases.op import Baseline, Draw, OpCases
-from bench.cases.shapes import CONVOLUTIONS, MAPS, PER_CHANNEL, SMALL_GROUPS, SMALL_OFFSETS, Convolution, Map
+from bench.cases.shapes import CONVOLUTIONS, MAPS, PER_CHANNEL, SMALL_GROUPS, Convolution, Map
 from bench.harness.case import DEFORMOPS, Unavailable
 from degmix_kernels.activation import activate
 from degmix_kernels.contract import Sample
@@ -36,7 +36,7 @@ def mix(draw: Draw, shape: Map) -> Sample:
     batch, channels, height, width = shape.batch, shape.channels, shape.height, shape.width
     arguments = {
         "x": draw(batch, channels, height, width),
-        "offset": draw(batch, 2 * channels, height, width, dtype=torch.float32) * SMALL_OFFSETS,
+        "offset": draw(batch, 2 * channels, height, width, dtype=torch.float32) * shape.spread,
         "weight": draw(channels, channels, 1, 1) / math.sqrt(channels),
         "bias": draw(channels),
     }

@@ -106,16 +106,9 @@ def _problem(
     terms: int,
     updating: Callable[[nn.Module], Update] | None = None,
 ) -> Problem:
-    """Ours beside the formula, eager and compiled, all with the same weights and inputs.
+    """Ours beside the formula, eager and compiled, all with the module's weights and the same inputs.
 
-    Args:
-        module: whose weights they are.
-        inputs: what the functions take besides.
-        ours: of module and inputs.
-        written_out: the same by the formula.
-        dtype: that is measured.
-        terms: of the longest sum.
-        updating: what ends a step of training, of the module that is trained.
+    The longest sum has so many terms; ``updating`` makes what ends a step of training of a module.
     """
     device = inputs[0].device
 
@@ -185,21 +178,17 @@ def _prepare_whole(
 ) -> Problem:
     try:
         model = _untrained(backbone, shape.task_names, shape.classes, shape.channels)
-        step = _training_of(shape.task_names) if training else None
+        of, updating = _training_of(shape.task_names) if training else (_predictions_of, None)
     except ImportError as error:  # of timm, or of what reads configurations
         raise Unavailable(str(error)) from error
     model = copy.deepcopy(model).to(device).train(training)
     draw = Draw(device, torch.float32)  # pictures and labels are fp32 in every dtype
     inputs = [draw(shape.batch, 3, *shape.picture)]
     terms = shape.batch * math.prod(shape.picture)  # of a loss
-    if step is None:
-        functions = (_predictions_of(_predict), _predictions_of(_predict_written_out))
-        return _problem(model, inputs, *functions, dtype, terms)
-    loss_of, updating = step
-    channels = task_channels(shape.task_names, shape.classes)
-    inputs += [_labels(draw, task, channels[task], shape) for task in shape.task_names]
-    functions = (loss_of(_predict), loss_of(_predict_written_out))
-    return _problem(model, inputs, *functions, dtype, terms, updating)
+    if training:
+        channels = task_channels(shape.task_names, shape.classes)
+        inputs += [_labels(draw, task, channels[task], shape) for task in shape.task_names]
+    return _problem(model, inputs, of(_predict), of(_predict_written_out), dtype, terms, updating)
 
 
 @cache

@@ -48,20 +48,6 @@ class Baseline:
     load_without_graphs: Callable[[torch.device], Callable[..., Tensor]] | None = None
 
 
-def eager(op: Op) -> Baseline:
-    """The definition, in plain PyTorch."""
-    return Baseline(EAGER, lambda device: op.reference)
-
-
-def compiled(op: Op) -> Baseline:
-    """The definition, as PyTorch's own compiler would run it."""
-    return Baseline(
-        COMPILED,
-        lambda device: compile_here(op.reference, device),
-        load_without_graphs=lambda device: compile_without_graphs(op.reference),
-    )
-
-
 def compile_here(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """``torch.compile`` with everything it has.
 
@@ -118,12 +104,7 @@ class OpCases:
     def cases(
         self, shapes: Sequence[Map | Convolution] = (), baselines: tuple[Baseline, ...] = ()
     ) -> tuple[Case, ...]:
-        """One for each shape.
-
-        Args:
-            shapes: further ones, of which the op is measured at those that it takes.
-            baselines: further ones.
-        """
+        """One for each shape, and for those of the further ones that the op takes."""
         return tuple(
             op_case(
                 self.op,
@@ -145,7 +126,12 @@ def op_case(
     dtypes: tuple[str, ...] = tuple(DTYPES),
 ) -> Case:
     """An op at one shape; arguments as of :class:`OpCases` and :class:`bench.harness.case.Case`."""
-    others = (eager(op), compiled(op), *baselines)
+    compiled = Baseline(
+        COMPILED,
+        lambda device: compile_here(op.reference, device),
+        load_without_graphs=lambda device: compile_without_graphs(op.reference),
+    )
+    others = (Baseline(EAGER, lambda device: op.reference), compiled, *baselines)
 
     def prepare(device: torch.device, dtype: torch.dtype) -> Problem:
         drawn = sample(Draw(device, dtype))

@@ -20,23 +20,14 @@ MOST_ELEMENTS = 2**27  # of a tensor: the fp64 reference and its gradients then 
 
 @dataclass(frozen=True)
 class Recorded:
-    """The cases of an op by its record: its first sample, and the calls that the compile check compiles.
-
-    Attributes:
-        op: its entry in the registry.
-    """
+    """The cases of an op by its record: its first sample, and the calls that the compile check compiles."""
 
     op: Op
 
     def cases(
         self, shapes: Sequence[Map | Convolution] = (), baselines: tuple[Baseline, ...] = ()
     ) -> tuple[Case, ...]:
-        """One for each call.
-
-        Args:
-            shapes: of somebody's own, at which the op is not measured: a record cannot be drawn at any size.
-            baselines: beside the eager and the compiled reference.
-        """
+        """One for each call; none at shapes of somebody's own: a record cannot be drawn at any size."""
         calls = {name: _calls(self.op, dtype) for name, dtype in DTYPES.items()}
         named = dict.fromkeys(shape for each in calls.values() for shape in each)
         return (

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 QUICK = "quick"
 LAUNCH = "launch"
 INDOOR = ("semseg", "depth", "normals", "edge")
+SMALL_OFFSETS, WILD_OFFSETS, WILD_FROM = 1.0, 30.0, 10.0  # pixels
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Map:
         picture: (height, width) of the pictures, for the model; ops need none.
         classes: of semantic segmentation, for the model.
         task_names: the data set's tasks, names of :data:`degmix.tasks.TASKS`, one map each.
+        spread: standard deviation of ``deform_mix``'s offsets, in pixels.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Map:
     picture: tuple[int, int] = (0, 0)
     classes: int = 0
     task_names: tuple[str, ...] = INDOOR
+    spread: float = SMALL_OFFSETS
 
     @property
     def tasks(self) -> int:
@@ -100,8 +103,6 @@ class Convolution:
         return self.called or f"{self.kernel}x{self.kernel} {sizes} {wild}"
 
 
-WILD_FROM = 10.0  # pixels
-SMALL_OFFSETS, WILD_OFFSETS = 1.0, 30.0  # pixels
 CONVOLUTIONS = (
     *(
         Convolution(*size, spread)

@@ -30,7 +30,7 @@ from bench.cases.registry import CASES
 from bench.cases.shapes import QUICK
 from bench.compiler.compiled import Compiled, Planned
 from bench.compiler.targets import TARGETS, Target
-from bench.compiler.trace import NAMES, Specialised, launches_of, specialise, traced
+from bench.compiler.trace import NAMES, Specialised, both_passes, launches_of, specialise, traced
 from bench.harness.case import DTYPES, Case
 from bench.harness.results import OURS
 from degmix_kernels.launch import Launch
@@ -66,11 +66,7 @@ def _launches(case: Case, dtype: torch.dtype) -> list[Launch]:
     seen: list[Launch] = []
     with FakeTensorMode(), traced(seen.append):
         run = case.prepare(torch.device("cpu"), dtype).runs[OURS]()
-        with torch.no_grad():
-            run.forward()
-        outputs = run.forward()
-        gradients = [torch.empty_like(output) for output in outputs]
-        torch.autograd.grad(outputs, list(run.leaves.values()), gradients)
+        both_passes(run.forward, {}, list(run.leaves.values()))
     return seen
 
 

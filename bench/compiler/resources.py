@@ -25,13 +25,13 @@ from rich.table import Table
 
 from bench.compiler.compiled import Compiled, faults, spills
 from bench.compiler.targets import TARGETS
+from bench.harness.command import USER_ERROR
 from bench.harness.results import expect_writable
 from degmix_kernels.registry import OPS
 
 BASELINE = Path(__file__).parents[1] / "resources.json"
 PINNED = "3.6.0"  # Triton, of make test-pinned
 UPDATE = "python -m bench.resources --update"
-USER_ERROR = 2
 RECORDED = ("registers", "spilled", "shared", "matrix", "loads")  # of each target, in the baseline
 IDENTITY = ("op", "kernel", "dtype", "configuration", "warps", "stages")  # the names of Compiled.key
 WIDTH_OF_FILES = 200  # columns of a table that no terminal bounds
@@ -311,7 +311,3 @@ def _changed(rows: Sequence[Compiled]) -> list[str]:
         for target in TARGETS
         for line in differences(target, [row for row in rows if row.target == target], baseline)
     ]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -88,14 +88,8 @@ class Occupancy:
 def occupancy(target: Target, warps: int, registers: int, shared: int, tensor_memory: int = 0) -> Occupancy:
     """Theoretical occupancy, from registers, shared memory and warps (and Blackwell's tensor memory).
 
-    Scalar registers of AMD are left out: they never leave room for fewer than seven warps per scheduler.
-
-    Args:
-        target: the GPU.
-        warps: warps per program.
-        registers: registers per lane; on AMD those of both kinds.
-        shared: bytes of shared memory per program.
-        tensor_memory: columns of tensor memory per program.
+    The arguments are as of :class:`bench.compiler.compiled.Compiled`. On AMD registers are those of both
+    kinds; scalar ones are left out: they never leave room for fewer than seven warps per scheduler.
     """
     held = _round_up(max(registers, 1), REGISTER_GRANULE)
     # The hardware accepts a program as if its warps came in rounds of all schedulers.

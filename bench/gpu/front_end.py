@@ -44,13 +44,13 @@ from triton.compiler.compiler import make_backend
 from bench.compiler.targets import TARGETS
 from bench.compiler.trace import Specialised, launches_of, specialise, traced
 from bench.harness.case import SEED
+from bench.harness.command import FAILURE, USER_ERROR
 from degmix_kernels.backend import INTERPRETED, KERNEL_DTYPES
 from degmix_kernels.contract import Op
 from degmix_kernels.launch import Launch
 from degmix_kernels.registry import OPS
 
 INTEGERS = ("i32", "i64")
-USER_ERROR = 2
 
 Fact = tuple[str, str, object]
 """Kernel, what it is about, value."""
@@ -129,34 +129,17 @@ def forced(candidate: Candidate, names: Sequence[str]) -> Candidate:
     return Candidate(candidate.op, replace(candidate.launch, arguments=arguments), tuple(names))
 
 
-def everything(found: Sequence[Candidate], fuzz: bool) -> list[Candidate]:
-    """All of these, each also with all its integers forced to 1, some with one at a time."""
-    if not fuzz:
-        return list(found)
+def to_check(found: Sequence[Candidate], fuzz: bool, full: bool) -> list[Candidate]:
+    """Those that are checked, and what fuzzing makes of them; the module's docstring says how many."""
+    chosen = list(found) if full else covering(found)
     fuzzed, done = [], set()
-    for candidate in found:
-        names = integers(candidate.specialised)
-        fuzzed.append(forced(candidate, names))
-        pattern = name_of(candidate.specialised), switches(candidate.specialised)
-        if pattern not in done:
-            fuzzed += [forced(candidate, [name]) for name in names]
-            done.add(pattern)
-    return distinct([*found, *fuzzed])
-
-
-def representatives(found: Sequence[Candidate], fuzz: bool) -> list[Candidate]:
-    """Few that stand for :func:`everything`; the module's docstring says how they are chosen."""
-    chosen = covering(found)
-    if not fuzz:
-        return chosen
-    fuzzed, done = [], set()
-    for candidate in chosen:
+    for candidate in chosen if fuzz else ():
         names, kernel = integers(candidate.specialised), name_of(candidate.specialised)
-        if kernel not in done:
-            fuzzed += [forced(candidate, [name]) for name in names]
         pattern = kernel, switches(candidate.specialised)
-        if pattern not in done:
+        if full or pattern not in done:
             fuzzed.append(forced(candidate, names))
+        if (pattern if full else kernel) not in done:
+            fuzzed += [forced(candidate, [name]) for name in names]
         done |= {kernel, pattern}
     return distinct([*chosen, *fuzzed])
 
@@ -230,8 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     version = "none, but compiled for" if target.backend == "hip" else None
     with patch.object(torch.version, "hip", version):  # plans ask it for whom they plan
         found = distinct(Candidate(op, launch) for op, launch in launches())
-    select = everything if chosen.full else representatives
-    checked = select(found, fuzz=gpu.backend == "cuda")
+    checked = to_check(found, fuzz=gpu.backend == "cuda", full=chosen.full)
     refused = 0
     for candidate in checked:
         specialised = candidate.specialised
@@ -256,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "refused": refused,
     }
     print(json.dumps(counts))
-    return 1 if refused else 0
+    return FAILURE if refused else 0
 
 
 if __name__ == "__main__":

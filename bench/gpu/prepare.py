@@ -27,7 +27,7 @@ from bench.cases.registry import FAMILIES
 from bench.gpu import pretend
 from bench.gpu.prepared import CACHE, FOLDER, REPOSITORY, WHEELS, pack, sources
 from bench.gpu.visits import VISITS
-from bench.harness.command import FAILURE, LOG_WIDTH, USER_ERROR
+from bench.harness.command import FAILURE, USER_ERROR, console
 from bench.harness.selection import NONE
 from degmix.progress import stage
 
@@ -53,11 +53,10 @@ def fill(work: Path, console: Console) -> list[dict]:
     """Run everything; returns all events, as :func:`bench.gpu.pretend.environment` has them."""
     environment = os.environ | pretend.environment(work, CACHE) | {"OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    values = {"out": work, "logs": work, "seconds": 3600}
 
     def run(name: str, command: tuple[str, ...]) -> None:
         with (work / f"{name}.log").open("w") as log:
-            words = [sys.executable, *(word.format(**values) for word in command)]
+            words = [sys.executable, *(word.format(out=work) for word in command)]
             own = environment | {"DEGMIX_STAGE": name}
             subprocess.run(words, cwd=REPOSITORY, env=own, stdout=log, stderr=log, check=False)
 
@@ -92,7 +91,7 @@ def carry(console: Console) -> None:
 
 def main() -> int:
     """Prepare the folder; 1 if a kernel was refused, 2 where it cannot be made."""
-    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
+    shown = console()
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     here = {"Python": python, "torch": torch.__version__.partition("+")[0], "triton": triton.__version__}
     if here != STACK:
@@ -108,24 +107,24 @@ def main() -> int:
     began, made_of = time.monotonic(), sources()
     with tempfile.TemporaryDirectory() as work:
         try:
-            events = fill(Path(work), console)
+            events = fill(Path(work), shown)
         except RuntimeError as error:
             print(f"gpu-ready: {error}", file=sys.stderr)
             return USER_ERROR
         for name in commands():
             lines = (Path(work) / f"{name}.log").read_text(errors="replace").splitlines()
-            console.print(f"{name}: {lines[-1] if lines else 'nothing said'}", soft_wrap=True, markup=False)
+            shown.print(f"{name}: {lines[-1] if lines else 'nothing said'}", soft_wrap=True, markup=False)
     entries = {entry for event in events for entry in event.get("entries", ())}
     facts = pack(CACHE, entries, FOLDER, commit.strip(), made_of)
-    carry(console)
+    carry(shown)
     refused = sorted({event["refused"] for event in events if "refused" in event})
     if silent := silent_stages(events):
-        console.print(f"NOTHING LAUNCHED by {', '.join(silent)}", soft_wrap=True)
+        shown.print(f"NOTHING LAUNCHED by {', '.join(silent)}", soft_wrap=True)
     for each in refused:
-        console.print(f"REFUSED {each}", soft_wrap=True, markup=False)
+        shown.print(f"REFUSED {each}", soft_wrap=True, markup=False)
     size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) / 2**20
     compiled = sum(event.get("compiled", False) for event in events)
-    console.print(
+    shown.print(
         f"{FOLDER}: {size:.1f} MiB, {facts.kernels} kernels ({compiled} compiled now),"
         f" {len(refused)} refused, {facts.launchers} launchers, {time.monotonic() - began:.0f} s",
         soft_wrap=True,

@@ -25,21 +25,12 @@ PRESET = 6  # of xz: 9 takes four times as long for 3 % less
 
 @dataclass(frozen=True)
 class Facts:
-    """For whom a folder was prepared.
+    """For whom a folder was prepared, and what is in its cache."""
 
-    Attributes:
-        commit: all 40 digits.
-        sources: of :func:`sources`.
-        triton: of :func:`triton_key`.
-        python: "3.12".
-        kernels: in the cache.
-        launchers: in the cache.
-    """
-
-    commit: str
-    sources: str
-    triton: str
-    python: str
+    commit: str  # all 40 digits
+    sources: str  # of :func:`sources`
+    triton: str  # of :func:`triton_key`
+    python: str  # "3.12"
     kernels: int
     launchers: int
 
@@ -67,14 +58,9 @@ def python_version() -> str:
 
 
 def pack(cache: Path, entries: set[str], folder: Path, commit: str, made_of: str) -> Facts:
-    """Write the archive of these entries of a cache, and the facts; what is not complete is left out.
+    """Write the archive of these entries of Triton's cache, and the facts; what is not complete is left out.
 
-    Args:
-        cache: Triton's.
-        entries: names of folders in it.
-        folder: the prepared one.
-        commit: of the sources.
-        made_of: what :func:`sources` was before anything was compiled.
+    ``made_of`` is what :func:`sources` was before anything was compiled.
     """
     kernels = launchers = 0
     folder.mkdir(exist_ok=True)
@@ -108,14 +94,9 @@ def read_facts(folder: Path = FOLDER) -> Facts | None:
 
 
 def misfit(facts: Facts | None, capability: tuple[int, int] | None, triton: str) -> str:
-    """Why the cache is of no use here, in words; "" if it is.
+    """Why the cache is of no use on a machine, in words; "" if it is. Only Nvidia's GPUs have a capability.
 
     Of other sources it still has what has not changed: entries are named after what they were made of.
-
-    Args:
-        facts: of the folder.
-        capability: of the GPU; None for one that is not Nvidia's.
-        triton: :func:`triton_key` of the machine.
     """
     if capability != CAPABILITY:
         return "one can be prepared for Nvidia's compute capability 9.0 only"

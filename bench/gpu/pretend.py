@@ -112,35 +112,26 @@ def _inject_fault() -> None:
 def _pretend_cuda(torch: Any) -> None:
     """What PyTorch says of the GPU."""
 
-    class Event:
+    class Silent:
+        """An event, a stream, a graph, a profiler or a context."""
+
+        cuda_stream = 0
+
         def __init__(self, *_: Any, **__: Any) -> None: ...
-        def record(self, *_: Any) -> None: ...
-        def synchronize(self) -> None: ...
+        def __enter__(self) -> Silent:
+            return self
+
+        def __exit__(self, *_: Any) -> None: ...
+        def nothing(self, *_: Any) -> None: ...
         def elapsed_time(self, _: Any) -> float:
             return EVENT_MS
 
-    class Stream(Event):
-        cuda_stream = 0
-
-        def wait_stream(self, _: Any) -> None: ...
-        def __enter__(self) -> Stream:
-            return self
-
-        def __exit__(self, *_: Any) -> None: ...
-
-    class Graph:
-        def replay(self) -> None: ...
-
-    class Profile:
-        def __init__(self, **_: Any) -> None: ...
-        def __enter__(self) -> Profile:
-            return self
-
-        def __exit__(self, *_: Any) -> None: ...
         def key_averages(self) -> list[Any]:
             return []
 
-    cuda, stream = torch.cuda, Stream()
+        record = synchronize = wait_stream = replay = nothing
+
+    cuda = torch.cuda
     properties = SimpleNamespace(
         name="pretended H100",
         major=CAPABILITY[0],
@@ -159,7 +150,7 @@ def _pretend_cuda(torch: Any) -> None:
         "get_device_properties": properties,
         "get_device_capability": CAPABILITY,
         "is_bf16_supported": True,
-        "current_stream": stream,
+        "current_stream": Silent(),
         "memory_allocated": 0,
         "max_memory_allocated": 0,
         "mem_get_info": (MEMORY, MEMORY),
@@ -184,9 +175,8 @@ def _pretend_cuda(torch: Any) -> None:
     )
     for name, answer in {**answers, **dict.fromkeys(silent)}.items():
         setattr(cuda, name, lambda *_, answer=answer, **__: answer)
-    cuda.Event, cuda.Stream, cuda.CUDAGraph = Event, Stream, Graph
-    cuda.stream = cuda.graph = cuda.device = lambda *_, **__: Stream()
-    torch.profiler.profile = Profile
+    cuda.Event = cuda.Stream = cuda.CUDAGraph = Silent
+    cuda.stream = cuda.graph = cuda.device = torch.profiler.profile = Silent
     generator = torch.Generator
 
     class Generator(generator):

@@ -23,7 +23,6 @@ def limited(
     log: IO[bytes],
     environment: Mapping[str, str] | None = None,
     stopped: Callable[[], bool] = lambda: False,
-    to_end: float = TO_END,
 ) -> int:
     """Run a command; its exit code, 128 + n if signal n ended it.
 
@@ -31,13 +30,7 @@ def limited(
     has. Those that do not hear are killed, and not waited for if even that does not end them: a driver may
     hold them. ``timeout`` would interrupt twice, and the second interrupt ends the first's report.
 
-    Args:
-        command: what to run.
-        seconds: until it is interrupted.
-        log: gets what it prints.
-        environment: variables.
-        stopped: whether its time is up earlier.
-        to_end: seconds from the interrupt until it is killed.
+    Its time is up after ``seconds``, or once ``stopped`` says so; ``log`` gets what it prints.
     """
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -48,7 +41,7 @@ def limited(
     if process.poll() is None:
         _signal(process, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(to_end)
+            process.wait(TO_END)
     _signal(process, signal.SIGKILL)
     try:
         code = process.wait(SECONDS_AFTER_KILL)

@@ -23,17 +23,18 @@ from pathlib import Path
 from bench.gpu import prepared
 from bench.gpu.prepared import REPOSITORY
 from bench.gpu.process import SECONDS_AFTER_KILL, TO_END, limited
-from bench.gpu.visits import BENCH, MOST_ARE_WRONG, OPS, VISITS, WITHOUT_GPU, Stage, stages_of
+from bench.gpu.visits import MOST_ARE_WRONG, OPS, TO_RENDER, VISITS, WITHOUT_GPU, Stage, with_seconds
 from bench.harness.results import KILLED, Results, read
 
 OK, FAILED, USER_ERROR, NO_GPU = 0, 1, 2, 3  # exit codes
 LOST = 3  # of the benchmark: the GPU answers no more, another process can go on
 TO_KILL = TO_END + SECONDS_AFTER_KILL  # seconds that a stage may take until it is gone
 TO_FINISH = 3  # seconds for the summary
+TO_ASK = 20  # seconds for a tool that may hang
 WORTHWHILE = 15  # with less left, a stage would hardly have loaded torch
 SHOWN = 30  # lines of a stage's log
 RESULTS = "results.jsonl"
-KEPT = (RESULTS, "results.md", "profile.md", "decide.jsonl", "training.json")
+KEPT = (RESULTS, "results.md", "profile.md", "decide.jsonl", "decide.md", "training.json")
 SANITIZER = ("--error-exitcode=9",)
 # PyTorch's own kernels are not what is to be checked, and are most of the work. initcheck has to see what
 # they write.
@@ -61,11 +62,14 @@ print(json.dumps({
 class Call:
     """One command of a visit, from its first second to its summary."""
 
-    def __init__(self, out: Path, deadline: float, python: str, folder: Path, cache: Path) -> None:
+    def __init__(
+        self, out: Path, work: Path, deadline: float, python: str, folder: Path, cache: Path
+    ) -> None:
         self.began = time.monotonic()
         self.out, self.deadline, self.python = out, deadline, python
         self.folder, self.cache = folder, cache
-        self.logs = Path(tempfile.mkdtemp(prefix="visit-logs-"))
+        self.logs, self.site = work / "logs", work / "site"
+        self.logs.mkdir()
         self.others = set(out.rglob("*"))  # files of somebody else
         self.summary: list[str] = []
         self.sanitizer: tuple[str, str] | None = None  # of _find_sanitizer, once it was asked
@@ -146,10 +150,10 @@ class Call:
         """Put carried packages beside those of the machine."""
         wheels = sorted(str(path) for path in (self.folder / prepared.WHEELS).glob("*.whl"))
         if wheels:
-            site = self.logs.with_name(self.logs.name + "-site")
-            command = [self.python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target"]
-            done = subprocess.run([*command, str(site), *wheels], capture_output=True, text=True, timeout=60)
-            self._add_to_path(site)
+            options = ("-q", "--no-index", "--no-deps", "--target", str(self.site))
+            command = [self.python, "-m", "pip", "install", *options, *wheels]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            self._add_to_path(self.site)
             if done.returncode != 0:
                 self.note("wheels", f"not installed: {done.stderr.strip()[-300:]}")
         wanted = ("deformops", "timm", "fvcore", "matplotlib", *PLUGINS.values())
@@ -164,7 +168,7 @@ class Call:
         for tool, *options in (("nvidia-smi", "-q", "-d", "CLOCK,POWER"), ("rocm-smi",)):
             if shutil.which(tool):
                 with (self.logs / f"{tool}.txt").open("w") as file:
-                    subprocess.run([tool, *options], stdout=file, stderr=file, timeout=20, check=False)
+                    subprocess.run([tool, *options], stdout=file, stderr=file, timeout=TO_ASK, check=False)
 
     def _add_to_path(self, folder: Path) -> None:
         before = self.environment.get("PYTHONPATH")
@@ -194,12 +198,7 @@ class Call:
                 self.fail(stage.name, f"{type(error).__name__}: {error}")
 
     def _stage(self, stage: Stage, until: float) -> int | None:
-        """Its exit code; None if it did not run.
-
-        Args:
-            stage: what to run.
-            until: seconds after the beginning of the visit, the time to end it included.
-        """
+        """Its exit code; None if it did not run. It is gone ``until`` so many seconds after the beginning."""
         began, left = self.elapsed, until - self.elapsed - TO_KILL - TO_FINISH
         seconds = min(stage.seconds, int(left))
         if stage.seconds == 0:
@@ -225,7 +224,8 @@ class Call:
         took = self.elapsed - began
         tail = (self.logs / f"{stage.name}.log").read_text(errors="replace").splitlines()[-SHOWN:]
         print("\n".join(f"   {line}" for line in tail), flush=True)
-        detail, good = self._measured() if stage.command[:2] == BENCH[:2] else ("", True)
+        measured = [word for word in command if word.endswith(".jsonl")]
+        detail, good = self._measured(Path(*measured)) if measured else ("", True)
         if again:
             detail = f"; the GPU was lost {again} times, and it went on{detail}"
         if self.interrupted:
@@ -242,7 +242,7 @@ class Call:
 
     def _command(self, stage: Stage, seconds: int) -> tuple[list[str], str]:
         """What to run, or why it cannot be."""
-        values = {"out": self.out, "logs": self.logs, "seconds": max(1, seconds - stage.spare)}
+        values = {"out": self.out, "seconds": max(1, seconds - TO_RENDER)}
         command = [self.python, *(word.format(**values) for word in stage.command)]
         if not stage.sanitizer:
             lacking = tuple(option for option, plugin in PLUGINS.items() if plugin in self.missing)
@@ -270,15 +270,15 @@ class Call:
             environment = {**self.environment, **stage.environment}
             return limited(command, seconds, log, environment, lambda: self.interrupted)
 
-    def _measured(self) -> tuple[str, bool]:
-        """What the benchmark has left, in words, and whether there is something and none of ours failed."""
+    def _measured(self, path: Path) -> tuple[str, bool]:
+        """What a result file has, in words, and whether there is something and none of ours failed."""
         try:
-            found = read(self.out / RESULTS)
+            found = read(path)
         except (OSError, ValueError):
             return "; nothing was measured", False
         *rows, last = found.rows
         whole = Results(found.parts, tuple(rows)) if last.status == KILLED else found
-        words = f"; {RESULTS} has {len(whole.rows)} rows; {whole.failed} of ours failed"
+        words = f"; {path.name} has {len(whole.rows)} rows; {whole.failed} of ours failed"
         if whole is not found:
             words += f"; killed while it measured {', '.join(last.key)}"
         return words, bool(whole.rows) and not whole.failed
@@ -363,7 +363,13 @@ def main(
     options = parse(arguments)
     visit, out = VISITS[options.visit], options.out.resolve()
     lay_out(options, out)
-    call = Call(out, options.deadline or visit.deadline, python, options.prepared, cache)
+    with tempfile.TemporaryDirectory(prefix="visit-", ignore_cleanup_errors=True) as work:
+        deadline = options.deadline or visit.deadline
+        return _visit(options, Call(out, Path(work), deadline, python, options.prepared, cache))
+
+
+def _visit(options: argparse.Namespace, call: Call) -> int:
+    out = call.out
     signal.signal(signal.SIGINT, call.interrupt)
     signal.signal(signal.SIGTERM, call.interrupt)
     try:
@@ -373,7 +379,7 @@ def main(
         print(f"gpu_check: {error}", file=sys.stderr)
         return USER_ERROR
     if gpu:
-        call.run(stages_of(visit, options.seconds))
+        call.run([with_seconds(stage, options.seconds) for stage in VISITS[options.visit].stages])
     else:
         print("The benchmark runs at small sizes on the CPU; its times say nothing about the kernels.")
         call.run([WITHOUT_GPU] if options.resume is None else [])

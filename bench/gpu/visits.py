@@ -16,6 +16,7 @@ LEFT_TO_MAKE_TEST = (
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu.synchronise", "-o", "addopts=")
 PYTEST += ("--tb=short", "--timeout=120", "--timeout-method=thread", "--durations=15", "-rfE")
 WORKERS = 8  # with more, a warm cache is read no faster
+TO_RENDER = 30  # seconds of training's, before its clock starts
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # of every worker
 CONTRACT = "tests/test_contract.py"
 VALUES = "values_and_gradients"  # the contract's test of every op in every dtype
@@ -29,13 +30,13 @@ class Stage:
     Attributes:
         name: in the summary, and of its log.
         seconds: it gets at most.
-        command: what Python, or the sanitizer, is given; {out}, {logs} and {seconds} are filled in.
+        command: what Python, or the sanitizer, is given; {out} is filled in, and {seconds}, which leave
+            :data:`TO_RENDER` of its time.
         sanitizer: the tool of compute-sanitizer under which it runs, if one.
         environment: variables.
         beside: stages that run at the same time, one after the other.
         repeated: whether a later call goes on with it: it is begun again after the GPU was lost, and that its
             time was over is no failure.
-        spare: seconds that {seconds} leaves of its time, to start and to end.
     """
 
     name: str
@@ -45,7 +46,6 @@ class Stage:
     environment: Mapping[str, str] = field(default_factory=dict)
     beside: tuple[Stage, ...] = ()
     repeated: bool = False
-    spare: int = 5
 
 
 def _tests(seconds: int, *which: str, beside: tuple[Stage, ...] = ()) -> Stage:
@@ -68,16 +68,10 @@ TRAINING = ("-m", "bench.training", "--out", "{out}/training", "--rooms", "64", 
 
 @dataclass(frozen=True)
 class Visit:
-    """What one command does.
+    """What one command does, in this order: what has no time left is at the end."""
 
-    Attributes:
-        what: for the help.
-        deadline: seconds for all of it.
-        stages: in their order: what has no time left is at the end.
-    """
-
-    what: str
-    deadline: int
+    what: str  # for the help
+    deadline: int  # seconds for all of it
     stages: tuple[Stage, ...]
 
 
@@ -104,16 +98,16 @@ VISITS = {
         ),
     ),
     "decide": Visit(
-        "ways to compute the same, side by side (python -m bench.gpu.decide)",
+        "prototypes of kernels beside ours (python -m bench.gpu.decide)",
         200,
-        (Stage("decide", 180, ("-m", "bench.gpu.decide", "{out}/decide.jsonl", "--seconds", "{seconds}")),),
+        (Stage("decide", 180, ("-m", "bench.gpu.decide", "{out}/decide.jsonl"), repeated=True),),
     ),
     "compare": Visit(
         "torch.compile beside ours, and training with ours and with the formula",
         200,
         (
             Stage("compiled", 95, (*BENCH, *COMPILED, "--baseline", "torch.compile"), repeated=True),
-            Stage("training", 85, TRAINING, spare=30),  # rooms are rendered before its clock starts
+            Stage("training", 85, TRAINING),
         ),
     ),
     "quick": Visit(
@@ -133,15 +127,7 @@ VISITS = {
 WITHOUT_GPU = Stage("bench", 200, VISITS["quick"].stages[-1].command)
 
 
-def stages_of(visit: Visit, budgets: Mapping[str, int]) -> list[Stage]:
-    """The stages with the seconds that were asked for."""
-    return [
-        replace(
-            stage,
-            seconds=budgets.get(stage.name, stage.seconds),
-            beside=tuple(
-                replace(each, seconds=budgets.get(each.name, each.seconds)) for each in stage.beside
-            ),
-        )
-        for stage in visit.stages
-    ]
+def with_seconds(stage: Stage, budgets: Mapping[str, int]) -> Stage:
+    """The stage, and what runs beside it, with the seconds that were asked for."""
+    beside = tuple(with_seconds(each, budgets) for each in stage.beside)
+    return replace(stage, seconds=budgets.get(stage.name, stage.seconds), beside=beside)

@@ -22,10 +22,7 @@ SECONDS_AT_WORK, SIZE_AT_WORK = 3, 12288
 def measure_ceilings(device: torch.device, dtypes: tuple[str, ...]) -> Ceilings:
     """Copy a large buffer and multiply large matrices, of random numbers: zeros are multiplied faster.
 
-    Args:
-        device: where.
-        dtypes: names of the dtypes to multiply in; fp32 as ``torch.backends.cuda.matmul`` says, exactly by
-            default.
+    Products of fp32 are computed as ``torch.backends.cuda.matmul`` says, exactly by default.
     """
     generator = torch.Generator(device).manual_seed(SEED)
     size = (COPY_BYTES[device.type],)

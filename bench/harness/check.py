@@ -17,11 +17,7 @@ ANOTHER_FUNCTION = 0.5
 
 
 class CheckFailed(Exception):
-    """The result is not the reference's; the message says by how much.
-
-    Attributes:
-        error: the largest relative L2 error.
-    """
+    """The result is not the reference's; the message says by how much, ``error`` in relative L2 error."""
 
     def __init__(self, message: str, error: float) -> None:
         super().__init__(message)
@@ -47,12 +43,7 @@ def exact_products() -> Iterator[None]:
 
 
 class Checker:
-    """Compares runs of one problem with its fp64 reference, which is computed once.
-
-    Args:
-        problem: what is checked.
-        gradients: whether gradients will be asked for.
-    """
+    """Compares runs of one problem with its fp64 reference, which is computed once; gradients, if asked."""
 
     def __init__(self, problem: Problem, gradients: bool) -> None:
         self.problem = problem
@@ -71,11 +62,6 @@ class Checker:
 
     def check(self, run: Run, gradients: bool, limit: float = ANOTHER_FUNCTION) -> float:
         """The largest relative L2 error of output and, if asked for, gradients.
-
-        Args:
-            run: what is checked.
-            gradients: whether a backward pass is part of it.
-            limit: what is allowed.
 
         Raises:
             CheckFailed: if the error is above the limit, or NaN, or a shape is wrong.

@@ -20,10 +20,6 @@ class CompareError(ValueError):
 def earlier_results(source: str, options: Sequence[str]) -> Results:
     """Read a result file, or run the same benchmark of a git revision.
 
-    Args:
-        source: a path, or whatever git takes for a revision.
-        options: of the benchmark, for a revision.
-
     Raises:
         CompareError: if it is neither, or the revision's benchmark does not run.
         ValueError: if the file is no result file.

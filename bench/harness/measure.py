@@ -95,13 +95,7 @@ def timers(device: torch.device, case: Case, run: Run) -> tuple[str, ...]:
 
 
 def measure(call: Call, timer: str, seconds: float = SECONDS) -> Timing:
-    """Median and 20 % and 80 % quantiles of many calls.
-
-    Args:
-        call: what is timed.
-        timer: one of :func:`timers`.
-        seconds: to spend, about.
-    """
+    """Median and 20 % and 80 % quantiles of many calls by one of :func:`timers`, in about so many seconds."""
     if timer == CLOCK:
         samples = _clock_samples(call, seconds)
     elif timer == EVENTS:
@@ -114,12 +108,7 @@ def measure(call: Call, timer: str, seconds: float = SECONDS) -> Timing:
 
 
 def peak_bytes(call: Call, own_bytes: int) -> int:
-    """Most memory of the GPU that a call and its inputs take at once.
-
-    Args:
-        call: what is measured, its preparation included.
-        own_bytes: of its inputs and parameters, which exist already.
-    """
+    """Most memory of the GPU that a call, its preparation included, and its own inputs take at once."""
     call.step(call.prepare())  # what a first call compiles, tunes or keeps for good is no part of it
     gc.collect()
     torch.cuda.synchronize()
@@ -160,7 +149,7 @@ def _event_samples(
     """
     for _ in range(WARM_UP):
         call.step(call.prepare())
-    hosts = [host_seconds(call) for _ in range(WARM_UP)]
+    hosts = [_host_seconds(call) for _ in range(WARM_UP)]
     torch.cuda.synchronize()
     began = time.perf_counter()
     call.step(call.prepare())
@@ -188,7 +177,7 @@ def _event_samples(
     return [start.elapsed_time(end) / calls for start, end in pairs]
 
 
-def host_seconds(call: Call) -> float:
+def _host_seconds(call: Call) -> float:
     """How long the host takes to launch a call on a device that has nothing else to do."""
     prepared = call.prepare()
     torch.cuda.synchronize()

@@ -273,11 +273,8 @@ class ResultFile:
     """A file that gets the rows of one call, each as soon as it is known.
 
     A measurement that is begun has a line that says that it was killed, until its rows take the place of
-    that line: whatever hangs would otherwise hang every call that continues the file.
-
-    Args:
-        path: of the file, which is made if it is not there; without a row it does not stay.
-        part: the call.
+    that line: whatever hangs would otherwise hang every call that continues the file. Without a row the file
+    does not stay.
     """
 
     def __init__(self, path: Path, part: Part) -> None:
@@ -345,12 +342,10 @@ def _line(row: Row, part: Part) -> str:
     """A row with its call; numbers that are not finite become null."""
     columns = asdict(row) | {"device": part.machine.device(row.impl)}
     columns |= asdict(part.machine) | asdict(part.ceilings) | {"measured": part.measured, "quick": part.quick}
-    finite = {name: None if _infinite(value) else value for name, value in columns.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
-
-
-def _infinite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+    for name, value in columns.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            columns[name] = None
+    return json.dumps(columns, allow_nan=False) + "\n"
 
 
 def _parsed(line: Any) -> tuple[Row, Part]:

@@ -37,11 +37,7 @@ def run(
 ) -> Iterator[tuple[Row, ...]]:
     """Measure everything that is selected; rows come as they are known, those of one measurement together.
 
-    Args:
-        selection: what.
-        device: where.
-        ceilings: what the device reaches.
-        advance: called once for each implementation and mode, with a row that says what comes next.
+    ``advance`` is called once for each implementation and mode, with a row that says what comes next.
 
     Raises:
         DeviceLost: after the rows of the measurement that lost it.
@@ -61,13 +57,14 @@ def run(
             if name in SLOW_TO_START and selection.quick and device.type == "cuda":
                 reason = _words(Unavailable("left out by --quick"))
             for mode in modes:
-                row = _row(case, dtype, mode, name)
+                row = Row(case.op, case.shape, dtype, case.modes[mode], name, images=case.images)
                 advance(row)
                 if reason is not None or make is None:
                     yield (replace(row, status=reason),)
                 else:
                     yield _rows(checker, make, row, mode, case, place)
-                _forget(device)
+                if device.type == "cuda":
+                    _forget()
             if name == COMPILED and device.type == "cuda":
                 torch.compiler.reset()  # its graphs keep their memory otherwise
 
@@ -115,10 +112,6 @@ def _with_peak(row: Row, made: Run, mode: str, dtype: torch.dtype) -> Row:
         return replace(row, status=f"peak memory: {_words(error)}")
 
 
-def _row(case: Case, dtype: str, mode: str, name: str) -> Row:
-    return Row(case.op, case.shape, dtype, case.modes[mode], name, images=case.images)
-
-
 def _words(error: Exception) -> str:
     """One line about why there are no times."""
     if isinstance(error, Unavailable):
@@ -127,16 +120,15 @@ def _words(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {text}"[:300]
 
 
-def _forget(device: torch.device) -> None:
-    """Give memory back, so that the next one starts with what this one did.
+def _forget() -> None:
+    """Give the GPU's memory back, so that the next one starts with what this one did.
 
     Raises:
         DeviceLost: if an error, such as an illegal address, has ended all work of this process on the GPU.
     """
     gc.collect()
-    if device.type == "cuda":
-        try:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        except RuntimeError as error:
-            raise DeviceLost(_words(error)) from error
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        raise DeviceLost(_words(error)) from error

@@ -43,13 +43,7 @@ MIB = 2**20
 
 
 def section(results: Results, source: str, pictures: Sequence[str]) -> str:
-    """The report in Markdown.
-
-    Args:
-        results: what was measured.
-        source: where the file is, as the report's reader finds it.
-        pictures: where the pictures are, as the report's reader finds them.
-    """
+    """The report in Markdown; ``source``, the file, and the pictures are where its reader finds them."""
     lines = [_provenance(results, source), ""]
     ops, model = shown(results), model_calls(results)
     if ops:
@@ -110,13 +104,7 @@ def _op_table(calls: Sequence[Comparison]) -> list[str]:
 
 
 def family_section(results: Results | None, family: str, source: str) -> str:
-    """The calls of one family's ops in Markdown.
-
-    Args:
-        results: what was measured, if anything was.
-        family: the name of its folder.
-        source: where the result file is, as the page's reader finds it.
-    """
+    """The calls of one family's ops in Markdown; ``source`` is where its reader finds the file."""
     names = {op.name for op in OPS if family_of(op) == family}
     calls = [] if results is None else shown(results)
     calls = [call for call in calls if call.ours.op.partition(" (")[0] in names]
@@ -172,12 +160,6 @@ def newest_of_a_gpu(folder: Path) -> tuple[Path, Results] | None:
     files = [(path, read(path)) for path in folder.glob("*/[0-9]*.jsonl")]
     of_gpus = [each for each in files if each[1].machine.gpu is not None]
     return max(of_gpus, key=lambda each: (is_complete(each[1]), each[1].measured), default=None)
-
-
-def of_known_ops(results: Results) -> Results:
-    """The results without rows of ops that are gone since."""
-    known = {case.op for case in CASES}
-    return replace(results, rows=tuple(row for row in results.rows if row.op in known))
 
 
 def publish(file: Path, results: Results) -> Path:
@@ -256,7 +238,9 @@ def report(check: bool) -> int:
     else:
         from bench.report import plots
 
-        path, results = found[0], of_known_ops(found[1])
+        path, measured = found
+        known = {case.op for case in CASES}  # some are gone since
+        results = replace(measured, rows=tuple(row for row in measured.rows if row.op in known))
         pictures = [(PICTURES / name).as_posix() for name in plots.names(results)]
         source = path.relative_to(README.parent).as_posix()
         generated = section(results, source, pictures)
@@ -311,7 +295,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, ValueError) as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return USER_ERROR
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -26,13 +26,7 @@ def names(results: Results) -> list[str]:
 
 
 def draw(results: Results, folder: Path, prefix: str = "") -> list[Path]:
-    """Draw every picture that the results are enough for; of the others none stays from an earlier result.
-
-    Args:
-        results: what was measured.
-        folder: where to.
-        prefix: of the file names.
-    """
+    """Draw every picture that the results are enough for; of the others none stays from an earlier result."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = names(results)
     for name, (make, _) in PICTURES.items():

@@ -18,19 +18,12 @@ FOLDER = Path(__file__).parents[1] / "predictions"
 
 @dataclass(frozen=True)
 class Prediction:
-    """One row that is expected.
-
-    Attributes:
-        key: of the row, as :attr:`bench.harness.results.Row.key`.
-        low: milliseconds at least.
-        high: milliseconds at most.
-        because: where they come from, in words.
-    """
+    """One row that is expected, in milliseconds."""
 
     key: Key
     low: float
     high: float
-    because: str
+    because: str  # where they come from
 
     def off_by(self, ms: float) -> str:
         """How far outside of the range a time is, in words; nothing within."""

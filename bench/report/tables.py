@@ -39,7 +39,7 @@ def on_a_cpu(machine: Machine) -> str:
 
 
 def compared_with(now: Results, earlier: Results, name: str) -> str:
-    """What another run was measured on, and what of that is different now; arguments as below."""
+    """What another run was measured on, and what of that is different now."""
     then, here = earlier.machine, now.machine
     pairs = {
         "device": (_device(then), _device(here)),
@@ -55,11 +55,6 @@ def comparison_table(now: Results, earlier: Results, name: str) -> Table:
     """Our times now beside those of another run, matched by op, shape, dtype, mode and timer.
 
     Times whose 20 % and 80 % quantiles overlap are not told apart.
-
-    Args:
-        now: this run.
-        earlier: what it is compared with.
-        name: of that.
     """
     table = _table(f"ours, compared with {name}")
     for title in ("op", "shape", "dtype", "mode", "timer"):
@@ -85,7 +80,8 @@ def _op_table(op: str, rows: Sequence[Row]) -> Table:
     for title in [*titles, "images/s"] if with_images else titles:
         table.add_column(title, justify="right", no_wrap=True)
     ours = {(*_key(row), row.part): row for row in rows if row.impl == OURS}
-    for key in dict.fromkeys(_key(row) for row in rows if row.timer is not None or _untimed(row, rows)):
+    timed = {row.case for row in rows if row.timer is not None}
+    for key in dict.fromkeys(_key(row) for row in rows if row.timer is not None or row.case not in timed):
         _, shape, dtype, mode, timer = key
         table.add_section()
         told = f"  [dim]{timer}[/]" if timer in (GRAPH, LOOP) else ""
@@ -94,12 +90,9 @@ def _op_table(op: str, rows: Sequence[Row]) -> Table:
             # What was not timed at all stands among whatever was.
             if _key(row) == key or (row.case == key[:4] and row.timer is None):
                 cells = _cells(row, ours.get((*key, row.part)))
-                table.add_row(*cells, *([_images_per_second(row)] if with_images else []))
+                speed = "" if not row.ms or row.images is None else _digits(1e3 * row.images / row.ms)
+                table.add_row(*cells, *([speed] if with_images else []))
     return table
-
-
-def _untimed(row: Row, rows: Sequence[Row]) -> bool:
-    return all(other.timer is None for other in rows if other.case == row.case)
 
 
 def _cells(row: Row, ours: Row | None) -> list[str]:
@@ -113,10 +106,6 @@ def _cells(row: Row, ours: Row | None) -> list[str]:
         "" if row.speed_of_light is None else f"{100 * row.speed_of_light:.0f}",
         "" if row.rel_error is None else f"{row.rel_error:.0e}",
     ]
-
-
-def _images_per_second(row: Row) -> str:
-    return "" if not row.ms or row.images is None else _digits(1e3 * row.images / row.ms)
 
 
 def failures(rows: Iterable[Row]) -> list[str]:

@@ -67,11 +67,20 @@ def put(checkout: Path, measured: Results, when: str = WHEN) -> Path:
     return write(replace(measured, parts=(first, *measured.parts[1:])), path)
 
 
+def reported(
+    checkout: Path, measured: Results | None = None, when: str = WHEN, page: str = "README.md"
+) -> str:
+    """A page, after another file was put there."""
+    if measured is not None:
+        put(checkout, measured, when)
+    assert report.main([]) == 0
+    return (checkout / page).read_text("utf-8")
+
+
 def test_without_results_one_sentence_says_so(checkout, capsys):
     assert report.main(["--check"]) == 1
-    assert report.main([]) == 0
+    text = reported(checkout)
     assert "no result file of a GPU under bench/results" in capsys.readouterr().out
-    text = (checkout / "README.md").read_text("utf-8")
     assert text == f"above\n{report.BEGIN}\n{report.NO_RESULT}\n{report.END}\nbelow\n"
     (page,) = report.PAGES
     assert "No GPU has timed these ops yet." in page.read_text("utf-8")
@@ -80,35 +89,26 @@ def test_without_results_one_sentence_says_so(checkout, capsys):
 
 
 def test_times_of_a_cpu_are_no_result(checkout):
-    put(checkout, results(*ROWS, part=replace(PART, machine=replace(MACHINE, gpu=None))))
-    assert report.main([]) == 0
-    assert report.NO_RESULT in (checkout / "README.md").read_text("utf-8")
+    cpu = replace(PART, machine=replace(MACHINE, gpu=None))
+    assert report.NO_RESULT in reported(checkout, results(*ROWS, part=cpu))
 
 
 def test_an_incomplete_file_says_so_and_a_complete_one_is_preferred(checkout, monkeypatch):
-    put(checkout, MEASURED, "2031-01-01T00:00:00")
-    assert report.main([]) == 0
-    text = (checkout / "README.md").read_text("utf-8")
+    text = reported(checkout, MEASURED, "2031-01-01T00:00:00")
     assert "The run was stopped before its end: a baseline that is missing here was not measured." in text
     monkeypatch.setattr(report, "is_complete", lambda measured: len(measured.rows) == 1)
-    put(checkout, results(ROWS[0]), "2030-12-31T00:00:00")
-    assert report.main([]) == 0
-    text = (checkout / "README.md").read_text("utf-8")
+    text = reported(checkout, results(ROWS[0]), "2030-12-31T00:00:00")
     assert "stopped before its end" not in text
     assert "batch_norm" not in text
 
 
 def test_ops_that_are_gone_are_not_shown(checkout):
-    put(checkout, results(*ROWS, replace(ROWS[0], op="an op of before")))
-    assert report.main([]) == 0
-    assert "an op of before" not in (checkout / "README.md").read_text("utf-8")
+    assert "an op of before" not in reported(checkout, results(*ROWS, replace(ROWS[0], op="an op of before")))
 
 
 def test_the_newest_result_becomes_tables_and_pictures(checkout):
     put(checkout, results(ROWS[0]), "2029-12-31T00:00:00")
-    put(checkout, MEASURED)
-    assert report.main([]) == 0
-    text = (checkout / "README.md").read_text("utf-8")
+    text = reported(checkout, MEASURED)
     assert text.startswith("above\n")
     assert text.endswith(f"\n{report.END}\nbelow\n")
     assert "on Made-up GPU, torch 2.11.0, Triton 3.6.0, CUDA 13.0, driver 1.2, commit 0123456789: " in text
@@ -129,10 +129,7 @@ def test_the_newest_result_becomes_tables_and_pictures(checkout):
 
 
 def test_a_page_has_its_own_ops_alone(checkout):
-    put(checkout, MEASURED)
-    report.main([])
-    (page,) = report.PAGES
-    lines = page.read_text("utf-8").splitlines()
+    lines = reported(checkout, MEASURED, page="degmix_kernels/channel_mix/README.md").splitlines()
     source = "[7969.jsonl](../../bench/results/made-up/7969.jsonl)"
     assert f"`python -m bench`, Made-up GPU, commit 0123456789: {source}." in lines
     assert [line.partition(", bf16")[0] for line in lines if line.startswith("| `")] == [
@@ -144,17 +141,12 @@ def test_a_page_has_its_own_ops_alone(checkout):
 
 def test_goals_stand_beside_what_was_measured(checkout):
     """Ours is 3 times as fast as one baseline, half as fast as another, and at half of the speed of light."""
-    report.main([])
-    text = (checkout / "bench" / "README.md").read_text("utf-8")
+    text = reported(checkout, page="bench/README.md")
     assert "| `channel_mix` | at least 1.2× as fast as torch.compile | not measured |  |" in text
     shown = replace(ROWS[2], op="deform_mix", impl="torchvision fp16")
     small = replace(ROWS[0], op="deform_mix", shape="launch", timer=LOOP, ms=9.0)
-    put(
-        checkout,
-        results(*ROWS, replace(ROWS[0], op="deform_mix"), shown, small),
-    )
-    report.main([])
-    text = (checkout / "bench" / "README.md").read_text("utf-8")
+    measured = results(*ROWS, replace(ROWS[0], op="deform_mix"), shown, small)
+    text = reported(checkout, measured, page="bench/README.md")
     compiled = "torch.compile | 0 of 1 | 0.50×: nyud, fwd, torch.compile |"
     light = "at least 45% of the speed of light | 2 of 2 | 50%: nyud, fwd |"
     memory = "1 of 1 | 33%: nyud b8, training step, eager formula |"
@@ -178,8 +170,7 @@ def test_training_and_profile_stand_beside_the_goals(checkout, capsys):
     (path.parent / "profile.md").write_text(
         "DeGMix head\n\n| kernel | share |\n|---|---:|\n| `made up` | 9% |\n"
     )
-    assert report.main([]) == 0
-    lines = (checkout / "bench" / "README.md").read_text("utf-8").splitlines()
+    lines = reported(checkout, page="bench/README.md").splitlines()
     for line in (
         "`python -m bench.training`, made up, torch 2.11.0, Triton 3.6.0, CUDA 13.0, driver 1.2, "
         "commit 0123456789:",
@@ -196,8 +187,7 @@ def test_training_and_profile_stand_beside_the_goals(checkout, capsys):
 
 
 def test_check_sees_a_typed_number(checkout, capsys):
-    put(checkout, MEASURED)
-    report.main([])
+    reported(checkout, MEASURED)
     assert report.main(["--check"]) == 0
     for name, typed in (("README.md", "3.00×"), ("bench/README.md", "50%")):
         readme, text = checkout / name, (checkout / name).read_text("utf-8")
@@ -209,12 +199,11 @@ def test_check_sees_a_typed_number(checkout, capsys):
 
 
 def test_pictures_without_rows_are_removed(checkout):
-    put(checkout, MEASURED)
-    report.main([])
-    put(checkout, results(*ROWS[:2], part=replace(PART, ceilings=Ceilings(None, {}))), "2031-01-01T00:00:00")
-    report.main([])
+    reported(checkout, MEASURED)
+    fewer = results(*ROWS[:2], part=replace(PART, ceilings=Ceilings(None, {})))
+    text = reported(checkout, fewer, "2031-01-01T00:00:00")
     assert [path.name for path in (checkout / "docs" / "benchmark").iterdir()] == ["speed-up.png"]
-    assert "roofline" not in (checkout / "README.md").read_text("utf-8")
+    assert "roofline" not in text
 
 
 def test_a_file_of_a_users_own_is_reported_beside_it(checkout, tmp_path):
@@ -266,9 +255,7 @@ def test_ratios_are_those_of_one_call(checkout):
     """A compiled baseline that was measured a call later, on a machine that had become slower."""
     later = replace(PART, machine=replace(MACHINE, driver="1.3"), ceilings=Ceilings(3e12, {}))
     again = (replace(ROWS[0], ms=1.0), replace(ROWS[2], ms=4.0))
-    put(checkout, Results((PART, later), ROWS[:2]).with_rows(again))
-    assert report.main([]) == 0
-    text = (checkout / "README.md").read_text("utf-8")
+    text = reported(checkout, Results((PART, later), ROWS[:2]).with_rows(again))
     assert "| 0.5 | 50% | eager reference 3.00×, torch.compile 4.00× |" in text
     assert "driver 1.2 and 1.3, commit" in text
     assert "In 2 calls, each with ceilings of its own" in text

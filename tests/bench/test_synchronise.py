@@ -15,16 +15,14 @@ from bench.gpu.visits import MOST_ARE_WRONG
 REPOSITORY = Path(__file__).parents[2]
 ERROR = "CUDA error: an illegal memory access was encountered"
 
-CONFTEST = f"""
-import torch
+TORCH = f"""  # stands for PyTorch, which takes seconds to load
+class cuda:
+    lost = False
+    is_available = is_initialized = staticmethod(lambda: True)
 
-def synchronize():
-    if torch.cuda.lost:
-        raise RuntimeError("{ERROR}\\nCUDA kernel errors might be reported later")
-
-torch.cuda.lost = False
-torch.cuda.is_available = torch.cuda.is_initialized = lambda: True
-torch.cuda.synchronize = synchronize
+    def synchronize():
+        if cuda.lost:
+            raise RuntimeError("{ERROR}\\nCUDA kernel errors might be reported later")
 """
 TESTS = """
 import pytest
@@ -55,7 +53,7 @@ def test_after():
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "conftest.py").write_text(CONFTEST, encoding="utf-8")
+    (tmp_path / "torch.py").write_text(TORCH, encoding="utf-8")
     (tmp_path / "test_loses.py").write_text(TESTS, encoding="utf-8")
     return tmp_path
 
@@ -64,7 +62,7 @@ def run_pytest(folder: Path, *options: str, **settings: str) -> subprocess.Compl
     command = [sys.executable, "-m", "pytest", "-p", "bench.gpu.synchronise", "-p", "no:cacheprovider", "-rA"]
     # The tests that run this one may be a worker's, too.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= {"PYTHONPATH": str(REPOSITORY), **settings}
+    environment |= {"PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}", **settings}
     return subprocess.run([*command, *options], cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -108,7 +106,12 @@ def test_session_ends_without_workers(
 
 @pytest.mark.parametrize(
     ("options", "wrong", "code"),
-    [(("-p", "no:xdist"), 3, MOST_ARE_WRONG), (("-p", "no:xdist"), 2, 1), (("-n", "1"), 3, MOST_ARE_WRONG)],
+    [
+        (("-p", "no:xdist"), 3, MOST_ARE_WRONG),
+        (("-p", "no:xdist"), 2, 1),
+        (("-p", "no:xdist"), 0, 0),
+        (("-n", "1"), 3, MOST_ARE_WRONG),
+    ],
 )
 def test_where_most_are_wrong_the_code_says_so(
     folder: Path, options: tuple[str, ...], wrong: int, code: int
@@ -118,9 +121,4 @@ def test_where_most_are_wrong_the_code_says_so(
     )
     (folder / "test_loses.py").write_text(test, encoding="utf-8")
     assert run_pytest(folder, *options).returncode == code
-
-
-def test_nothing_changes_while_the_gpu_answers(folder: Path) -> None:
-    process = run_pytest(folder, "-p", "no:xdist", "-k", "before or between or after")
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert not (folder / "crashes.txt").exists()
+    assert not (folder / "crashes.txt").exists()  # as the GPU answers

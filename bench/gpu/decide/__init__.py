@@ -1,39 +1,42 @@
-"""Ways to compute the same, side by side: ours, PyTorch's and prototypes, to decide which one is built.
+"""Prototypes of kernels beside ours and torchvision's operator, to decide which one is built.
 
-Every section is a module of this package with a function ``rows(meter)``; see :mod:`bench.gpu.decide.meter`.
+``python -m bench.gpu.decide OUT.jsonl`` measures them; the lists are those of ``python -m bench --with``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from importlib import import_module
+from dataclasses import replace
 
-BUDGET_SECONDS = 160  # of all together
-COMPILE_SECONDS = 50  # of these, at most, until every row has run once
-SECTIONS = {  # in their order; seconds of each. What is left over goes to the next one
-    "mix": 28,
-    "general": 26,
-    "tents": 10,
-    "offsets": 12,
-    "vsr": 14,
-    "products": 8,
-    "attention": 12,
-}
-PACKAGE = __name__
+from bench.cases.own import Contender
+from bench.cases.shapes import NYUD, SMALL_OFFSETS, WILD_OFFSETS, Convolution
+from bench.gpu.decide.columns import by_columns
+from bench.gpu.decide.mix import redesigned
+from bench.gpu.decide.vectors import by_vectors
 
-
-def dry(sections: Iterable[str] = SECTIONS) -> list[dict]:
-    """Every row at tiny sizes, run once and compared but not timed: on the CPU by Triton's interpreter."""
-    from bench.gpu.decide.meter import DRY, Meter
-    from degmix_kernels import use_backend
-
-    found = []
-
-    def note(message: dict) -> None:
-        if "row" in message:
-            found.append({"section": name, **message["row"]})
-
-    with use_backend("triton"):
-        for name in sections:
-            import_module(f"{PACKAGE}.{name}").rows(Meter(DRY, note))
-    return found
+CONTENDERS = [
+    Contender("planar scatter", "deform_mix", redesigned(pairs=False)),
+    Contender("planar scatter of pairs", "deform_mix", redesigned(pairs=True)),
+    *(
+        Contender(f"columns of {megabytes} MB", "deform_conv2d (general)", by_columns(megabytes))
+        for megabytes in (70, 32, 16)  # an image has 70
+    ),
+    Contender("columns, tents", "deform_conv2d (general)", by_columns(tents=True)),
+    *(
+        Contender(f"vectors of {width} channels", "deform_conv2d (small groups)", by_vectors(width))
+        for width in (16, 64)
+    ),
+]
+SHAPES = [
+    *(
+        shape
+        for spread in (SMALL_OFFSETS, WILD_OFFSETS)
+        for shape in (
+            replace(NYUD, name=f"nyud, sigma {spread:.0f}", spread=spread),
+            Convolution(8, 256, 100, 152, spread, f"detection, sigma {spread:.0f}"),
+        )
+    ),
+    *(
+        Convolution(8, 64, 180, 320, SMALL_OFFSETS, f"video, {groups} groups", offset_groups=groups)
+        for groups in (8, 16)
+    ),
+]

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from functools import cache, partial
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bench.cases.deform_conv import convolution
-from bench.cases.op import Draw
-from bench.cases.shapes import SMALL_GROUPS, SMALL_OFFSETS, Convolution
-from bench.gpu.decide.common import BF16, LAST, backward, exact, torchvision_rows
-from bench.gpu.decide.general import ALL
-from bench.gpu.decide.meter import Meter
-from degmix_kernels import deform_conv2d
-from degmix_kernels.deform_conv import reference
+from bench.gpu.decide.common import LAST
+from bench.harness.case import Unavailable
 from degmix_kernels.deform_conv.general.kernels import corner_weights, weight_address
 from degmix_kernels.deform_conv.sampling import corners_on_map, locate, tensor_address
 from degmix_kernels.launch import Launch, run
 from degmix_kernels.maps import ceil_div
 from degmix_kernels.product import multiply, precision
 
-SMALL = Convolution(1, 16, 2, 3, SMALL_OFFSETS)
-TILES = {  # offset groups → groups at a time, pixels and warps of a program
-    8: ((2, 64, 4), (4, 64, 8)),
-    16: ((16, 64, 4), (8, 64, 4)),
-}
+BLOCK_PIXELS = 64  # of a program
 
 
 @triton.jit
@@ -101,54 +89,30 @@ def forward_groups(
     tl.store(output_ptr + address, product.to(output_ptr.dtype.element_ty), mask=valid[:, None])
 
 
-def by_vectors(arguments: Mapping[str, Tensor], together: int, block: int, warps: int) -> Tensor:
-    """The forward pass with the channels of several offset groups as one vector; input channels last."""
-    x, offset, mask, weight = (arguments[name] for name in ("input", "offset", "mask", "weight"))
-    batch, channels, height, width = x.shape
-    output, groups = torch.empty_like(x), mask.shape[1] // 9
-    pointers = {
-        "input_ptr": x, "offset_ptr": offset, "mask_ptr": mask, "weight_ptr": weight.contiguous(**LAST),
-        "bias_ptr": arguments["bias"], "output_ptr": output,
-    }  # fmt: skip
-    sizes = {
-        "height": height,
-        "width": width,
-        "offset_groups": groups,
-        "steps": 9 * ceil_div(groups, together),
-    }
-    constants = {
-        "CHANNELS": channels, "GROUPS": together, "WITHIN": channels // groups,
-        "PRECISION": precision(x.dtype), "BLOCK_PIXELS": block,
-    }  # fmt: skip
-    programs = batch * ceil_div(height * width, block)
-    run(Launch(forward_groups, programs, pointers | sizes, constants, warps), x.device)
-    return output
+def by_vectors(vector: int) -> Callable[..., Tensor]:
+    """The forward pass with so many channels, of several offset groups, as one vector; no backward pass."""
 
+    def function(
+        input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, padding: int, mask: Tensor
+    ) -> Tensor:
+        if torch.is_grad_enabled():
+            raise Unavailable("it has no backward pass")
+        x = input.contiguous(**LAST)
+        batch, channels, height, width = x.shape
+        output, groups = torch.empty_like(x), mask.shape[1] // 9
+        within = channels // groups
+        together = vector // within
+        arguments = {
+            "input_ptr": x, "offset_ptr": offset, "mask_ptr": mask, "weight_ptr": weight.contiguous(**LAST),
+            "bias_ptr": bias, "output_ptr": output, "height": height, "width": width,
+            "offset_groups": groups, "steps": 9 * ceil_div(groups, together),
+        }  # fmt: skip
+        constants = {
+            "CHANNELS": channels, "GROUPS": together, "WITHIN": within,
+            "PRECISION": precision(x.dtype), "BLOCK_PIXELS": BLOCK_PIXELS,
+        }  # fmt: skip
+        programs = batch * ceil_div(height * width, BLOCK_PIXELS)
+        run(Launch(forward_groups, programs, arguments, constants, num_warps=4), x.device)
+        return output
 
-def rows(meter: Meter) -> None:
-    """The section."""
-    shape = SMALL if meter.dry else SMALL_GROUPS[0]
-    for groups, tiles in TILES.items():
-        arguments = convolution(Draw(meter.device, BF16), replace(shape, offset_groups=groups)).arguments
-        x, last = arguments["input"], arguments | {"input": arguments["input"].contiguous(**LAST)}
-        name = f"few channels per offset group fwd, {groups} groups"
-        least = 2 * x.nbytes + arguments["offset"].nbytes + arguments["mask"].nbytes
-        checked = {"bytes": least, "expected": cache(partial(exact, reference.deform_conv2d, arguments))}
-        for layout, own in {"planar": arguments, "channels last": last}.items():
-            meter.row(name, f"present, {layout}", torch.no_grad()(partial(deform_conv2d, **own)), **checked)
-        for together, block, warps in tiles:
-            variant = f"vectors, {together} groups, {block} pixels, {warps} warps"
-            meter.row(name, variant, partial(by_vectors, last, together, block, warps), **checked)
-        meter.row(name, "input to channels last", lambda x=x: x.contiguous(**LAST), bytes=2 * x.nbytes)
-        torchvision_rows(meter, name, arguments)
-
-        name, grad = f"few channels per offset group bwd, {groups} groups", torch.randn_like(x)
-        gradients = partial(backward, reference.deform_conv2d, arguments, ALL, [grad], torch.float64)
-        meter.row(
-            name,
-            "present, all",
-            backward(deform_conv2d, arguments, ALL, [grad]),
-            expected=lambda gradients=gradients: gradients()(),
-        )
-        meter.row(name, "present, weight", backward(deform_conv2d, arguments, ("weight",), [grad]))
-        torchvision_rows(meter, name, arguments, ALL, grad)
+    return function
