@@ -142,19 +142,6 @@ def test_a_demo_that_cannot_run_leaves_the_earlier_one_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
-def test_data_that_cannot_be_read_leaves_no_run(
-    rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(rooms, data)
-    for path in (data / "images").glob("*.png"):
-        path.write_bytes(b"no picture")
-    changes = (*QUICK, f"data.root={data}")
-    code, _, errors = run_here(capsys, "train", "--config", "demo", "--out", tmp_path / "run", *changes)
-    assert_one_sentence(code, errors, "images")
-    assert not (tmp_path / "run").exists()
-
-
 def test_evaluate_looks_for_its_output_folder_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,41 +217,17 @@ def broken_rooms(rooms: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(rooms, tmp_path / "rooms"))
 
 
-def break_image(root: Path) -> str:
-    name = (root / "gt_sets/val.txt").read_text().split()[0]
-    path = root / "images" / f"{name}.png"
-    path.write_bytes(path.read_bytes()[:40])
-    return str(path)
-
-
-def remove_image(root: Path) -> str:
-    name = (root / "gt_sets/val.txt").read_text().split()[0]
-    (root / "images" / f"{name}.png").unlink()
-    return f"{name}.png"
-
-
-def label_outside_classes(root: Path) -> str:
-    name = (root / "gt_sets/val.txt").read_text().split()[0]
-    path = root / "segmentation" / f"{name}.png"
-    Image.fromarray(np.full((32, 48), 99, dtype=np.uint8)).save(path)
-    return str(path)
-
-
-def empty_split(root: Path) -> str:
-    (root / "gt_sets/val.txt").write_text("")
-    return "val.txt"
-
-
-@pytest.mark.parametrize("harm", [break_image, remove_image, label_outside_classes, empty_split])
 def test_a_broken_data_set_is_one_sentence(
-    harm, broken_rooms: Path, run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    broken_rooms: Path, run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    named = harm(broken_rooms)
+    """What may be wrong in it, tests/data/test_nyud.py knows."""
+    path = broken_rooms / "segmentation" / f"{(broken_rooms / 'gt_sets/val.txt').read_text().split()[0]}.png"
+    Image.fromarray(np.full((32, 48), 99, dtype=np.uint8)).save(path)
     model = run_folder / checkpoint.MODEL_NAME
     code, _, errors = run_here(
         capsys, "evaluate", "--checkpoint", model, "--data", broken_rooms, "--out", tmp_path / "metrics.json"
     )
-    assert_one_sentence(code, errors, named, "expected")
+    assert_one_sentence(code, errors, str(path), "expected")
     assert not (tmp_path / "metrics.json").exists()
 
 
@@ -278,6 +241,7 @@ def test_a_corrupt_training_image_is_one_sentence_with_workers_too(
         arguments = ["train", "--config", "demo", "--out", out, *QUICK, f"data.root={broken_rooms}"]
         code, _, errors = run_here(capsys, *arguments, f"data.workers={workers}")
         assert_one_sentence(code, errors, "images", "expected a readable image")
+        assert not out.exists()
 
 
 def test_a_checkpoint_of_other_tasks_is_one_sentence(
