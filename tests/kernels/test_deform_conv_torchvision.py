@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from types import ModuleType
 
 import pytest
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from degmix_kernels import deform_conv2d, use_backend
 from degmix_kernels.backend import INTERPRETED
+from degmix_kernels.maps import ceil_div
 from degmix_kernels.testing import assert_close
 
 # 6 → 2 channels, all parameters different on the two axes.
@@ -67,18 +67,14 @@ def check(
         assert_close(actual[name], expected, call.reduction, name=name)
 
 
-CASES = list(product((0, 6, 33), (True, False), ("contiguous", "permuted"), BACKENDS))
-LAYOUTS_OF_LARGE = [("contiguous", "triton"), ("permuted", "triton"), ("contiguous", "reference")]
-if INTERPRETED:  # 33 images and a large map take it long each time, so they come once
-    once = (True, "permuted", "triton")
-    CASES = [case for case in CASES if case[0] < 33 or case[1:] == once or case[3] == "reference"]
-    del LAYOUTS_OF_LARGE[0]
-
-
-@pytest.mark.parametrize(("batch", "masked", "layout", "backend"), CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("masked", "layout"), [(True, "permuted"), (False, "contiguous")])
+@pytest.mark.parametrize("batch", [0, 6, 33])
 def test_forward_and_backward(
     batch: int, masked: bool, layout: str, backend: str, device: torch.device, torchvision: ModuleType
 ) -> None:
+    if INTERPRETED and backend == "triton":  # which takes minutes for 33 images
+        batch = ceil_div(batch, 16)
     call = replace(THEIRS, batch=batch, masked=masked, dtype=BACKENDS[backend])
     check(call, torchvision, layout, device, backend)
 
@@ -87,15 +83,13 @@ def test_forward_and_backward(
 LARGE = Call(8, 9, 9, (1000, 110), (3, 3), padding=(1, 1), biased=False)
 
 
-@pytest.mark.parametrize(("layout", "backend"), LAYOUTS_OF_LARGE)
-def test_weight_gradient_of_a_large_map(
-    layout: str, backend: str, device: torch.device, torchvision: ModuleType
-) -> None:
-    """At full size on a GPU; the interpreter would take hours, and gets a map of the same kind, 8 rows high.
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_gradient_of_a_large_map(backend: str, device: torch.device, torchvision: ModuleType) -> None:
+    """At full size on a GPU; the interpreter would take hours, and gets a map of the same kind, 5 rows high.
 
     The reference takes the full map, and one tap and out channel.
     """
-    call = replace(LARGE, batch=2, size=(8, 11)) if INTERPRETED else LARGE
+    call = replace(LARGE, batch=2, size=(5, 11)) if INTERPRETED else LARGE
     if backend == "reference":
         call = replace(LARGE, out_channels=1, kernel=(1, 1), padding=(0, 0))
-    check(call, torchvision, layout, device, backend, ("weight",))
+    check(call, torchvision, "permuted", device, backend, ("weight",))
