@@ -136,7 +136,7 @@ CASES = {
     ),
     "no image": (
         lambda root: (root / "images" / f"{NAME}.png").unlink(),
-        rf"images.{NAME}\.png: expected a file, got nothing there \(1 of 4 files of the split are missing\)",
+        rf"images.{NAME}\.png: expected a file, got nothing there \(1 of 6 files of the split are missing\)",
     ),
     "no label": (
         lambda root: (root / "depth" / f"{NAME}.npy").unlink(),

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from contract import compare, draw
+from contract import compare, draw, saved_tensors
 from launches import recorded_launches
 from torch import nn
 
@@ -83,10 +83,11 @@ def test_batch_of_one_has_the_gradient_of_any_layout(layer, training):
     assert_close(results[0], results[1], 35)
 
 
-def test_module_is_convolution_gelu_batch_norm():
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_module_is_convolution_gelu_batch_norm(momentum):
     torch.manual_seed(0)
-    module = ChannelMix(5, 7).double()
-    plain = nn.Sequential(nn.Conv2d(5, 7, 1), nn.GELU(), nn.BatchNorm2d(7)).double()
+    module = ChannelMix(5, 7, momentum=momentum).double()
+    plain = nn.Sequential(nn.Conv2d(5, 7, 1), nn.GELU(), nn.BatchNorm2d(7, momentum=momentum)).double()
     names = {"weight": "0.weight", "bias": "0.bias"}
     plain.load_state_dict(
         {names.get(name, name.replace("norm.", "2.")): value for name, value in module.state_dict().items()}
@@ -95,16 +96,8 @@ def test_module_is_convolution_gelu_batch_norm():
     for training in (True, True, False):
         assert_close(module.train(training)(x), plain.train(training)(x), 72)
     assert module.norm.num_batches_tracked == plain[2].num_batches_tracked == 2
-    assert_close(module.norm.running_var, plain[2].running_var, 72)
-
-
-def test_cumulative_average():
-    module, plain = ChannelMix(2, 2, momentum=None), nn.BatchNorm2d(2, momentum=None)
-    for seed in range(3):
-        x = draw(2, 2, 3, 3, seed=seed, dtype=torch.float32)
-        module(x)
-        plain(torch.nn.functional.gelu(torch.nn.functional.conv2d(x, module.weight, module.bias)))
-    torch.testing.assert_close(module.norm.running_mean, plain.running_mean)
+    for name in ("running_mean", "running_var"):
+        assert_close(module.norm.get_buffer(name), plain[2].get_buffer(name), 72)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -143,16 +136,12 @@ def test_one_element_has_no_batch_statistic(layer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(2, 3, 4)}, "x: expected 2 or 4 dimensions"),
         ({"weight": torch.zeros(5, 4)}, r"weight: expected C/groups inputs .*, got \(5, 4\)"),
-        ({"bias": torch.zeros(4)}, r"bias: expected shape \(5,\)"),
         ({"running_mean": torch.zeros(5)}, "running_var: expected running_mean and running_var"),
         (
             {"running_mean": torch.zeros(5), "running_var": torch.ones(5), "statistics": True},
             "statistics: expected False along with running_mean",
         ),
-        ({"norm_weight": torch.zeros(3)}, "norm_weight: expected shape"),
-        ({"residual": torch.zeros(2, 3)}, r"residual: expected shape \(2, 5\)"),
     ],
 )
 def test_bad_input(change, message):
@@ -208,16 +197,10 @@ def test_launches(device):
 
 def test_saves_x_and_z_only(device):
     call = mix_call(device)
-    saved = {}
-
-    def pack(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with use_backend("triton"), saved_tensors() as saved:
         channel_mix(**call)
     parameters = {call[name].data_ptr() for name in ("weight", "bias", "norm_weight", "norm_bias")}
-    kept = sum(size for pointer, size in saved.items() if pointer not in parameters)
+    kept = sum(each.untyped_storage().nbytes() for key, each in saved.items() if key not in parameters)
     z = 3 * 7 * 24
     assert kept <= 4 * (call["x"].numel() + z + 2 * 7)
 

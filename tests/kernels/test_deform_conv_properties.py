@@ -46,7 +46,7 @@ class Example:
     call: Call
     dtype: torch.dtype
     offset_dtype: torch.dtype
-    channels_last: frozenset[str]  # names of arguments, "grad" for the gradient of the output
+    layouts: dict[str, str]  # of arguments by name, "grad" for the gradient of the output
     whole: bool  # all offsets are integers
     places: list[Place]
     undefined: int  # how many offsets are NaN
@@ -57,6 +57,8 @@ class Example:
 # The interpreter's time grows with taps and blocks of channels, so few calls have many of both.
 KERNELS = st.sampled_from([(1, 2), (2, 1), (2, 2), (1, 1), (3, 1), (1, 3), (2, 3), (3, 3)])
 GROUPS = st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (1, 3), (2, 3)])  # and offset groups
+MAPS = ("input", "offset", "mask", "weight", "grad")
+LAYOUTS = ("contiguous", "channels_last", "permuted")  # the last one has no name in PyTorch
 STEPS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
@@ -112,7 +114,7 @@ def examples(draw: Callable, path: str, dtype: torch.dtype) -> Example:
         call=draw(calls(path)),
         dtype=dtype,
         offset_dtype=draw(st.sampled_from([torch.float32, dtype])),
-        channels_last=draw(st.frozensets(st.sampled_from(["input", "offset", "mask", "weight", "grad"]))),
+        layouts=draw(st.fixed_dictionaries(dict.fromkeys(MAPS, st.sampled_from(LAYOUTS)))),
         whole=draw(st.integers(0, 4)) == 0,
         places=draw(st.lists(PLACES, max_size=12)),
         undefined=draw(st.sampled_from([0, 0, 0, 1, 2])),
@@ -156,8 +158,10 @@ def tensors_of(example: Example) -> dict[str, Tensor]:
     tensors["grad"] = torch.randn(grad_shape, generator=generator)
     for name in tensors:
         tensors[name] = tensors[name].to(example.offset_dtype if name == "offset" else example.dtype)
-        if name in example.channels_last:
+        if example.layouts.get(name) == "channels_last":
             tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
+        elif example.layouts.get(name) == "permuted":
+            tensors[name] = tensors[name].permute(1, 3, 0, 2).contiguous().permute(2, 0, 3, 1)
     return tensors
 
 

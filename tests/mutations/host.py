@@ -16,20 +16,20 @@ degmix_kernels/epilogue.py
   epilogue: halves of a tile count the same in a mean
     - share = count.to(tl.float32) / (BLOCK // 2 + count)
     + share = 0.5
-    ? kernels/test_planar: test_epilogue or far_from_zero
+    ? kernels/test_deform_conv: test_statistics
   epilogue: the variance's gradient takes z for act(z)
     - mask=channel_valid, other=0.0) * value
     + mask=channel_valid, other=0.0) * z
-    ? kernels/test_planar: test_epilogue or far_from_zero
+    ? kernels/test_deform_conv_paths: test_epilogue
   epilogue: the slope of silu
     - sigmoid * (1.0 + z * (1.0 - sigmoid))
     + sigmoid * (1.0 + z * sigmoid)
-    ? kernels/test_planar: test_epilogue or far_from_zero
+    ? kernels/test_deform_conv_paths: test_epilogue
     ? test_contract: values_and_gradients and float32 and channel_mix
   epilogue: the slope of relu loses a NaN
     - tl.where(z > 0, 1.0, tl.where(z == z, 0.0, z))
     + tl.where(z > 0, 1.0, 0.0)
-    ? kernels/test_planar: undefined or activation_of_nan
+    ? kernels/test_deform_conv_paths: undefined or activation_of_nan
 
 degmix_kernels/statistics.py
   statistics: an image's last part counts as a whole one
@@ -37,15 +37,15 @@ degmix_kernels/statistics.py
     -         mean +=
     + count = tl.minimum(pixels, block)
     +         mean +=
-    ? kernels/test_planar: chan_formula
+    ? kernels/test_deform_conv_paths: chan_formula
   statistics: the means' own spread is left out of the variance
     - tl.where(valid, within + deviation * deviation * count.to(tl.float64), 0.0)
     + tl.where(valid, within, 0.0)
-    ? kernels/test_planar: chan_formula
+    ? kernels/test_deform_conv_paths: chan_formula
   statistics: without elements they are not a number
     - if statistics.means.numel() == 0:
     + if statistics.means.shape[1] == 0:
-    ? kernels/test_planar: chan_formula
+    ? kernels/test_deform_conv_paths: chan_formula
 
 degmix_kernels/launch.py
   launch: only the longest axis decides on 64 bits
@@ -74,7 +74,7 @@ degmix_kernels/define.py
   autocast: offsets of the other half outside of autocast
     - if field.own_dtype or (field.coordinates and value.dtype == torch.float32):
     + if field.own_dtype or field.coordinates:
-    ? kernels/test_deform_conv_arguments
+    ? test_arguments: deform_conv2d
 
 degmix_kernels/checks.py
   checks: a bool is an integer
@@ -126,7 +126,7 @@ degmix_kernels/deform_conv/op.py
   deform_conv2d: a bias of any length
     - checks.expect_shape("bias", bias, (out_channels,))
     + pass
-    ? kernels/test_deform_conv_arguments
+    ? test_arguments: deform_conv2d
 
 degmix/model/mixer.py
   model: offsets' tables in single precision

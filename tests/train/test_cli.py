@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from quick_run import QUICK, ROOT, run_degmix, run_here
+from small_rooms import SIZE
 
 from degmix import checkpoint, cli
 from degmix.tasks import TASKS
@@ -104,11 +104,20 @@ def test_info_counts_without_allocating(capsys: pytest.CaptureFixture[str]) -> N
     assert "MiB" in output
 
 
-def test_convert_refuses_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"linear1.0.weight": torch.zeros(1)}, tmp_path / "other.ckpt")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"linear1.0.weight": torch.zeros(1)}, "a published DeGMix head"),
+        ([1, 2], "other.ckpt: expected a state dict"),
+    ],
+)
+def test_convert_refuses_another_model(
+    content: object, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(content, tmp_path / "other.ckpt")
     arguments = (tmp_path / "other.ckpt", tmp_path / "out.safetensors", "--config", "demo")
     code, _, errors = run_here(capsys, "convert", *arguments)
-    assert_one_sentence(code, errors, "other.ckpt: expected", "a published DeGMix head")
+    assert_one_sentence(code, errors, "other.ckpt: expected", message)
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -124,26 +133,6 @@ def test_a_demo_that_cannot_run_leaves_the_earlier_one_alone(
         "metrics.json": "old",
     }
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
-
-
-def test_evaluate_looks_for_its_output_folder_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ("--checkpoint", tmp_path / "absent.safetensors", "--out", tmp_path / "nowhere" / "m.json")
-    code, _, errors = run_here(capsys, "evaluate", *arguments)
-    assert_one_sentence(code, errors, "there is no folder", "nowhere")
-    arguments = ("--checkpoint", tmp_path / "absent.safetensors", "--out", tmp_path)
-    code, _, errors = run_here(capsys, "evaluate", *arguments)
-    assert_one_sentence(code, errors, "expected a file, there is a folder")
-
-
-def test_convert_refuses_what_is_no_state_dict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save([1, 2], tmp_path / "list.ckpt")
-    code, _, errors = run_here(
-        capsys, "convert", tmp_path / "list.ckpt", tmp_path / "out.safetensors", "--config", "demo"
-    )
-    assert_one_sentence(code, errors, "list.ckpt: expected a state dict")
-    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_without_the_extra_the_message_says_what_to_install(tmp_path: Path) -> None:
@@ -179,6 +168,9 @@ def test_without_the_extra_the_message_says_what_to_install(tmp_path: Path) -> N
         (["data", "synth", "--out", "x", "--size", "big"], ["--size", "HEIGHTxWIDTH", "big"]),
         (["data", "synth", "--out", "x", "--size", "0x10"], ["--size", "0x10"]),
         (["evaluate", "--checkpoint", "/nowhere.pt"], ["/nowhere.pt", "no such checkpoint"]),
+        # The output's folder is looked for first.
+        (["evaluate", "--checkpoint", "/x.pt", "--out", "nowhere/m.json"], ["there is no folder", "nowhere"]),
+        (["evaluate", "--checkpoint", "/x.pt", "--out", "."], ["expected a file, there is a folder"]),
         (["predict", "x.png", "--checkpoint", "/nowhere.pt"], ["/nowhere.pt", "no such checkpoint"]),
     ],
 )
@@ -195,34 +187,28 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def broken_rooms(rooms: Path, tmp_path: Path) -> Path:
-    """A copy of the data set to break."""
-    return Path(shutil.copytree(rooms, tmp_path / "rooms"))
-
-
 def test_a_broken_data_set_is_one_sentence(
-    broken_rooms: Path, run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    spoilt: Path, run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """What may be wrong in it, tests/data/test_nyud.py knows."""
-    path = broken_rooms / "segmentation" / f"{(broken_rooms / 'gt_sets/val.txt').read_text().split()[0]}.png"
-    Image.fromarray(np.full((32, 48), 99, dtype=np.uint8)).save(path)
+    path = spoilt / "segmentation" / f"{(spoilt / 'gt_sets/val.txt').read_text().split()[0]}.png"
+    Image.fromarray(np.full(SIZE, 99, dtype=np.uint8)).save(path)
     model = run_folder / checkpoint.MODEL_NAME
     code, _, errors = run_here(
-        capsys, "evaluate", "--checkpoint", model, "--data", broken_rooms, "--out", tmp_path / "metrics.json"
+        capsys, "evaluate", "--checkpoint", model, "--data", spoilt, "--out", tmp_path / "metrics.json"
     )
     assert_one_sentence(code, errors, str(path), "expected")
     assert not (tmp_path / "metrics.json").exists()
 
 
 def test_a_corrupt_training_image_is_one_sentence_with_workers_too(
-    broken_rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for path in (broken_rooms / "images").iterdir():
+    for path in (spoilt / "images").iterdir():
         path.write_bytes(b"no image")
     for workers in (0, 1):
         out = tmp_path / f"run{workers}"
-        arguments = ["train", "--config", "demo", "--out", out, *QUICK, f"data.root={broken_rooms}"]
+        arguments = ["train", "--config", "demo", "--out", out, *QUICK, f"data.root={spoilt}"]
         code, _, errors = run_here(capsys, *arguments, f"data.workers={workers}")
         assert_one_sentence(code, errors, "images", "expected a readable image")
         assert not out.exists()
