@@ -144,18 +144,10 @@ single_and_half = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat1
 
 @single_and_half
 @both_modes
-def test_gate_of_many_ragged_tiles(device, dtype, mode):
-    batch, tokens, channels = (2, 37, 75) if mode == "channel" else (2, 71, 37)
-    assert_exact(
-        spatial_gating_unit, gate_arguments(device, dtype, batch, tokens, channels, mode), mode, 9999
-    )
-
-
-@single_and_half
-@both_modes
-def test_mlp_of_many_ragged_tiles(device, dtype, mode):
-    shape = (2, 37, 75, 34) if mode == "channel" else (2, 71, 33, 38)
-    assert_exact(gated_mlp, mlp_arguments(device, dtype, *shape, mode), mode, 99999)
+def test_many_ragged_tiles(device, dtype, mode):
+    gate, mlp = ((2, 37, 75), (2, 37, 75, 34)) if mode == "channel" else ((2, 71, 37), (2, 71, 33, 38))
+    assert_exact(spatial_gating_unit, gate_arguments(device, dtype, *gate, mode), mode, 9999)
+    assert_exact(gated_mlp, mlp_arguments(device, dtype, *mlp, mode), mode, 99999)
 
 
 @both_modes
