@@ -44,8 +44,6 @@ class Example:
     """One call and the properties of its tensors."""
 
     call: Call
-    dtype: torch.dtype
-    offset_dtype: torch.dtype
     layouts: dict[str, str]  # of arguments by name, "grad" for the gradient of the output
     whole: bool  # all offsets are integers
     places: list[Place]
@@ -111,9 +109,9 @@ def tiles(call: Call) -> int:
 @st.composite
 def examples(draw: Callable, path: str, dtype: torch.dtype) -> Example:
     return Example(
-        call=draw(calls(path)),
-        dtype=dtype,
-        offset_dtype=draw(st.sampled_from([torch.float32, dtype])),
+        call=replace(
+            draw(calls(path)), dtype=dtype, offset_dtype=draw(st.sampled_from([torch.float32, dtype]))
+        ),
         layouts=draw(st.fixed_dictionaries(dict.fromkeys(MAPS, st.sampled_from(LAYOUTS)))),
         whole=draw(st.integers(0, 4)) == 0,
         places=draw(st.lists(PLACES, max_size=12)),
@@ -157,7 +155,7 @@ def tensors_of(example: Example) -> dict[str, Tensor]:
     grad_shape = (call.batch, call.out_channels, *call.out_size)
     tensors["grad"] = torch.randn(grad_shape, generator=generator)
     for name in tensors:
-        tensors[name] = tensors[name].to(example.offset_dtype if name == "offset" else example.dtype)
+        tensors[name] = tensors[name].to(call.offset_dtype if name == "offset" else call.dtype)
         if example.layouts.get(name) == "channels_last":
             tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
         elif example.layouts.get(name) == "permuted":
@@ -182,7 +180,7 @@ def usual_size(call: Call, tensors: dict[str, Tensor], grad: Tensor) -> dict[str
 
 
 def compare(
-    actual: dict[str, Tensor], expected: dict[str, Tensor], sizes: dict[str, float], example: Example, by: str
+    actual: dict[str, Tensor], expected: dict[str, Tensor], sizes: dict[str, float], call: Call, by: str
 ) -> None:
     """Same NaNs, and the rest within the derived tolerance."""
     for name, value in actual.items():
@@ -191,7 +189,7 @@ def compare(
         assert torch.equal(value.isnan().cpu(), wanted.isnan()), f"{name} by {by}: NaN in other places"
         error = (value.double().cpu() - wanted).nan_to_num(nan=0.0).norm().item()
         size = max(wanted.nan_to_num(nan=0.0).norm().item(), sizes[name])
-        limit = tolerance(example.dtype, example.call.reduction) * size
+        limit = tolerance(call.dtype, call.reduction) * size
         assert error <= limit, f"{name} by {by}: error {error:.3e}, at most {limit:.3e} of {size:.3e}"
 
 
@@ -241,7 +239,7 @@ def test_random_calls(
                 far = exact["offset"].detach().nan_to_num(posinf=1e30, neginf=-1e30)
                 exact = exact | {"offset": far.requires_grad_()}
             expected = result_and_gradients(partial(oracle, **call.geometry), exact, grad)
-            compare(actual, expected, sizes, example, by)
+            compare(actual, expected, sizes, call, by)
         met["images"] += call.batch > 0
         met["undefined"] += bool(tensors["offset"].isnan().any())
         met["deterministic"] += example.deterministic

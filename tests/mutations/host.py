@@ -38,10 +38,6 @@ degmix_kernels/statistics.py
     + count = tl.minimum(pixels, block)
     +         mean +=
     ? kernels/test_deform_conv_paths: chan_formula
-  statistics: the means' own spread is left out of the variance
-    - tl.where(valid, within + deviation * deviation * count.to(tl.float64), 0.0)
-    + tl.where(valid, within, 0.0)
-    ? kernels/test_deform_conv_paths: chan_formula
   statistics: without elements they are not a number
     - if statistics.means.numel() == 0:
     + if statistics.means.shape[1] == 0:
