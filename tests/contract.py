@@ -161,8 +161,8 @@ def random_like(output: Tensor) -> Tensor:
 
 
 @contextmanager
-def deterministic_algorithms() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
+def deterministic_algorithms(wanted: bool = True) -> Iterator[None]:
+    torch.use_deterministic_algorithms(wanted)
     try:
         yield
     finally:

@@ -38,11 +38,6 @@ def test_round_trip(rooms):
     assert sorted(names) == [f"{index:05d}" for index in range(COUNT)]
 
 
-def test_layout(rooms):
-    assert {p.name for p in rooms.iterdir()} == LAYOUT
-    assert len((rooms / "gt_sets" / "val.txt").read_text().split()) == 2
-
-
 def test_files_do_not_depend_on_the_number_of_workers(rooms, tmp_path):
     again = write(tmp_path / "again", COUNT, SIZE, workers=2, **SETTINGS)
     assert contents(again) == contents(rooms)

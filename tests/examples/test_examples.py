@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+
+from contract import environment_without_interpreter
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -22,7 +23,7 @@ for name, *arguments in json.loads(sys.argv[1]):
 
 def run_examples(*calls: tuple[object, ...]) -> dict[str, list[str]]:
     """What examples print. One process runs them, without the interpreter the tests may have switched on."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment = environment_without_interpreter()
     environment["PYTHONPATH"] = str(ROOT)  # the packages may be present without being installed
     command = [sys.executable, "-c", RUN, json.dumps([[str(each) for each in call] for call in calls])]
     done = subprocess.run(command, cwd=EXAMPLES, env=environment, capture_output=True, text=True, timeout=300)

@@ -22,10 +22,6 @@ def draw_all(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = F64) -> l
     return [draw(*shape, seed=10 * seed + index, dtype=dtype) for index, shape in enumerate(shapes)]
 
 
-def gradients(output: Tensor, inputs: list[Tensor | None], grad: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(output, [each for each in inputs if each is not None], grad))
-
-
 @dataclass(frozen=True)
 class Call:
     """One call of ``deform_conv2d`` in sizes; pairs are (vertical, horizontal).

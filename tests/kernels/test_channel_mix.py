@@ -115,22 +115,6 @@ def test_one_element_has_no_batch_statistic(layer):
     assert layer.eval()(torch.zeros(1, 4, 1, 1)).shape == (1, 4, 1, 1)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"weight": torch.zeros(5, 4)}, r"weight: expected C/groups inputs .*, got \(5, 4\)"),
-        ({"running_mean": torch.zeros(5)}, "running_var: expected running_mean and running_var"),
-        (
-            {"running_mean": torch.zeros(5), "running_var": torch.ones(5), "statistics": True},
-            "statistics: expected False along with running_mean",
-        ),
-    ],
-)
-def test_bad_input(change, message):
-    with pytest.raises(ValueError, match=message):
-        channel_mix(**{"x": torch.zeros(2, 3), "weight": torch.zeros(5, 3)} | change)
-
-
 @pytest.mark.parametrize("module", [BatchNorm2d, partial(ChannelMix, 4), lambda size: ChannelMix(size, 4)])
 def test_modules_of_no_size_are_refused(module):
     with pytest.raises(TypeError, match=r"expected an integer, got 4\.5"):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
 from contract import deterministic_algorithms, draw
-from deform_conv_cases import F64, PATHS, draw_all, forced_triton, gradients, per_channel_call
+from deform_conv_cases import F64, PATHS, draw_all, forced_triton, per_channel_call
 from launches import recorded_launches
 from torch import Tensor
 from torch.nn import functional
@@ -38,7 +37,7 @@ def test_undefined_offsets(device: torch.device) -> None:
     for values in (offset, finite):
         leaves = [given["input"].clone().requires_grad_(), values.requires_grad_()]
         output = reference.deform_conv2d(*leaves, given["weight"])
-        results.append((output, *gradients(output, leaves, torch.ones_like(output))))
+        results.append((output, *torch.autograd.grad(output, leaves, torch.ones_like(output))))
     (output, grad_input, grad_offset), (expected, _, expected_offset) = results
     undefined = torch.zeros_like(output, dtype=torch.bool)
     undefined[0, :, 1, 2] = undefined[0, :, 2, 2] = True
@@ -98,7 +97,7 @@ def test_deterministic_input_gradient(name: str, device: torch.device) -> None:
     def gradient(function: Callable, magnitude: float, dtype: torch.dtype, deterministic: bool) -> Tensor:
         values = {key: value.detach().to(dtype) for key, value in given.items()}
         leaf = next(iter(values.values())).requires_grad_()
-        with forced_triton(), deterministic_algorithms() if deterministic else nullcontext():
+        with forced_triton(), deterministic_algorithms(deterministic):
             outputs = function(**values, **options)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         grads = [draw(*output.shape, seed=50).to(output) * magnitude for output in outputs]
@@ -134,7 +133,8 @@ def test_parts_of_the_batch(device: torch.device, monkeypatch: pytest.MonkeyPatc
         leaves = [value.clone().requires_grad_() for value in values]
         with use_backend("triton"), recorded_launches() as launches:
             output = deform_conv2d(*leaves[:4], padding=(0, 1), mask=leaves[4])
-            results.append((launches, [output, *gradients(output, leaves, torch.ones_like(output))]))
+            grads = torch.autograd.grad(output, leaves, torch.ones_like(output))
+        results.append((launches, [output, *grads]))
     # Forward launches once per part, backward twice; a copied image is 1/15 of the columns, its sums another.
     assert [len(launches) for launches, _ in results] == [5 + 10, 3 + 10, 1 + 2]
     for _, part in results[:2]:
@@ -157,8 +157,8 @@ def test_statistics(backend: str, device: torch.device) -> None:
     # Values near 2000 have fp32 steps of 1e-4, a ten-thousandth of the deviation.
     assert relative_l2(variance, statistics[1]) < 2e-4
     grad = torch.randn(expected.shape, dtype=F64, generator=torch.Generator().manual_seed(1)).to(device)
-    actual = gradients(normalised, leaves, grad.float())
-    wanted = gradients(expected, exact, grad)
+    actual = torch.autograd.grad(normalised, leaves, grad.float())
+    wanted = torch.autograd.grad(expected, exact, grad)
     # The bias moves every result by about 1000 standard deviations, and fp32 loses that many digits.
     assert relative_l2(normalised, expected) < 1e-3
     for mine, other in zip(actual[:3], wanted[:3], strict=True):

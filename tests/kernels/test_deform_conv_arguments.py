@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
-from deform_conv_cases import gradients, per_channel_call
+from deform_conv_cases import per_channel_call
 from launches import recorded_launches
 
 from degmix_kernels import DeformConv2d, deform_conv2d, use_backend
@@ -27,7 +27,6 @@ NUMBERS = "expected an integer or a pair of integers"
         # Channels
         ({"input": torch.zeros(2, 0, 5, 6)}, ValueError, "input: expected at least one channel"),
         ({"weight": torch.zeros(4, 2, 1, 1)}, ValueError, "weight: .*divides.* got 2 for 3 channels"),
-        ({"weight": torch.zeros(4, 6, 1, 1)}, ValueError, "weight: .*divides"),
         ({"weight": torch.zeros(4, 1, 1, 1)}, ValueError, "weight: .*divisible.* got 4 for 3 groups"),
         ({"weight": torch.zeros(4, 3, 0, 1)}, ValueError, "weight: expected no empty dimension"),
         ({"offset": torch.zeros(2, 5, 5, 6)}, ValueError, "offset: .*channels"),
@@ -43,7 +42,6 @@ NUMBERS = "expected an integer or a pair of integers"
         ({"stride": (1, -1)}, ValueError, r"stride: expected at least 1, got \(1, -1\)"),
         ({"stride": 2**31}, ValueError, "stride: expected at most 2147483647, got 2147483648"),
         ({"stride": ()}, TypeError, f"stride: {NUMBERS}"),
-        ({"stride": (1, 1, 1)}, TypeError, f"stride: {NUMBERS}"),
         ({"stride": (True, 1)}, TypeError, f"stride: {NUMBERS}"),
     ],
 )
@@ -102,7 +100,7 @@ def test_a_map_without_pixels(device: torch.device) -> None:
         with use_backend(backend):
             output = deform_conv2d(*leaves, padding=1)
         assert torch.equal(output, leaves[3].detach()[:, None, None].expand(1, 4, 2, 7))
-        grads = gradients(output, leaves, torch.ones_like(output))
+        grads = torch.autograd.grad(output, leaves, torch.ones_like(output))
         assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
         assert not grads[1].any()
         assert not grads[2].any()
@@ -112,7 +110,6 @@ def test_a_map_without_pixels(device: torch.device) -> None:
     ("arguments", "error", "message"),
     [
         ({"in_channels": 0}, ValueError, "in_channels: expected at least 1, got 0"),
-        ({"out_channels": "4"}, TypeError, "out_channels: expected an integer, got '4'"),
         ({"in_channels": 4, "out_channels": 3, "groups": 2}, ValueError, "out_channels: .*groups=2, got 3"),
         ({"groups": 3}, ValueError, "in_channels: expected a multiple of groups=3, got 4"),
         ({"groups": 0}, ValueError, "groups: expected at least 1, got 0"),

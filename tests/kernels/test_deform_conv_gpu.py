@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from contract import compare, leaves_of
+from contract import compare, deterministic_algorithms, leaves_of
 from deform_conv_cases import PATHS, Call, forced_triton, kernels_of
 from launches import recorded_launches
 from test_deform_conv_memory import REALISTIC, allowance
@@ -57,13 +57,10 @@ def test_the_host_never_waits(path: str) -> None:
     call = PATHS[path]
     leaves, grad = prepared(call)
     for deterministic in (False, True):
-        torch.use_deterministic_algorithms(deterministic)
-        try:
+        with deterministic_algorithms(deterministic):
             run(call, leaves, grad)  # compiles the kernels
             with no_synchronisation():
                 run(call, leaves, grad)
-        finally:
-            torch.use_deterministic_algorithms(False)
 
 
 @every_path
@@ -135,11 +132,8 @@ def test_deterministic_runs_are_bit_equal(path: str) -> None:
     """At a size at which thousands of programs race for the same input pixels."""
     call = replace(PATHS[path], batch=4, size=(64, 48))
     leaves, grad = prepared(call)
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic_algorithms():
         first, *others = (run(call, leaves, grad) for _ in range(4))
-    finally:
-        torch.use_deterministic_algorithms(False)
     for other in others:
         assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
 

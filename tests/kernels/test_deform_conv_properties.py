@@ -14,7 +14,7 @@ from functools import partial
 
 import pytest
 import torch
-from contract import leaves_of, result_and_gradients
+from contract import deterministic_algorithms, leaves_of, result_and_gradients
 from deform_conv_cases import Call, expected_kernels, forced_triton, kernels_of
 from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis import strategies as st
@@ -215,12 +215,9 @@ def test_random_calls(
         call, tensors = example.call, tensors_of(example)
         grad = tensors.pop("grad")
         leaves = {name: value.to(device).requires_grad_() for name, value in leaves_of(tensors).items()}
-        torch.use_deterministic_algorithms(example.deterministic)
-        try:
-            with forced_triton(), recorded_launches() as launches, poisoned_empty():
-                actual = result_and_gradients(partial(deform_conv2d, **call.geometry), leaves, grad)
-        finally:
-            torch.use_deterministic_algorithms(False)
+        settings = deterministic_algorithms(example.deterministic)
+        with settings, forced_triton(), recorded_launches() as launches, poisoned_empty():
+            actual = result_and_gradients(partial(deform_conv2d, **call.geometry), leaves, grad)
         assert kernels_of(launches) == expected_kernels(call)
         assert all(actual[name].dtype == value.dtype for name, value in tensors.items())
         if maps.is_channels_last(tensors["input"]):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from contract import environment_without_interpreter
 
 from bench.compiler.targets import TARGETS
 from bench.compiler.trace import launches_of
@@ -48,8 +48,7 @@ if __name__ == "__main__":
 
 def run_compiled(*command: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a process of its own, where kernels are compiled."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(REPOSITORY)
+    environment = environment_without_interpreter() | {"PYTHONPATH": str(REPOSITORY)}
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 

@@ -79,7 +79,7 @@ degmix_kernels/checks.py
   checks: a shape may be broadcast
     - if value is not None and value.shape != shape:
     + if value is not None and any(a not in (1, b) for a, b in zip(value.shape, shape, strict=True)):
-    ? kernels/test_batch_norm: bad_input
+    ? test_arguments: shapes_that_are_refused and batch_norm
     ? kernels/test_deform_conv_arguments
 
 degmix_kernels/define.py

@@ -37,10 +37,6 @@ degmix_kernels/channel_mix/kernels.py
     - x_ptr += image * channels * pixels + group * inner * (1 if LAST else pixels)
     + x_ptr += image * channels * pixels + group * inner
     ? test_contract: values_and_gradients and float32 and channel_mix
-  channel_mix: the second half of a tile is stored over the first
-    - pixel_start + BLOCK // 2, channels, pixels, ACTIVATION, LAST, PART,
-    + pixel_start, channels, pixels, ACTIVATION, LAST, PART,
-    ? test_contract: values_and_gradients and float32 and channel_mix
 
 degmix_kernels/channel_mix/plan.py
   channel_mix: statistics in parts in the input's dtype
@@ -79,10 +75,6 @@ degmix_kernels/task_attention/kernels.py
     + if (value_ptr is None) and (HEADS > 1):
     +                     grad_keys
     ? test_contract: values_and_gradients and float32 and task_attention
-  task_attention: all of a batch's outputs in one image
-    - output_ptr += (image * query_tasks * rows + row) * sharing * HEAD_DIM + channel
-    + output_ptr += (image * rows + row) * sharing * HEAD_DIM + channel
-    ? test_contract: values_and_gradients and float32 and task_attention
 
 degmix_kernels/task_attention/plan.py
   task_attention: 32-bit addresses, always
@@ -96,10 +88,6 @@ degmix_kernels/gating/kernels.py
     -     return mean,
     + centred = shifted - mean
     +     return mean,
-    ? kernels/test_gating: ragged_tiles and float32
-  gating: u is read as if it were contiguous
-    - at = row * multiplier_stride + column[None, :]
-    + at = row * columns + column[None, :]
     ? kernels/test_gating: ragged_tiles and float32
 
 degmix_kernels/gating/backward_kernels.py
@@ -191,10 +179,6 @@ degmix_kernels/deform_conv/general/backward_kernels.py
     - grad_y = tl.where((low_y < -1) & is_number(offset_y), 0.0, grad_y)
     + grad_y = tl.where(low_y < -1, 0.0, grad_y)
     ? kernels/test_deform_conv_paths: special_offsets
-  general: the mask's gradient without the diagonal
-    - grad_mask = sum_value + fraction_y * sum_dy + fraction_x * (sum_dx + fraction_y * sum_dyx)
-    + grad_mask = sum_value + fraction_y * sum_dy + fraction_x * sum_dx
-    ? kernels/test_deform_conv_paths: values_and_gradients and general
 
 degmix_kernels/deform_conv/general/plan.py
   general: a weight's gradient of the image before
