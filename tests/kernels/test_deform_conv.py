@@ -25,7 +25,7 @@ from degmix_kernels.testing import assert_close, relative_l2, tolerance
 def test_undefined_offsets(device: torch.device) -> None:
     """NaN spoils its own pixel only; infinities are samples outside the map, with zero gradients.
 
-    So says the reference, with which test_deform_conv_paths.py compares the kernels.
+    This is the reference; test_deform_conv_paths.py compares the kernels with it.
     """
     given = per_channel_call(device)
     finite = given["offset"].clone()

@@ -63,7 +63,7 @@ def run_compiled(*command: str) -> subprocess.CompletedProcess[str]:
 def test_front_end_accepts_every_kernel(
     target: str, options: list[str], kernels: set[tuple[str, str]]
 ) -> None:
-    """Without --full for NVIDIA alone: test_compile.py takes one launch of each kernel to AMD's compiler."""
+    """The plain run checks NVIDIA alone; test_compile.py hands a launch of each kernel to AMD's compiler."""
     process = run_compiled("-m", "bench.gpu.front_end", target, *options)
     assert process.returncode == 0, process.stdout + process.stderr
     counts = json.loads(process.stdout.splitlines()[-1])

@@ -190,7 +190,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
 def test_a_broken_data_set_is_one_sentence(
     spoilt: Path, run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """What may be wrong in it, tests/data/test_nyud.py knows."""
+    """One kind of damage; tests/data/test_nyud.py has the others."""
     path = spoilt / "segmentation" / f"{(spoilt / 'gt_sets/val.txt').read_text().split()[0]}.png"
     Image.fromarray(np.full(SIZE, 99, dtype=np.uint8)).save(path)
     model = run_folder / checkpoint.MODEL_NAME
