@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,18 +15,16 @@ from torch.utils._pytree import tree_leaves
 from degmix_kernels.define import transparent
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Allocation:
-    """A storage: its bytes, who made it, and the numbers of the events that made and freed it."""
+    """A storage: its bytes, and who made it."""
 
     size: int
     made_by: str
-    made: int
-    freed: int | None = None
 
 
 class Allocations(TorchDispatchMode):
-    """Records every storage that ATen calls inside allocate, and when it is freed.
+    """Records every storage that ATen calls inside allocate, until it is freed.
 
     Fake tensors serve as well as real ones, so that large shapes cost nothing. What a single ATen call
     allocates and frees within itself is not seen.
@@ -37,24 +35,18 @@ class Allocations(TorchDispatchMode):
 
     def __init__(self, *before: Tensor | None) -> None:
         super().__init__()
-        self._events = 0
-        self._recorded: list[Allocation] = []
         # By identity of the storage, while it lives. None: made before.
         self._living: dict[int, tuple[weakref.ref, Allocation | None]] = {}
+        # What was alive right after each allocation: memory is fullest at one of these moments.
+        self._moments: list[list[Allocation]] = []
         for tensor in before:
             if tensor is not None:
                 self._watch(tensor, None)
 
     def _watch(self, tensor: Tensor, allocation: Allocation | None) -> None:
         storage = tensor.untyped_storage()
-        reference = weakref.ref(storage, partial(self._free, id(storage)))
-        self._living[id(storage)] = (reference, allocation)
-
-    def _free(self, key: int, reference: weakref.ref) -> None:
-        _, allocation = self._living.pop(key)
-        self._events += 1
-        if allocation is not None:
-            allocation.freed = self._events
+        key = id(storage)
+        self._living[key] = (weakref.ref(storage, lambda _: self._living.pop(key)), allocation)
 
     def __enter__(self) -> Allocations:
         self._inside = transparent(True)  # what an op allocates, not the op as one call
@@ -69,16 +61,17 @@ class Allocations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self._living:
-                self._events += 1
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                made_by = f"{func} {tuple(tensor.shape)} {dtype}"
-                self._recorded.append(Allocation(tensor.untyped_storage().nbytes(), made_by, self._events))
-                self._watch(tensor, self._recorded[-1])
+                made_by = f"{func} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+                self._watch(tensor, Allocation(tensor.untyped_storage().nbytes(), made_by))
+                self._moments.append(self._alive())
         return result
+
+    def _alive(self) -> list[Allocation]:
+        return [allocation for _, allocation in self._living.values() if allocation is not None]
 
     def alive(self) -> int:
         """Bytes allocated inside that are still in use."""
-        return sum(allocation.size for allocation in self._recorded if allocation.freed is None)
+        return sum(allocation.size for allocation in self._alive())
 
     def peak(self, results: Iterable[Tensor] = ()) -> tuple[int, list[Allocation]]:
         """Most bytes alive at one time, and the storages these were.
@@ -86,22 +79,15 @@ class Allocations(TorchDispatchMode):
         Args:
             results: living tensors whose elements do not count; what their storages hold beyond does.
         """
-        sizes = {id(allocation): allocation.size for allocation in self._recorded}
+        free: Counter[Allocation | None] = Counter()
         for tensor in results:
-            _, allocation = self._living[id(tensor.untyped_storage())]
-            if allocation is not None:
-                sizes[id(allocation)] -= tensor.nbytes
-        most, then = 0, []
-        for moment in self._recorded:  # memory is fullest right after one of them
-            alive = [
-                each
-                for each in self._recorded
-                if each.made <= moment.made and (each.freed is None or each.freed > moment.made)
-            ]
-            total = sum(sizes[id(each)] for each in alive)
-            if total > most:
-                most, then = total, [each for each in alive if sizes[id(each)] > 0]
-        return most, then
+            free[self._living[id(tensor.untyped_storage())][1]] += tensor.nbytes
+
+        def counted(moment: list[Allocation]) -> int:
+            return sum(each.size - free[each] for each in moment)
+
+        fullest = max(self._moments, key=counted, default=[])
+        return counted(fullest), [each for each in fullest if each.size > free[each]]
 
 
 def describe(size: int, whole: int, alive: list[Allocation]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ from types import ModuleType
 import gpu_arithmetic
 import pytest
 import torch
+from small_rooms import COUNT, SETTINGS, SIZE
 
 HAS_GPU = torch.cuda.is_available()
 torch.backends.cudnn.allow_tf32 = False  # as matrix products have it: references in fp32 are to be exact
@@ -58,6 +60,20 @@ def backend_of_the_test(request: pytest.FixtureRequest) -> Iterator[None]:
 def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out launches, for tests that look at no number: the interpreter is slow."""
     monkeypatch.setattr("degmix_kernels.launch._launch", lambda plan: None)
+
+
+@pytest.fixture(scope="session")
+def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight small rooms on disk, two of them for evaluation; not to be changed."""
+    from degmix.data.synthetic import write
+
+    return write(tmp_path_factory.mktemp("data") / "rooms", COUNT, SIZE, workers=1, **SETTINGS)
+
+
+@pytest.fixture
+def spoilt(rooms: Path, tmp_path: Path) -> Path:
+    """A copy of the rooms to damage."""
+    return Path(shutil.copytree(rooms, tmp_path / "rooms"))
 
 
 @pytest.fixture(scope="session")

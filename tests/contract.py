@@ -141,14 +141,28 @@ def check(op: Op, sample: Sample, arguments: dict, output: Tensor, grad: Tensor,
         )
 
 
+@contextmanager
+def saved_tensors() -> Iterator[dict[int, Tensor]]:
+    """What calls inside save for their backward passes, by the address of its memory."""
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.numel() > 0:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
 def random_like(output: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(output.shape, generator=generator).to(output)
 
 
 @contextmanager
-def deterministic_algorithms() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
+def deterministic_algorithms(wanted: bool = True) -> Iterator[None]:
+    torch.use_deterministic_algorithms(wanted)
     try:
         yield
     finally:

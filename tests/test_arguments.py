@@ -16,6 +16,7 @@ from torch import Tensor
 
 from degmix_kernels import use_backend
 from degmix_kernels.contract import Op
+from degmix_kernels.registry import find
 
 # Zero, or a negative number, that makes sense: scales, paddings, and an eps where variances are not zero.
 MAY_BE_ZERO = {"eps", "momentum", "padding", "scale"}
@@ -127,3 +128,47 @@ def test_one_sentence_names_it(op: Op, backend: str, autocast: bool, device: tor
                 missed.append((name, what, "accepted"))
     assert not missed, "\n".join(map(str, missed))
     assert not launches
+
+
+# Good calls, with shapes in place of tensors, and what is refused beyond a size that another tensor sets.
+GOOD = {
+    "gated_attention": {"query": (1, 2, 3, 4), "key": (1, 2, 5, 4), "value": (1, 2, 5, 4)},
+    "task_attention": {"query": (1, 2, 5, 6), "key": (1, 4, 5, 6), "value": (1, 4, 5, 6), "heads": 2},
+    "channel_mix": {"x": (2, 3), "weight": (5, 3)},
+    "batch_norm": {"x": (2, 3), "mean": (3,), "variance": (3,)},
+    "coordinate_bias": {"x": (2, 10, 6, 7), "rows": (2, 3, 6, 3), "columns": (2, 2, 3, 7)},
+    "linear_norm": {"x": (6, 2, 5), "weight": (3, 6, 5)}
+    | dict.fromkeys(("bias", "norm_weight", "norm_bias"), (3, 6)),
+}
+BAD = (
+    ("gated_attention", {"key": (1, 2, 0, 4), "value": (1, 2, 0, 4)}, "key: expected at least one token"),
+    ("task_attention", {"query": (1, 0, 5, 6)}, "query: expected at least one task on axis 1, got 0"),
+    ("task_attention", {"query": (1, 2, 5, 0)}, "query: expected at least one channel on axis 3, got 0"),
+    ("task_attention", {"heads": 4}, "heads: expected a divisor of 6 channels, got 4"),
+    ("task_attention", {"key": (1, 9, 5, 6)}, "key: expected 1 to 8 tasks on axis 1, got 9"),
+    ("task_attention", {"key": (1, 0, 5, 6)}, "key: expected 1 to 8 tasks on axis 1, got 0"),
+    ("task_attention", {"key": (1, 4, 5, 2)}, "key: expected 6 channels on axis 3, or 3 for all"),
+    ("task_attention", {"key": (1, 4, 5, 3)}, r"value: expected shape \(1, 4, 5, 3\), got"),
+    ("channel_mix", {"weight": (5, 4)}, r"weight: expected C/groups inputs .*, got \(5, 4\)"),
+    ("channel_mix", {"running_mean": (5,)}, "running_var: expected running_mean and running_var"),
+    ("channel_mix", {"running_mean": (5,), "running_var": (5,), "statistics": True}, "statistics: .* False"),
+    ("batch_norm", {"x": (2, 0)}, "x: expected at least one channel"),
+    ("batch_norm", {"bias": (1,)}, r"bias: expected shape \(3,\)"),
+    ("coordinate_bias", {"x": (2, 10, 0, 7)}, "x: expected no empty dimension"),
+    ("coordinate_bias", {"rows": (2, 3, 6, 7)}, r"rows: expected shape \(2, 3, 6, 3\)"),
+    ("coordinate_bias", {"columns": (1, 2, 3, 7)}, r"columns: expected shape \(2, 2, 3, 7\)"),
+    ("linear_norm", {"weight": (4, 6, 5)}, "weight: expected a first dimension that divides"),
+    ("linear_norm", {"weight": (3, 0, 5)}, "weight: expected no empty dimension"),
+    ("linear_norm", {"norm_weight": (6,)}, "norm_weight: expected shape"),
+    ("linear_norm", {"x": (6, 5, 2, 2)}, "weight: expected 2 dimensions for a map"),
+)
+
+
+@pytest.mark.parametrize(("name", "change", "message"), BAD)
+def test_shapes_that_are_refused(name: str, change: dict[str, Any], message: str) -> None:
+    given = {
+        key: torch.zeros(value) if isinstance(value, tuple) else value
+        for key, value in (GOOD[name] | change).items()
+    }
+    with pytest.raises(ValueError, match=message):
+        find(name).function(**given)

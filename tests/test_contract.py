@@ -22,6 +22,7 @@ from contract import (
     fresh,
     random_like,
     samples,
+    saved_tensors,
 )
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -34,6 +35,7 @@ import degmix_kernels
 from degmix_kernels import use_backend
 from degmix_kernels.backend import can_run
 from degmix_kernels.contract import Op
+from degmix_kernels.registry import OPS
 from degmix_kernels.testing import assert_close, poisoned_empty
 
 
@@ -55,6 +57,19 @@ def test_values_and_gradients(op: Op, dtype: torch.dtype, device: torch.device) 
             output = op.function(**arguments)
             assert output.dtype == dtype
             check(op, sample, arguments, output, random_like(output), dtype)
+
+
+def test_an_unwritten_element_is_seen(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, original = OPS[0], OPS[0].op.forward
+
+    def forward(call: object, output: Tensor, *others: Tensor) -> None:
+        copy = output.clone()
+        original(call, copy, *others)
+        output[..., :-1] = copy[..., :-1]
+
+    monkeypatch.setattr(op.op, "forward", forward)
+    with pytest.raises(AssertionError, match="output: relative L2 error nan"):
+        test_values_and_gradients(op, torch.float32, device)
 
 
 @every_op
@@ -123,15 +138,8 @@ def test_gradients_one_at_a_time(op: Op, device: torch.device) -> None:
 
 @every_definition
 def test_saves_arguments_and_what_is_declared(op: Op, device: torch.device) -> None:
-    saved: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.numel() > 0:
-            saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
     arguments = fresh(op, first(op, device).arguments)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors() as saved:
         with torch.no_grad():
             op.function(**arguments)
         assert not saved
@@ -295,10 +303,12 @@ def test_import_touches_nothing() -> None:
     """No GPU is initialised, nothing heavy is loaded; without interpreter a forced CPU call raises."""
     program = """
 import sys, torch
-import degmix_kernels, degmix_kernels.registry
+import degmix, degmix.convert, degmix_kernels, degmix_kernels.registry
 assert not degmix_kernels.replace_deform_conv(torch.nn.Linear(2, 2)).replaced
-loaded = {"timm", "torchvision", "numpy.testing", "rich", "typer"} & set(sys.modules)
+loaded = {"timm", "torchvision", "numpy.testing", "rich", "typer", "safetensors"} & set(sys.modules)
 assert not loaded, loaded
+degmix.DeGMix("tiny", {"depth": 1}, dim=8)
+assert "timm" not in sys.modules
 assert not torch.cuda.is_initialized()
 op = degmix_kernels.registry.OPS[0]
 arguments = op.samples(torch.device("cpu"), torch.float32, torch.Generator().manual_seed(0))[0].arguments

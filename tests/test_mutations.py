@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutations.mutation import Mutation
-from tests.mutations.mutations import MUTATIONS
+from tests.mutations.mutation import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parents[1]
 

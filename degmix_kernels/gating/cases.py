@@ -24,6 +24,8 @@ _CALLS = (
     (3, 1, 18, 27, "channel"),
     (2, 7, 39, 25, "token"),
     (0, 4, 4, 5, "channel"),
+    (2, 0, 6, 4, "channel"),
+    (2, 0, 6, 4, "token"),
 )
 # The same of what is compiled.
 _DEGMIX = (32, 107 * 140, 256, 256, "channel")  # batch 8, four tasks, NYUD-v2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -101,110 +102,75 @@ def test_normals_survive_eight_bits(vector, tmp_path):
         assert (read[:, 1] == 0).all()
 
 
-def break_folder(root: Path) -> None:
-    os.rename(root, root.with_name("elsewhere"))
+def spoil(path: Path, content: object) -> None:
+    """Remove a file, cut it after so many bytes, or write bytes, a picture or an array in its place."""
+    if content is None:
+        path.unlink()
+    elif isinstance(content, int):
+        os.truncate(path, content)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif path.suffix == ".npy":
+        np.save(path, content, allow_pickle=True)
+    else:
+        save(path, content)
 
 
-def write_pickle(path: Path) -> None:
-    """A file that would create a marker beside it if unpickled."""
+class Malice:
+    """It would make a folder if unpickled."""
 
-    class Malice:
-        def __reduce__(self):
-            return os.mkdir, (str(path.parent.parent / "ran"),)
-
-    np.save(path, np.array([Malice()], dtype=object), allow_pickle=True)
-    path.with_suffix(".raw").write_bytes(pickle.dumps(Malice()))
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
 
 
+LIST, IMAGE, DEPTH = "gt_sets/train.txt", f"images/{NAME}.png", f"depth/{NAME}.npy"
+LABELS, PARTS = f"segmentation/{NAME}.png", f"human_parts/{NAME}.png"
+CORRUPT_IMAGE = "expected a readable image, got a corrupt file"
+CORRUPT_ARRAY = r"expected a readable \.npy array, got a corrupt file"
 CASES = {
-    "no folder": (break_folder, r"rooms: expected a data folder, got nothing"),
-    "no list": (
-        lambda root: (root / "gt_sets" / "train.txt").unlink(),
-        r"train\.txt: expected a list of names, got nothing there \(splits found: val\)",
-    ),
-    "empty list": (
-        lambda root: (root / "gt_sets" / "train.txt").write_text("\n \n"),
-        r"train\.txt: expected at least one name, got an empty list",
-    ),
-    "binary list": (
-        lambda root: (root / "gt_sets" / "train.txt").write_bytes(b"\xff\xfe\x00"),
-        r"train\.txt: expected a text file of names",
-    ),
-    "no label folder": (
-        lambda root: os.rename(root / "edge", root / "egde"),
-        r"edge: expected a folder of \.png files, got nothing there",
-    ),
+    "no list": (LIST, None, r"expected a list of names, got nothing there \(splits found: val\)"),
+    "empty list": (LIST, b"\n \n", "expected at least one name, got an empty list"),
+    "binary list": (LIST, b"\xff\xfe\x00", "expected a text file of names"),
     "no image": (
-        lambda root: (root / "images" / f"{NAME}.png").unlink(),
-        rf"images.{NAME}\.png: expected a file, got nothing there \(1 of 4 files of the split are missing\)",
+        IMAGE,
+        None,
+        r"expected a file, got nothing there \(1 of 6 files of the split are",
     ),
-    "no label": (
-        lambda root: (root / "depth" / f"{NAME}.npy").unlink(),
-        rf"depth.{NAME}\.npy: expected a file, got nothing there",
-    ),
-    "corrupt image": (
-        lambda root: (root / "images" / f"{NAME}.png").write_bytes(b"no picture"),
-        rf"images.{NAME}\.png: expected a readable image, got a corrupt file",
-    ),
-    "empty image": (
-        lambda root: (root / "images" / f"{NAME}.png").write_bytes(b""),
-        rf"images.{NAME}\.png: expected a readable image, got a corrupt file",
-    ),
-    "truncated label": (
-        lambda root: os.truncate(root / "normals" / f"{NAME}.png", 300),
-        rf"normals.{NAME}\.png: expected a readable image, got a corrupt file",
-    ),
-    "image of 16 bits": (
-        lambda root: save(root / "images" / f"{NAME}.png", np.zeros(SIZE, dtype=np.uint16)),
-        rf"images.{NAME}\.png: expected an 8-bit image of mode RGB, got mode I;16",
-    ),
-    "labels in colour": (
-        lambda root: save(root / "segmentation" / f"{NAME}.png", np.zeros((*SIZE, 3), dtype=np.uint8)),
-        rf"segmentation.{NAME}\.png: expected an 8-bit image of mode L, got mode RGB",
-    ),
-    "another size": (
-        lambda root: save(root / "sal" / f"{NAME}.png", np.zeros((48, 60), dtype=np.uint8)),
-        rf"sal.{NAME}\.png: expected the image's size 48×64, got 48×60",
-    ),
-    "a class too many": (
-        lambda root: save(root / "segmentation" / f"{NAME}.png", np.full(SIZE, 14, dtype=np.uint8)),
-        rf"segmentation.{NAME}\.png: expected labels from 0 to 13, got 14",
-    ),
-    "a part too many": (
-        lambda root: save(root / "human_parts" / f"{NAME}.png", np.full(SIZE, 7, dtype=np.uint8)),
-        rf"human_parts.{NAME}\.png: expected labels from 0 to 6, got 7",
-    ),
-    "truncated array": (
-        lambda root: os.truncate(root / "depth" / f"{NAME}.npy", 200),
-        rf"depth.{NAME}\.npy: expected a readable \.npy array, got a corrupt file",
-    ),
-    "empty array": (
-        lambda root: (root / "depth" / f"{NAME}.npy").write_bytes(b""),
-        rf"depth.{NAME}\.npy: expected a readable \.npy array, got a corrupt file",
-    ),
-    "array of objects": (
-        lambda root: write_pickle(root / "depth" / f"{NAME}.npy"),
-        rf"depth.{NAME}\.npy: expected a readable \.npy array",
-    ),
-    "array of text": (
-        lambda root: np.save(root / "depth" / f"{NAME}.npy", np.full(SIZE, "far")),
-        rf"depth.{NAME}\.npy: expected an array of real numbers, got <U3",
-    ),
-    "array of one dimension": (
-        lambda root: np.save(root / "depth" / f"{NAME}.npy", np.zeros(9)),
-        rf"depth.{NAME}\.npy: expected an array of 2 dimensions, got shape \(9,\)",
-    ),
+    "no label": (DEPTH, None, "expected a file, got nothing there"),
+    "corrupt image": (IMAGE, b"no picture", CORRUPT_IMAGE),
+    "empty image": (IMAGE, b"", CORRUPT_IMAGE),
+    "truncated label": (f"normals/{NAME}.png", 300, CORRUPT_IMAGE),
+    "16 bits": (IMAGE, np.zeros(SIZE, np.uint16), "expected an 8-bit image of mode RGB, got mode I;16"),
+    "colour": (LABELS, np.zeros((*SIZE, 3), np.uint8), "expected an 8-bit image of mode L, got mode RGB"),
+    "size": (f"sal/{NAME}.png", np.zeros((48, 60), np.uint8), "expected the image's size 48×64, got 48×60"),
+    "a class too many": (LABELS, np.full(SIZE, 14, np.uint8), "expected labels from 0 to 13, got 14"),
+    "a part too many": (PARTS, np.full(SIZE, 7, np.uint8), "expected labels from 0 to 6, got 7"),
+    "truncated array": (DEPTH, 200, CORRUPT_ARRAY),
+    "empty array": (DEPTH, b"", CORRUPT_ARRAY),
+    "array of objects": (DEPTH, np.array([Malice()], object), r"expected a readable \.npy array"),
+    "pickle": (DEPTH, pickle.dumps(Malice()), r"expected a readable \.npy array"),
+    "array of text": (DEPTH, np.full(SIZE, "far"), "expected an array of real numbers, got <U3"),
+    "one dimension": (DEPTH, np.zeros(9), r"expected an array of 2 dimensions, got shape \(9,\)"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_data_is_named(spoilt, case):
-    spoil, message = CASES[case]
-    spoil(spoilt)
-    with pytest.raises(DataError, match=message) as caught:
+def test_bad_data_is_named(spoilt, case, monkeypatch):
+    file, content, message = CASES[case]
+    monkeypatch.chdir(spoilt)
+    spoil(spoilt / file, content)
+    with pytest.raises(DataError, match=re.escape(file).replace("/", ".") + ": " + message) as caught:
         first(spoilt, *TASKS)
     assert "\n" not in str(caught.value)
     assert not (spoilt / "ran").exists(), "no pickle was run"
+
+
+def test_missing_folders_are_named(spoilt):
+    os.rename(spoilt / "edge", spoilt / "egde")
+    with pytest.raises(DataError, match=r"edge: expected a folder of \.png files, got nothing there"):
+        first(spoilt, *TASKS)
+    with pytest.raises(DataError, match="elsewhere: expected a data folder, got nothing"):
+        first(spoilt.with_name("elsewhere"), *TASKS)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", "a\\b", "C:x", "a\x00b", "sub/00000"])

@@ -22,7 +22,10 @@ PERSON = CLASSES.index("person")
 
 @pytest.fixture(scope="module")
 def scenes() -> list[dict[str, np.ndarray]]:
-    return [render(seed, HEIGHT, WIDTH) for seed in SEEDS]
+    start = time.perf_counter()
+    rendered = [render(seed, HEIGHT, WIDTH) for seed in SEEDS]
+    assert time.perf_counter() - start < 12, "generous for slow machines"
+    return rendered
 
 
 def differing_neighbours(ids: np.ndarray) -> np.ndarray:
@@ -170,16 +173,6 @@ def test_saliency_follows_its_rule(scenes):
             assert not np.isin(semseg[salient], [CLASSES.index(name) for name in FIXED]).any()
     assert people_seen, "the seeds show people"
     assert others_seen, "and a room without"
-
-
-def test_64_scenes_are_rendered_fast():
-    """The bound is generous for slow machines; the printed figure is what counts."""
-    start = time.perf_counter()
-    for seed in range(8):
-        render(seed, HEIGHT, WIDTH)
-    seconds = 8 * (time.perf_counter() - start)
-    print(f"64 scenes of {HEIGHT}×{WIDTH} on one core: {seconds:.1f} s")
-    assert seconds < 90
 
 
 POSITION = st.tuples(*[st.floats(-1, 1, width=32)] * 3).map(np.float32)

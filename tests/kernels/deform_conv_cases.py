@@ -9,12 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from contract import draw, leaves_of
+from contract import draw
 from torch import Tensor
 
 from degmix_kernels import use_backend
-from degmix_kernels.deform_conv import reference
-from degmix_kernels.deform_conv.problem import Problem
 from degmix_kernels.launch import Launch
 
 F64 = torch.float64
@@ -22,10 +20,6 @@ F64 = torch.float64
 
 def draw_all(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = F64) -> list[Tensor]:
     return [draw(*shape, seed=10 * seed + index, dtype=dtype) for index, shape in enumerate(shapes)]
-
-
-def gradients(output: Tensor, inputs: list[Tensor | None], grad: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(output, [each for each in inputs if each is not None], grad))
 
 
 @dataclass(frozen=True)
@@ -124,15 +118,6 @@ class Call:
             last = name in self.last.split()
             values[name] = value.contiguous(memory_format=torch.channels_last) if last else value
         return {"mask": None, "bias": None} | values
-
-    def problem(self, tensors: dict[str, Tensor | None]) -> Problem:
-        return Problem(*(tensors[name] for name in ("input", "offset", "weight", "mask")), **self.geometry)
-
-    def exact(self, tensors: dict[str, Tensor | None]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reference's output and its leaves, in fp64."""
-        given = {name: value for name, value in tensors.items() if name != "grad"}
-        leaves = leaves_of(given, torch.float64)
-        return reference.deform_conv2d(**leaves, **self.geometry), leaves
 
 
 def per_channel_call(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

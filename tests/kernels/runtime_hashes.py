@@ -1,4 +1,4 @@
-"""Print two hashes of each launch of bench.gpu.front_end: trace.specialise's, and that of Triton's runtime.
+"""Print two hashes of launches that cover bench.gpu.front_end's: trace.specialise's, and the runtime's.
 
 To be run without TRITON_INTERPRET. A stub stands for the driver of an H100. The runtime's own hook reports
 what would be compiled, and prevents it.
@@ -12,8 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.compiler.trace import specialise
-from bench.gpu.front_end import launches
+from bench.gpu.front_end import Candidate, covering, distinct, launches
 from degmix_kernels.launch import Launch
 
 
@@ -54,7 +53,7 @@ def of_runtime(launch: Launch) -> str:
 
 if __name__ == "__main__":
     triton.runtime.driver.set_active(Driver())
-    for _, launch in launches():
-        ours = specialise(launch)
+    for candidate in covering(distinct(Candidate(op, launch) for op, launch in launches())):
+        ours = candidate.specialised
         row = {"module": ours.module, "kernel": ours.kernel, "ours": ours.source.hash()}
-        print(json.dumps(row | {"runtime": of_runtime(launch)}))
+        print(json.dumps(row | {"runtime": of_runtime(candidate.launch)}))

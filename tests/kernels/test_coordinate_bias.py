@@ -61,23 +61,6 @@ def test_gradients_of_non_contiguous_tables(device):
     compare(coordinate_bias, reference.coordinate_bias, named, 3 * 7, grad)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": torch.ones(2, 9, 6, 7)}, r"x: expected shape \(2, 10, 6, 7\)"),
-        ({"x": torch.ones(10, 6, 7)}, "x: expected 4 dimensions"),
-        ({"x": torch.ones(2, 10, 0, 7)}, "x: expected no empty dimension"),
-        ({"rows": torch.ones(2, 3, 6, 7)}, r"rows: expected shape \(2, 3, 6, 3\)"),
-        ({"rows": torch.ones(2, 3, 5, 3)}, r"rows: expected shape \(2, 3, 6, 3\)"),
-        ({"columns": torch.ones(1, 2, 3, 7)}, r"columns: expected shape \(2, 2, 3, 7\)"),
-    ],
-)
-def test_bad_input_is_refused(change, message):
-    rows, columns = tables(2, 3, 2, 6, 7)
-    with pytest.raises(ValueError, match=message):
-        coordinate_bias(**{"x": torch.ones(2, 10, 6, 7), "rows": rows, "columns": columns, **change})
-
-
 def test_module_starts_at_zero(device):
     module, x = CoordinateBias(3, 2, 6, 7).to(device), draw(2, 5, 6, 7).float().to(device)
     assert torch.equal(module(x), x)

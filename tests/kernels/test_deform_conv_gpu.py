@@ -6,16 +6,18 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from contract import leaves_of
+from contract import compare, deterministic_algorithms, leaves_of
 from deform_conv_cases import PATHS, Call, forced_triton, kernels_of
 from launches import recorded_launches
 from test_deform_conv_memory import REALISTIC, allowance
 from torch import Tensor
 
 from degmix_kernels import deform_conv2d
+from degmix_kernels.deform_conv import reference
 from degmix_kernels.launch import needs_64_bit
 from degmix_kernels.testing import assert_close
 
@@ -55,13 +57,10 @@ def test_the_host_never_waits(path: str) -> None:
     call = PATHS[path]
     leaves, grad = prepared(call)
     for deterministic in (False, True):
-        torch.use_deterministic_algorithms(deterministic)
-        try:
+        with deterministic_algorithms(deterministic):
             run(call, leaves, grad)  # compiles the kernels
             with no_synchronisation():
                 run(call, leaves, grad)
-        finally:
-            torch.use_deterministic_algorithms(False)
 
 
 @every_path
@@ -133,13 +132,17 @@ def test_deterministic_runs_are_bit_equal(path: str) -> None:
     """At a size at which thousands of programs race for the same input pixels."""
     call = replace(PATHS[path], batch=4, size=(64, 48))
     leaves, grad = prepared(call)
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic_algorithms():
         first, *others = (run(call, leaves, grad) for _ in range(4))
-    finally:
-        torch.use_deterministic_algorithms(False)
     for other in others:
         assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
+
+
+def test_weight_gradient_of_a_large_map() -> None:
+    """pytorch/vision issue 2598: a sum over 880 000 output pixels per element."""
+    call = Call(8, 9, 9, (1000, 110), (3, 3), padding=(1, 1), biased=False)
+    ours, exact = (partial(each, **call.geometry) for each in (deform_conv2d, reference.deform_conv2d))
+    compare(ours, exact, call.tensors(device="cuda"), call.reduction, wanted=("weight",))
 
 
 # More than 2³¹ elements of the input (general, between) or the offsets (per-channel), within one image where

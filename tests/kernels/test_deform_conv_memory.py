@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from allocations import Allocations, describe
+from contract import deterministic_algorithms
 from deform_conv_cases import PATHS, Call, expected_kernels, forced_triton, kernels_of
 from launches import recorded_launches
 from torch import Tensor
@@ -74,22 +75,19 @@ def test_temporaries_are_small(
     call, kind = REALISTIC[name], DTYPES[dtype]
     limit, whole = allowance(call, kind, deterministic, layout), call.columns * kind.itemsize
     peaks = {}
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        with FakeTensorMode(), device, forced_triton(), recorded_launches(execute=False) as launches:
-            shapes = call.shapes() | {"grad": (call.batch, call.out_channels, *call.out_size)}
-            tensors = {key: laid_out(torch.empty(shape, dtype=kind), layout) for key, shape in shapes.items()}
-            grad = tensors.pop("grad")
-            leaves = {key: value.requires_grad_() for key, value in tensors.items()}
-            with Allocations(*leaves.values()) as forward:
-                output = deform_conv2d(**leaves, **call.geometry)
-            peaks["forward"] = forward.peak([output])
-            kept = forward.alive() - output.nbytes
-            with Allocations(output, grad, *leaves.values()) as backward:
-                gradients = torch.autograd.grad(output, list(leaves.values()), grad)
-            peaks["backward"] = backward.peak(gradients)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    settings = deterministic_algorithms(deterministic)
+    with settings, FakeTensorMode(), device, forced_triton(), recorded_launches(execute=False) as launches:
+        shapes = call.shapes() | {"grad": (call.batch, call.out_channels, *call.out_size)}
+        tensors = {key: laid_out(torch.empty(shape, dtype=kind), layout) for key, shape in shapes.items()}
+        grad = tensors.pop("grad")
+        leaves = {key: value.requires_grad_() for key, value in tensors.items()}
+        with Allocations(*leaves.values()) as forward:
+            output = deform_conv2d(**leaves, **call.geometry)
+        peaks["forward"] = forward.peak([output])
+        kept = forward.alive() - output.nbytes
+        with Allocations(output, grad, *leaves.values()) as backward:
+            gradients = torch.autograd.grad(output, list(leaves.values()), grad)
+        peaks["backward"] = backward.peak(gradients)
     assert kernels_of(launches) == expected_kernels(call)
     assert kept == 0, f"{kept} bytes stay allocated after the forward pass"
     for phase, (size, alive) in peaks.items():

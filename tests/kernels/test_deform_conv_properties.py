@@ -14,7 +14,7 @@ from functools import partial
 
 import pytest
 import torch
-from contract import leaves_of, result_and_gradients
+from contract import deterministic_algorithms, leaves_of, result_and_gradients
 from deform_conv_cases import Call, expected_kernels, forced_triton, kernels_of
 from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis import strategies as st
@@ -25,7 +25,8 @@ from degmix_kernels import deform_conv2d, maps
 from degmix_kernels.deform_conv import reference
 from degmix_kernels.testing import poisoned_empty, tolerance
 
-EXAMPLES = {"general": 12, "per-channel": 12, "between": 16}
+# Of each path: in the plain run, and with --full.
+EXAMPLES = {"general": (6, 400), "per-channel": (8, 400), "between": (8, 400)}
 # A share of them each.
 DTYPES = {torch.float32: 1 / 2, torch.bfloat16: 1 / 4, torch.float16: 1 / 4}
 
@@ -43,9 +44,7 @@ class Example:
     """One call and the properties of its tensors."""
 
     call: Call
-    dtype: torch.dtype
-    offset_dtype: torch.dtype
-    channels_last: frozenset[str]  # names of arguments, "grad" for the gradient of the output
+    layouts: dict[str, str]  # of arguments by name, "grad" for the gradient of the output
     whole: bool  # all offsets are integers
     places: list[Place]
     undefined: int  # how many offsets are NaN
@@ -56,6 +55,8 @@ class Example:
 # The interpreter's time grows with taps and blocks of channels, so few calls have many of both.
 KERNELS = st.sampled_from([(1, 2), (2, 1), (2, 2), (1, 1), (3, 1), (1, 3), (2, 3), (3, 3)])
 GROUPS = st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (1, 3), (2, 3)])  # and offset groups
+MAPS = ("input", "offset", "mask", "weight", "grad")
+LAYOUTS = ("contiguous", "channels_last", "permuted")  # the last one has no name in PyTorch
 STEPS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
@@ -108,10 +109,10 @@ def tiles(call: Call) -> int:
 @st.composite
 def examples(draw: Callable, path: str, dtype: torch.dtype) -> Example:
     return Example(
-        call=draw(calls(path)),
-        dtype=dtype,
-        offset_dtype=draw(st.sampled_from([torch.float32, dtype])),
-        channels_last=draw(st.frozensets(st.sampled_from(["input", "offset", "mask", "weight", "grad"]))),
+        call=replace(
+            draw(calls(path)), dtype=dtype, offset_dtype=draw(st.sampled_from([torch.float32, dtype]))
+        ),
+        layouts=draw(st.fixed_dictionaries(dict.fromkeys(MAPS, st.sampled_from(LAYOUTS)))),
         whole=draw(st.integers(0, 4)) == 0,
         places=draw(st.lists(PLACES, max_size=12)),
         undefined=draw(st.sampled_from([0, 0, 0, 1, 2])),
@@ -154,9 +155,11 @@ def tensors_of(example: Example) -> dict[str, Tensor]:
     grad_shape = (call.batch, call.out_channels, *call.out_size)
     tensors["grad"] = torch.randn(grad_shape, generator=generator)
     for name in tensors:
-        tensors[name] = tensors[name].to(example.offset_dtype if name == "offset" else example.dtype)
-        if name in example.channels_last:
+        tensors[name] = tensors[name].to(call.offset_dtype if name == "offset" else call.dtype)
+        if example.layouts.get(name) == "channels_last":
             tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
+        elif example.layouts.get(name) == "permuted":
+            tensors[name] = tensors[name].permute(1, 3, 0, 2).contiguous().permute(2, 0, 3, 1)
     return tensors
 
 
@@ -177,7 +180,7 @@ def usual_size(call: Call, tensors: dict[str, Tensor], grad: Tensor) -> dict[str
 
 
 def compare(
-    actual: dict[str, Tensor], expected: dict[str, Tensor], sizes: dict[str, float], example: Example, by: str
+    actual: dict[str, Tensor], expected: dict[str, Tensor], sizes: dict[str, float], call: Call, by: str
 ) -> None:
     """Same NaNs, and the rest within the derived tolerance."""
     for name, value in actual.items():
@@ -186,7 +189,7 @@ def compare(
         assert torch.equal(value.isnan().cpu(), wanted.isnan()), f"{name} by {by}: NaN in other places"
         error = (value.double().cpu() - wanted).nan_to_num(nan=0.0).norm().item()
         size = max(wanted.nan_to_num(nan=0.0).norm().item(), sizes[name])
-        limit = tolerance(example.dtype, example.call.reduction) * size
+        limit = tolerance(call.dtype, call.reduction) * size
         assert error <= limit, f"{name} by {by}: error {error:.3e}, at most {limit:.3e} of {size:.3e}"
 
 
@@ -201,20 +204,20 @@ def oracles(request: pytest.FixtureRequest) -> dict[str, Callable]:
     return {"reference": reference.deform_conv2d, "torchvision": torchvision.ops.deform_conv2d}
 
 
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("path", EXAMPLES)
-def test_random_calls(path: str, device: torch.device, oracles: dict[str, Callable]) -> None:
-    met = Counter()
+def test_random_calls(
+    path: str, device: torch.device, oracles: dict[str, Callable], pytestconfig: pytest.Config
+) -> None:
+    met, wanted = Counter(), EXAMPLES[path][pytestconfig.getoption("--full")]
 
     def check(example: Example) -> None:
         call, tensors = example.call, tensors_of(example)
         grad = tensors.pop("grad")
         leaves = {name: value.to(device).requires_grad_() for name, value in leaves_of(tensors).items()}
-        torch.use_deterministic_algorithms(example.deterministic)
-        try:
-            with forced_triton(), recorded_launches() as launches, poisoned_empty():
-                actual = result_and_gradients(partial(deform_conv2d, **call.geometry), leaves, grad)
-        finally:
-            torch.use_deterministic_algorithms(False)
+        settings = deterministic_algorithms(example.deterministic)
+        with settings, forced_triton(), recorded_launches() as launches, poisoned_empty():
+            actual = result_and_gradients(partial(deform_conv2d, **call.geometry), leaves, grad)
         assert kernels_of(launches) == expected_kernels(call)
         assert all(actual[name].dtype == value.dtype for name, value in tensors.items())
         if maps.is_channels_last(tensors["input"]):
@@ -233,7 +236,7 @@ def test_random_calls(path: str, device: torch.device, oracles: dict[str, Callab
                 far = exact["offset"].detach().nan_to_num(posinf=1e30, neginf=-1e30)
                 exact = exact | {"offset": far.requires_grad_()}
             expected = result_and_gradients(partial(oracle, **call.geometry), exact, grad)
-            compare(actual, expected, sizes, example, by)
+            compare(actual, expected, sizes, call, by)
         met["images"] += call.batch > 0
         met["undefined"] += bool(tensors["offset"].isnan().any())
         met["deterministic"] += example.deterministic
@@ -241,7 +244,7 @@ def test_random_calls(path: str, device: torch.device, oracles: dict[str, Callab
     for number, (dtype, share) in enumerate(DTYPES.items()):
         # No shrinking: it would take the interpreter an hour. The example that fails is printed as it is.
         chosen = settings(
-            max_examples=round(share * EXAMPLES[path]),
+            max_examples=math.ceil(share * wanted),
             deadline=None,
             database=None,
             phases=[Phase.generate],
@@ -249,6 +252,6 @@ def test_random_calls(path: str, device: torch.device, oracles: dict[str, Callab
         )
         seed(number)(chosen(given(example=examples(path, dtype))(check)))()
     # What the examples are meant to cover, they did.
-    assert met["images"] >= 0.6 * EXAMPLES[path]
+    assert met["images"] >= 0.6 * wanted
     assert met["undefined"]
     assert met["deterministic"]

@@ -1,4 +1,4 @@
-"""What a plan hands to Triton."""
+"""What a plan hands to Triton, and what it asks PyTorch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from degmix_kernels import launch
 from degmix_kernels.launch import Launch
+from degmix_kernels.product import allows_tf32
 
 
 class Kernel:
@@ -80,3 +81,20 @@ def test_a_launch_runs_on_the_device_of_its_tensors(monkeypatch, current):
     launch.run(Launch(Kernel(), 1, {}, {}), torch.device("cuda", 1))
     assert launched_on == [1]
     assert devices == [current]
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch has only the older setting"
+)
+def test_either_setting_allows_tf32():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    assert not allows_tf32()
+    try:
+        for setting, allowed, forbidden in (("allow_tf32", True, False), ("fp32_precision", "tf32", "ieee")):
+            setattr(matmul, setting, allowed)
+            assert allows_tf32()
+            setattr(matmul, setting, forbidden)
+            assert not allows_tf32()
+    finally:
+        matmul.fp32_precision = before

@@ -52,25 +52,6 @@ def test_parts_end_in_the_middle_and_at_a_block_s_end(device, monkeypatch):
     compare(linear_norm, linear_norm, every, 83 * 500 * 4, wanted=NAMES[1:5])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"weight": draw(4, 6, 5)}, "weight: expected a first dimension that divides"),
-        ({"weight": draw(3, 6, 4, seed=0)}, "weight: expected shape"),
-        ({"weight": draw(1, 3, 6, 5, seed=0)}, "weight: expected 2 or 3 dimensions"),
-        ({"weight": draw(3, 0, 5, seed=0)}, "weight: expected no empty dimension"),
-        ({"bias": draw(6, seed=0)}, "bias: expected shape"),
-        ({"norm_weight": draw(6, seed=0)}, "norm_weight: expected shape"),
-        ({"norm_bias": draw(2, 6, seed=0)}, "norm_bias: expected shape"),
-        ({"x": draw(6, 5, 2, 2, seed=0)}, "weight: expected 2 dimensions for a map"),
-    ],
-)
-def test_blocks_that_do_not_fit_are_refused(change, message):
-    given = {name: value for name, value in arguments(3, 6, 2, 5, 6).items() if name not in NAMES[5:]}
-    with pytest.raises(ValueError, match=message):
-        linear_norm(**{**given, **change})
-
-
 def test_many_blocks_have_64_bit_addresses():
     """Where neither x nor the result is large, but the parameters or the sums of their gradients are."""
     x, output = (torch.empty(4097, 1, n, device="meta", dtype=torch.bfloat16) for n in (1024, 512))

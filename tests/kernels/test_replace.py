@@ -52,6 +52,7 @@ class Network(nn.Module):
 def test_replaces_all_and_names_them(torchvision: ModuleType) -> None:
     model = Network(torchvision.ops.DeformConv2d)
     before = {name: call(model.get_submodule(name)) for name in ("first", "body.1.0")}
+    saved = copy.deepcopy(model.state_dict())
     report = replace_deform_conv(model)
     assert report.replaced == ("first", "body.1.0")
     assert report.kept == {}
@@ -62,13 +63,21 @@ def test_replaces_all_and_names_them(torchvision: ModuleType) -> None:
         layer = model.get_submodule(name)
         assert type(layer) is DeformConv2d
         assert_close(call(layer), expected.double(), 36)
+    assert list(model.state_dict()) == list(saved)
+    model.load_state_dict(saved)
+    assert torch.equal(call(copy.deepcopy(model).first), call(model.first))
     assert repr(model) == repr(Network(DeformConv2d))
     assert str(replace_deform_conv(model)) == "replaced 0 deformable convolutions"
 
 
-def test_our_op_runs(torchvision: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_itself_may_be_a_layer_and_runs_our_op(
+    torchvision: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer = torchvision.ops.DeformConv2d(4, 4, 3)
-    replace_deform_conv(layer)
+    report = replace_deform_conv(layer)
+    assert report.replaced == ("",)
+    assert str(report) == "replaced 1 deformable convolution: the model itself"
+    assert type(layer) is DeformConv2d
     monkeypatch.setattr(degmix_kernels.deform_conv.module, "deform_conv2d", lambda *arguments: "ours")
     assert call(layer) == "ours"
 
@@ -105,15 +114,6 @@ def test_parameters_are_the_same_objects(torchvision: ModuleType) -> None:
     assert not torch.equal(model[1].weight, weight)
 
 
-def test_state_dict_and_copies(torchvision: ModuleType) -> None:
-    model = Network(torchvision.ops.DeformConv2d)
-    saved = copy.deepcopy(model.state_dict())
-    replace_deform_conv(model)
-    assert list(model.state_dict()) == list(saved)
-    model.load_state_dict(saved)
-    assert torch.equal(call(copy.deepcopy(model).first), call(model.first))
-
-
 def test_hooks_and_buffers_stay(torchvision: ModuleType) -> None:
     layer = torchvision.ops.DeformConv2d(4, 4, 1)
     layer.register_buffer("steps", torch.zeros(()))
@@ -127,14 +127,6 @@ def test_hooks_and_buffers_stay(torchvision: ModuleType) -> None:
     assert not output.any()
     assert seen == ["before", "backward"]
     assert "steps" in dict(layer.named_buffers())
-
-
-def test_the_model_itself_may_be_a_layer(torchvision: ModuleType) -> None:
-    layer = torchvision.ops.DeformConv2d(4, 4, 1)
-    report = replace_deform_conv(layer)
-    assert report.replaced == ("",)
-    assert str(report) == "replaced 1 deformable convolution: the model itself"
-    assert type(layer) is DeformConv2d
 
 
 @pytest.mark.parametrize("how", ["parametrization", "hook"])

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from contract import draw, every_dtype, leaves_of, result_and_gradients
+from contract import draw, leaves_of, result_and_gradients
 from launches import recorded_launches
 from torch import Tensor, nn
 
@@ -104,7 +104,8 @@ def tensors(
 FORMS = ("own", "own none", "shared", "shared none")
 # query tasks, tasks, head dim, heads, form
 SIZES = [
-    *((1, tasks, 4, 2, form) for tasks in range(1, 9) for form in FORMS),
+    *((1, tasks, 4, 2, "own") for tasks in range(1, 9)),
+    *((1, tasks, 4, 2, form) for tasks in (1, 3, 8) for form in FORMS[1:]),
     *((4, 4, 4, 2, form) for form in ("own", "own none", "shared none")),
     *(
         (queries, 2, 3, heads, "shared") for queries, heads in ((3, 1), (5, 1), (1, 3), (3, 3))
@@ -117,8 +118,10 @@ def test_numbers_of_tasks_and_queries(device, queries, tasks, head_dim, heads, f
     compare(*tensors(device, torch.float32, queries, tasks, head_dim, heads, form), heads)
 
 
-@pytest.mark.parametrize("form", ["own", "shared none"])
-@every_dtype
+@pytest.mark.parametrize(
+    ("dtype", "form"),
+    [(torch.float32, "own"), (torch.float32, "shared none"), (torch.bfloat16, "own"), (torch.float16, "own")],
+)
 @pytest.mark.parametrize("head_dim", [1, 5, 16, 40, 128, 256])
 def test_head_dims_and_dtypes(device, head_dim, dtype, form):
     pixels = 40 if head_dim < 16 else 5  # enough elements for roundings to average out
@@ -261,37 +264,6 @@ def test_module_is_multihead_attention_at_each_pixel():
     for pixel in range(5):
         keys = context[:, :, pixel]
         assert_close(got[:, :, pixel], plain(query[:, :, pixel], keys, keys)[0], 6)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"query": torch.zeros(2, 3, 4)}, "query: expected 4 dimensions"),
-        (
-            {"query": torch.zeros(1, 0, 5, 6)},
-            "query: expected at least one task on axis 1, got 0",
-        ),
-        (
-            {"query": torch.zeros(1, 2, 5, 0)},
-            "query: expected at least one channel on axis 3, got 0",
-        ),
-        ({"heads": 4}, "heads: expected a divisor of 6 channels, got 4"),
-        ({"key": torch.zeros(1, 9, 5, 6)}, "key: expected 1 to 8 tasks on axis 1, got 9"),
-        ({"key": torch.zeros(1, 0, 5, 6)}, "key: expected 1 to 8 tasks on axis 1, got 0"),
-        ({"key": torch.zeros(1, 4, 5, 2)}, "key: expected 6 channels on axis 3, or 3 for all"),
-        ({"key": torch.zeros(1, 4, 5, 3)}, r"value: expected shape \(1, 4, 5, 3\), got"),
-        ({"key": torch.zeros(1, 4, 6, 6)}, r"key: expected shape \(1, 4, 5, 6\), got"),
-        ({"value": torch.zeros(1, 3, 5, 6)}, "value: expected shape"),
-    ],
-)
-def test_bad_input(change, message):
-    tensors = {
-        "query": torch.zeros(1, 2, 5, 6),
-        "key": torch.zeros(1, 4, 5, 6),
-        "value": torch.zeros(1, 4, 5, 6),
-    }
-    with pytest.raises(ValueError, match=message):
-        task_attention(**(tensors | {"heads": 2} | change))
 
 
 def test_forcing_triton_says_that_such_heads_have_no_kernel():

@@ -5,12 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from launch_count import NYUD, assert_lean, count_head, count_launches
-from test_head import every_attention
+from test_head import ATTENTIONS
 
 from degmix_kernels import deform_mix, use_backend
 from degmix_kernels.backend import INTERPRETED
 
 PASCAL = {"semseg": 21, "human_parts": 7, "sal": 2, "normals": 3, "edge": 1}
+
+CALLS = {
+    "nyud": (NYUD, (425, 560), 1),
+    "nyud, a batch": (NYUD, (425, 560), 8),
+    "pascal": (PASCAL, (512, 512), 1),
+}
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or Triton's interpreter"
@@ -35,17 +41,22 @@ def test_triton_kernels_count(device: torch.device) -> None:
     with use_backend("triton"):
         counts = count_launches(lambda: deform_mix(x, offset, weight))
     assert sum(count for name, count in counts.items() if name.startswith("triton ")) == 1
+    assert not any(name.startswith("degmix") for name in counts)  # they are seen inside the op
 
 
-@every_attention
 @pytest.mark.parametrize(
-    ("tasks", "size", "batch"),
-    [(NYUD, (425, 560), 1), (NYUD, (425, 560), 8), (PASCAL, (512, 512), 1)],
-    ids=["nyud", "nyud, a batch", "pascal"],
+    ("attention", "name"),
+    [
+        pytest.param(
+            attention, name, marks=() if name == "nyud" or attention == "pixel" else pytest.mark.full
+        )
+        for attention in ATTENTIONS
+        for name in CALLS
+    ],
 )
-def test_the_head_launches_and_saves_less_than_its_formula(attention, tasks, size, batch) -> None:
-    counts = count_head(tasks=tasks, size=size, batch=batch, attention=attention)  # Swin-T
-    assert_lean(counts)
+def test_the_head_launches_and_saves_less_than_its_formula(attention, name) -> None:
+    tasks, size, batch = CALLS[name]
+    assert_lean(count_head(tasks=tasks, size=size, batch=batch, attention=attention))  # Swin-T
 
 
 def test_saved_bytes_grow_with_the_batch() -> None:

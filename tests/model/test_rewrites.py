@@ -110,7 +110,8 @@ def test_an_empty_batch_has_no_gradient(device):
 
 
 def test_sizes_stay_dynamic_in_a_compiled_head():
-    head, features = small_head("pixel").float().eval(), [f.float() for f in small_features(2, 40, 56)]
+    head = DeGMixHead((3, 4), {"one": 1, "two": 2}, depth=1, dim=8).eval()
+    features = [draw(2, *shape).float() for shape in ((3, 40, 56), (4, 20, 28))]
     for feature in features:
         torch._dynamo.mark_dynamic(feature, 2)
         torch._dynamo.mark_dynamic(feature, 3)

@@ -23,8 +23,7 @@ from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tests.mutations.mutation import Mutation
-from tests.mutations.mutations import MUTATIONS
+from tests.mutations.mutation import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 300  # seconds of one run

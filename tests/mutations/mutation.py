@@ -1,25 +1,24 @@
-"""What a bug of the list is, and how it names the tests that have to notice it.
+"""What a planted bug is, and how the lists of bugs are read.
 
-A bug is one change of text. Who rewrites a line that a bug changes gives the bug its new text: the same
-mistake in the new code. Who moves a test gives the bug its new selection.
+A list is a text. The bugs of a file stand below the file's name. A bug has a name and marked lines. ``-`` is
+the right text, which occurs exactly once in the file. ``+`` is the wrong text that replaces it, if any does.
+``?`` is a file of tests, or the tests in it whose names have the words after the colon: each has to fail.
+
+Who rewrites a line that a bug changes gives the bug its new text: the same mistake in the new code. Who moves
+a test gives the bug its new selection.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tests.mutations import host, kernels
 
 
-@dataclass(frozen=True)
-class Mutation:
-    """One bug.
-
-    Attributes:
-        name: what is wrong, in a few words.
-        file: where, from the root of the repository.
-        old: the right text. It occurs exactly once in the file.
-        new: the wrong text that replaces it.
-        tests: selections of tests, as arguments of pytest. Each of them has to fail.
-    """
+class Mutation(NamedTuple):
+    """A name, a file from the repository's root, both texts, and arguments of pytest for each run."""
 
     name: str
     file: str
@@ -28,10 +27,20 @@ class Mutation:
     tests: tuple[tuple[str, ...], ...]
 
 
-def select(file: str, wanted: str = "") -> tuple[str, ...]:
-    """A file of tests, or those of its tests whose names have the wanted words."""
-    return (f"tests/{file}.py", *(("-k", wanted) if wanted else ()))
+def read(text: str) -> Iterator[Mutation]:
+    """The bugs of a list."""
+    for of_file in re.split(r"\n+(?=\S)", text.strip()):
+        file, *bugs = re.split(r"\n  (?=\S)", of_file)
+        for bug in bugs:
+            name, *lines = bug.splitlines()
+            old, new, tests = ([line[6:] for line in lines if line[4] == mark] for mark in "-+?")
+            yield Mutation(name, file, "\n".join(old), "\n".join(new), tuple(map(selection, tests)))
 
 
-# Values and gradients of the contract tests, in fp32, by op.
-FP32 = "values_and_gradients and float32 and "
+def selection(text: str) -> tuple[str, ...]:
+    """Arguments of pytest."""
+    file, _, words = text.partition(": ")
+    return (f"tests/{file}.py", *(("-k", words) if words else ()))
+
+
+MUTATIONS = (*read(kernels.BUGS), *read(host.BUGS))

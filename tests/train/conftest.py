@@ -1,4 +1,4 @@
-"""A rendered data set and a quickly trained model, shared by the tests of this folder."""
+"""A quickly trained model, shared by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -10,15 +10,7 @@ from quick_run import quick_config
 from rich.console import Console
 
 from degmix import train
-from degmix.data import synthetic
 from degmix_kernels import use_backend
-
-
-@pytest.fixture(scope="session")
-def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight small rooms on disk, two of them for evaluation."""
-    out = tmp_path_factory.mktemp("rooms") / "data"
-    return synthetic.write(out, 8, (32, 48), val_fraction=0.25, workers=1)
 
 
 @pytest.fixture(scope="session")

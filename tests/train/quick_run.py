@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from degmix import cli
 from degmix.config import Config, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -52,3 +55,16 @@ def run_degmix(*arguments: object, cwd: Path | None = None) -> subprocess.Comple
         cwd=cwd,
         timeout=300,
     )
+
+
+def run_here(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """``degmix`` in this process, which spares the imports: exit code, output, errors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["degmix", *map(str, arguments)])
+        patch.setenv("COLUMNS", "200")
+        patch.setattr(cli, "console", cli.Console(width=200))
+        with pytest.raises(SystemExit) as stopped:
+            cli.run()
+    captured = capsys.readouterr()
+    code = stopped.value.code
+    return (0 if code is None else code), captured.out, captured.err

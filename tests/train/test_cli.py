@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,23 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from quick_run import QUICK, ROOT, run_degmix
+from quick_run import QUICK, ROOT, run_degmix, run_here
+from small_rooms import SIZE
 
 from degmix import checkpoint, cli
 from degmix.tasks import TASKS
-
-
-def run_here(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """``degmix`` in this process, which spares the imports: exit code, output, errors."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["degmix", *map(str, arguments)])
-        patch.setenv("COLUMNS", "200")
-        patch.setattr(cli, "console", cli.Console(width=200))
-        with pytest.raises(SystemExit) as stopped:
-            cli.run()
-    captured = capsys.readouterr()
-    code = stopped.value.code
-    return (0 if code is None else code), captured.out, captured.err
 
 
 def assert_one_sentence(code: int, errors: str, *parts: str) -> None:
@@ -44,28 +31,28 @@ def assert_one_sentence(code: int, errors: str, *parts: str) -> None:
 # --- commands ---
 
 
-def test_help_lists_the_commands() -> None:
-    result = run_degmix("--help")
-    assert result.returncode == 0
-    for command in ("demo", "train", "evaluate", "predict", "info", "convert", "data"):
-        assert re.search(rf"^\W*{command}\b", result.stdout, re.MULTILINE), result.stdout
-
-
-@pytest.mark.parametrize(
-    "command", [["demo"], ["train"], ["evaluate"], ["predict"], ["info"], ["data", "synth"]]
-)
-def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    code, output, _ = run_here(capsys, *command, "--help")
+def test_every_command_is_listed_and_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    code, listed, _ = run_here(capsys, "--help")
     assert code == 0
-    assert "Usage: " in output
+    for command in ("demo", "train", "evaluate", "predict", "info", "convert", "data synth"):
+        assert re.search(rf"^\W*{command.split()[0]}\b", listed, re.MULTILINE), listed
+        code, output, _ = run_here(capsys, *command.split(), "--help")
+        assert code == 0
+        assert "Usage: " in output
 
 
-def test_the_demo_runs_from_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """``python -m degmix demo`` with quick settings, twice: the second replaces the first."""
-    out = tmp_path / "runs/demo"
-    arguments = ("demo", "--scenes", 8, *QUICK, "train.steps=2")
-    assert run_here(capsys, *arguments, "--out", out)[0] == 0
-    result = run_degmix(*arguments, cwd=tmp_path)
+def earlier_demo(out: Path) -> Path:
+    """What a run of the demo leaves, as far as the next one looks."""
+    out.mkdir(parents=True)
+    for name in ("config.yaml", "metrics.json"):
+        (out / name).write_text("old")
+    return out
+
+
+def test_the_demo_runs_from_a_checkout(tmp_path: Path) -> None:
+    """``python -m degmix demo`` with quick settings replaces an earlier one."""
+    out = earlier_demo(tmp_path / "runs/demo")
+    result = run_degmix("demo", "--scenes", 8, *QUICK, "train.steps=2", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     files = ["metrics.json", "predictions.png", "model.safetensors", "config.yaml", "log.jsonl", "data"]
@@ -117,11 +104,20 @@ def test_info_counts_without_allocating(capsys: pytest.CaptureFixture[str]) -> N
     assert "MiB" in output
 
 
-def test_convert_refuses_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"linear1.0.weight": torch.zeros(1)}, tmp_path / "other.ckpt")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"linear1.0.weight": torch.zeros(1)}, "a published DeGMix head"),
+        ([1, 2], "other.ckpt: expected a state dict"),
+    ],
+)
+def test_convert_refuses_another_model(
+    content: object, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(content, tmp_path / "other.ckpt")
     arguments = (tmp_path / "other.ckpt", tmp_path / "out.safetensors", "--config", "demo")
     code, _, errors = run_here(capsys, "convert", *arguments)
-    assert_one_sentence(code, errors, "other.ckpt: expected", "a published DeGMix head")
+    assert_one_sentence(code, errors, "other.ckpt: expected", message)
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -129,10 +125,7 @@ def test_convert_refuses_another_model(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_demo_that_cannot_run_leaves_the_earlier_one_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
-    earlier = tmp_path / "demo"
-    earlier.mkdir()
-    for name in ("config.yaml", "metrics.json"):
-        (earlier / name).write_text("old")
+    earlier = earlier_demo(tmp_path / "demo")
     code, _, errors = run_here(capsys, "demo", change, "--out", earlier, "--scenes", 8)
     assert_one_sentence(code, errors)
     assert {path.name: path.read_text() for path in earlier.iterdir()} == {
@@ -140,39 +133,6 @@ def test_a_demo_that_cannot_run_leaves_the_earlier_one_alone(
         "metrics.json": "old",
     }
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
-
-
-def test_data_that_cannot_be_read_leaves_no_run(
-    rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(rooms, data)
-    for path in (data / "images").glob("*.png"):
-        path.write_bytes(b"no picture")
-    changes = (*QUICK, f"data.root={data}")
-    code, _, errors = run_here(capsys, "train", "--config", "demo", "--out", tmp_path / "run", *changes)
-    assert_one_sentence(code, errors, "images")
-    assert not (tmp_path / "run").exists()
-
-
-def test_evaluate_looks_for_its_output_folder_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ("--checkpoint", tmp_path / "absent.safetensors", "--out", tmp_path / "nowhere" / "m.json")
-    code, _, errors = run_here(capsys, "evaluate", *arguments)
-    assert_one_sentence(code, errors, "there is no folder", "nowhere")
-    arguments = ("--checkpoint", tmp_path / "absent.safetensors", "--out", tmp_path)
-    code, _, errors = run_here(capsys, "evaluate", *arguments)
-    assert_one_sentence(code, errors, "expected a file, there is a folder")
-
-
-def test_convert_refuses_what_is_no_state_dict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save([1, 2], tmp_path / "list.ckpt")
-    code, _, errors = run_here(
-        capsys, "convert", tmp_path / "list.ckpt", tmp_path / "out.safetensors", "--config", "demo"
-    )
-    assert_one_sentence(code, errors, "list.ckpt: expected a state dict")
-    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_without_the_extra_the_message_says_what_to_install(tmp_path: Path) -> None:
@@ -208,6 +168,9 @@ def test_without_the_extra_the_message_says_what_to_install(tmp_path: Path) -> N
         (["data", "synth", "--out", "x", "--size", "big"], ["--size", "HEIGHTxWIDTH", "big"]),
         (["data", "synth", "--out", "x", "--size", "0x10"], ["--size", "0x10"]),
         (["evaluate", "--checkpoint", "/nowhere.pt"], ["/nowhere.pt", "no such checkpoint"]),
+        # The output's folder is looked for first.
+        (["evaluate", "--checkpoint", "/x.pt", "--out", "nowhere/m.json"], ["there is no folder", "nowhere"]),
+        (["evaluate", "--checkpoint", "/x.pt", "--out", "."], ["expected a file, there is a folder"]),
         (["predict", "x.png", "--checkpoint", "/nowhere.pt"], ["/nowhere.pt", "no such checkpoint"]),
     ],
 )
@@ -224,60 +187,31 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def broken_rooms(rooms: Path, tmp_path: Path) -> Path:
-    """A copy of the data set to break."""
-    return Path(shutil.copytree(rooms, tmp_path / "rooms"))
-
-
-def break_image(root: Path) -> str:
-    name = (root / "gt_sets/val.txt").read_text().split()[0]
-    path = root / "images" / f"{name}.png"
-    path.write_bytes(path.read_bytes()[:40])
-    return str(path)
-
-
-def remove_image(root: Path) -> str:
-    name = (root / "gt_sets/val.txt").read_text().split()[0]
-    (root / "images" / f"{name}.png").unlink()
-    return f"{name}.png"
-
-
-def label_outside_classes(root: Path) -> str:
-    name = (root / "gt_sets/val.txt").read_text().split()[0]
-    path = root / "segmentation" / f"{name}.png"
-    Image.fromarray(np.full((32, 48), 99, dtype=np.uint8)).save(path)
-    return str(path)
-
-
-def empty_split(root: Path) -> str:
-    (root / "gt_sets/val.txt").write_text("")
-    return "val.txt"
-
-
-@pytest.mark.parametrize("harm", [break_image, remove_image, label_outside_classes, empty_split])
 def test_a_broken_data_set_is_one_sentence(
-    harm, broken_rooms: Path, run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    spoilt: Path, run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    named = harm(broken_rooms)
+    """One kind of damage; tests/data/test_nyud.py has the others."""
+    path = spoilt / "segmentation" / f"{(spoilt / 'gt_sets/val.txt').read_text().split()[0]}.png"
+    Image.fromarray(np.full(SIZE, 99, dtype=np.uint8)).save(path)
     model = run_folder / checkpoint.MODEL_NAME
     code, _, errors = run_here(
-        capsys, "evaluate", "--checkpoint", model, "--data", broken_rooms, "--out", tmp_path / "metrics.json"
+        capsys, "evaluate", "--checkpoint", model, "--data", spoilt, "--out", tmp_path / "metrics.json"
     )
-    assert_one_sentence(code, errors, named, "expected")
+    assert_one_sentence(code, errors, str(path), "expected")
     assert not (tmp_path / "metrics.json").exists()
 
 
 def test_a_corrupt_training_image_is_one_sentence_with_workers_too(
-    broken_rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for path in (broken_rooms / "images").iterdir():
+    for path in (spoilt / "images").iterdir():
         path.write_bytes(b"no image")
     for workers in (0, 1):
         out = tmp_path / f"run{workers}"
-        arguments = ["train", "--config", "demo", "--out", out, *QUICK, f"data.root={broken_rooms}"]
+        arguments = ["train", "--config", "demo", "--out", out, *QUICK, f"data.root={spoilt}"]
         code, _, errors = run_here(capsys, *arguments, f"data.workers={workers}")
         assert_one_sentence(code, errors, "images", "expected a readable image")
+        assert not out.exists()
 
 
 def test_a_checkpoint_of_other_tasks_is_one_sentence(

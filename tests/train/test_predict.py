@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from small_rooms import SIZE
 
 from degmix import build, checkpoint
 from degmix.evaluate import evaluate
@@ -122,12 +123,12 @@ def test_legends_fit_their_width(task: str) -> None:
 def test_the_sheet_shows_every_image_and_task(rooms: Path, run_folder: Path) -> None:
     model, config = checkpoint.load_model(run_folder / checkpoint.MODEL_NAME)
     sample = build.open_split(config, "val")[0]
-    prediction = predict(model, torch.zeros(3, 32, 48))
-    image = np.zeros((32, 48, 3), dtype=np.uint8)
+    prediction = predict(model, torch.zeros(3, *SIZE))
+    image = np.zeros((*SIZE, 3), dtype=np.uint8)
     target = {task: sample[task].numpy() for task in prediction}
     one = prediction_sheet([image], [target], [prediction], build.labels(config))
     two = prediction_sheet([image] * 2, [target] * 2, [prediction] * 2, build.labels(config))
-    assert two.width == one.width > 7 * 48
+    assert two.width == one.width > 7 * SIZE[1]
     assert two.height > one.height
 
 

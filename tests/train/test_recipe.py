@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from degmix import build, train
-from degmix.config import Config, LossConfig, TrainConfig
+from degmix.config import Config, LossConfig, TrainConfig, load_config
 from degmix.tasks import TASKS
 
 CPU = torch.device("cpu")
@@ -38,9 +38,9 @@ def test_the_papers_numbers():
     weights = {name: task.weight for name, task in TASKS.items()}
     assert weights == {"semseg": 1, "human_parts": 2, "sal": 5, "depth": 1, "normals": 10, "edge": 50}
     assert LossConfig().edge_positive == 0.8
-    recipe = TrainConfig()
-    assert (recipe.steps, recipe.batch_size, recipe.lr) == (40_000, 8, 1e-3)
-    assert (recipe.momentum, recipe.weight_decay, recipe.power) == (0.9, 5e-4, 0.9)
+    for recipe in (TrainConfig(), load_config("nyud_swin_t").train):
+        assert (recipe.steps, recipe.batch_size, recipe.lr) == (40_000, 8, 1e-3)
+        assert (recipe.momentum, recipe.weight_decay, recipe.power) == (0.9, 5e-4, 0.9)
 
 
 def test_the_optimiser_is_the_configured_one(rooms: Path):

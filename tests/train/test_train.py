@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -11,11 +10,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from quick_run import command_environment, degmix_command, quick_config
+from quick_run import QUICK, command_environment, degmix_command, quick_config, run_here
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -25,15 +25,6 @@ from degmix.data import NYUD
 
 CPU = torch.device("cpu")
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As ``command_environment`` has it: other numbers of threads round sums differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def final_weights(out: Path) -> dict[str, torch.Tensor]:
@@ -48,6 +39,12 @@ def assert_same_weights(out: Path, other: Path) -> None:
 
 def log_lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / train.LOG_NAME).read_text().splitlines()]
+
+
+def logged_steps(out: Path) -> int:
+    """Whole lines of the log of a run that may still write."""
+    log = out / train.LOG_NAME
+    return log.read_text().count("\n") if log.exists() else 0
 
 
 def without_speed(lines: list[dict]) -> list[dict]:
@@ -80,7 +77,7 @@ def test_same_seed_same_weights_and_another_seed_others(
     assert not torch.equal(weights[name], final_weights(run_folder)[name])
 
 
-def test_killed_and_resumed_equals_uninterrupted(rooms: Path, tmp_path: Path, one_thread: None) -> None:
+def test_killed_and_resumed_equals_uninterrupted(rooms: Path, tmp_path: Path) -> None:
     """SIGKILL between two checkpoints, then resume to the end: the same weights and the same log."""
     config = quick_config(rooms, "train.steps=12", "train.checkpoint_every=3", "train.log_every=1")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -88,10 +85,16 @@ def test_killed_and_resumed_equals_uninterrupted(rooms: Path, tmp_path: Path, on
 
     source = tmp_path / "config.yaml"
     source.write_text(config_to_yaml(config))
-    process = start_process("train", "--config", source, "--out", killed, "--device", "cpu")
-    wait_for_line(killed / train.LOG_NAME, 4, process)
+    command = degmix_command("train", "--config", source, "--out", killed, "--device", "cpu")
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # other numbers round sums differently
+    process = subprocess.Popen(command, env=command_environment() | threads)
+    deadline = time.monotonic() + 120
+    while logged_steps(killed) < 4:
+        assert process.poll() is None, "the run ended early"
+        assert time.monotonic() < deadline, "no step 4 within two minutes"
+        time.sleep(0.01)
     process.kill()
-    process.communicate()
+    process.wait()
     assert not (killed / checkpoint.MODEL_NAME).exists(), "the run ended before it was killed"
     train.resume(killed, CPU, QUIET)
 
@@ -100,63 +103,44 @@ def test_killed_and_resumed_equals_uninterrupted(rooms: Path, tmp_path: Path, on
     assert [line["step"] for line in log_lines(killed)] == list(range(1, 13))
 
 
-def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(rooms: Path, tmp_path: Path) -> None:
-    source = tmp_path / "config.yaml"
-    config = quick_config(rooms, "train.steps=1000", "train.checkpoint_every=1000", "train.log_every=1")
-    source.write_text(config_to_yaml(config))
+def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(
+    rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = (*QUICK, "train.steps=1000", "train.checkpoint_every=1000", "train.log_every=1")
     out = tmp_path / "run"
-    process = start_process("train", "--config", source, "--out", out, "--device", "cpu")
-    wait_for_line(out / train.LOG_NAME, 2, process)
-    process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    arguments = ("--config", "demo", "--out", out, "--device", "cpu", *changes, f"data.root={rooms}")
+    with signal_after(out, 2, signal.SIGTERM):
+        code, output, errors = run_here(capsys, "train", *arguments)
+    assert (code, errors) == (130, "")
     assert f"go on with: degmix train --resume {out}" in output
-    assert errors == ""
     state, _ = checkpoint.read_state(out / checkpoint.CHECKPOINT_NAME)
     assert state["step"] == log_lines(out)[-1]["step"] >= 2
 
 
-def test_accumulated_batches_equal_one_large_batch_where_no_batch_statistics_differ(rooms: Path) -> None:
-    """The gradients of two halves of a batch, weighted by their valid pixels, add up to that of the whole."""
-    config = quick_config(rooms, "tasks=[depth]", "train.batch_size=4")
-    model = build.build_model(config).eval()
-    batch = next(iter(train._loader(config, 0)))
-    loss_of = build.build_losses(config)["depth"]
-    valid = (batch["depth"] > 0).sum().item()
-    loss_of(model(batch["image"])["depth"], batch["depth"]).backward()
-    whole = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-    model.zero_grad()
-    for half in (slice(0, 2), slice(2, 4)):
-        share = (batch["depth"][half] > 0).sum().item() / valid
-        (loss_of(model(batch["image"][half])["depth"], batch["depth"][half]) * share).backward()
-    halves = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    for a, b in zip(whole, halves, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-
-
 def test_accumulation_reads_on_in_the_stream(rooms: Path, tmp_path: Path) -> None:
-    config = quick_config(rooms, "train.steps=4", "train.accumulate=2", "train.checkpoint_every=2")
-    train.start(config, tmp_path / "whole", CPU, QUIET)
-    first = dataclasses.replace(config, train=dataclasses.replace(config.train, checkpoint_every=3))
-    with pytest.raises(train.Interrupted):
-        interrupt_after(first, tmp_path / "stopped", steps=1)
-    train.resume(tmp_path / "stopped", CPU, QUIET)
-    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    changes = ("train.steps=4", "train.accumulate=2")
+    train.start(quick_config(rooms, *changes), whole, CPU, QUIET)
+    first = quick_config(rooms, *changes, "train.checkpoint_every=3", "train.log_every=1")
+    with signal_after(stopped, 1, signal.SIGINT), pytest.raises(train.Interrupted):
+        train.start(first, stopped, CPU, QUIET)
+    train.resume(stopped, CPU, QUIET)
+    assert_same_weights(whole, stopped)
 
 
-def interrupt_after(config, out: Path, steps: int) -> None:
-    """Train, and send this process SIGINT once the log has so many lines."""
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, log_every=1))
+@contextmanager
+def signal_after(out: Path, steps: int, number: signal.Signals) -> Iterator[None]:
+    """Send this process a signal once the log of the run has so many lines."""
 
     def watch() -> None:
-        while not (out / train.LOG_NAME).exists() or len(log_lines(out)) < steps:
+        while logged_steps(out) < steps:
             time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        train.start(config, out, CPU, QUIET)
+        yield
     finally:
         watcher.join()
 
@@ -206,13 +190,9 @@ def test_one_image_per_batch_trains(rooms: Path, tmp_path: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in final_weights(tmp_path / "run").values())
 
 
-def test_workers_do_not_change_the_samples(rooms: Path, run_folder: Path, tmp_path: Path) -> None:
-    train.start(quick_config(rooms, "data.workers=2"), tmp_path / "run", CPU, QUIET)
-    assert_same_weights(tmp_path / "run", run_folder)
-
-
-def test_a_cache_does_not_change_the_samples(rooms: Path, run_folder: Path, tmp_path: Path) -> None:
-    train.start(quick_config(rooms, "data.cache=true", "data.workers=1"), tmp_path / "run", CPU, QUIET)
+def test_workers_and_a_cache_do_not_change_the_samples(rooms: Path, run_folder: Path, tmp_path: Path) -> None:
+    changed = quick_config(rooms, "data.cache=true", "data.workers=2")
+    train.start(changed, tmp_path / "run", CPU, QUIET, seconds=1000)  # time enough
     assert_same_weights(tmp_path / "run", run_folder)
 
 
@@ -249,11 +229,6 @@ def test_a_run_stops_when_its_time_is_over_and_goes_on(rooms: Path, run_folder: 
     assert_same_weights(out, run_folder)
 
 
-def test_time_enough_changes_nothing(rooms: Path, run_folder: Path, tmp_path: Path) -> None:
-    train.start(quick_config(rooms), tmp_path / "run", CPU, QUIET, seconds=1000)
-    assert_same_weights(tmp_path / "run", run_folder)
-
-
 def test_a_run_is_not_overwritten(rooms: Path, run_folder: Path) -> None:
     with pytest.raises(train.TrainingError, match="holds a run already"):
         train.start(quick_config(rooms), run_folder, CPU, QUIET)
@@ -270,24 +245,3 @@ def test_it_learns(rooms: Path, tmp_path: Path) -> None:
     train.start(config, tmp_path / "run", CPU, QUIET)
     losses = [line["losses"]["depth"] for line in log_lines(tmp_path / "run")]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
-
-
-def start_process(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        degmix_command(*arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=command_environment(),
-    )
-
-
-def wait_for_line(path: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if path.exists() and any(f'"step": {step},' in line for line in path.read_text().splitlines()):
-            return
-        if process.poll() is not None:
-            pytest.fail(f"the run ended early: {process.communicate()}")
-        time.sleep(0.01)
-    pytest.fail(f"no step {step} within two minutes")
