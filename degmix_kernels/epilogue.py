@@ -92,6 +92,18 @@ def activate_with_slope(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def halves_of(tile, PART: tl.constexpr):
+    """Both halves of a (channels, pixels) tile of more than PART pixels, else the tile: registers are few."""
+    if tile.shape[1] > PART:
+        pairs = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+        left, right = tl.split(tl.permute(pairs, (0, 2, 1)))
+        halves = (left, right)
+    else:
+        halves = (tile,)
+    return halves
+
+
+@triton.jit
 def store_result(
     z,  # (channels, pixels), fp32, or as it is stored: its statistics are then those of what is stored
     output_ptr,  # of the image, or None
@@ -109,47 +121,34 @@ def store_result(
 ):
     """Store act(z), and z if wanted; return mean and sum of squared deviations of act(z) over valid pixels.
 
-    PART pixels are dealt with at a time: addresses, z and act(z) of a whole tile would not fit registers.
+    PART pixels, a quarter at least, are dealt with at a time.
     """
-    BLOCK: tl.constexpr = z.shape[1]
-    if BLOCK > PART:
-        halves = tl.permute(tl.reshape(z, (z.shape[0], 2, BLOCK // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
-        mean, squares = store_result(
-            left, output_ptr, pre_ptr, channel, channel_valid, pixel_start, channels, pixels,
-            ACTIVATION, LAST, INDEX_64, STATISTICS, PART,
-        )  # fmt: skip
-        right_start = pixel_start + BLOCK // 2
-        right_mean, right_squares = store_result(
-            right, output_ptr, pre_ptr, channel, channel_valid, right_start, channels, pixels,
-            ACTIVATION, LAST, INDEX_64, STATISTICS, PART,
-        )  # fmt: skip
-        if STATISTICS:  # Chan's formula; the left half is full unless the right one is empty
-            count = tl.maximum(tl.minimum(pixels - right_start, BLOCK // 2), 0)
-            share = count.to(tl.float32) / (BLOCK // 2 + count)
-            difference = tl.where(count > 0, right_mean - mean, 0.0)
-            mean += difference * share
-            squares += tl.where(count > 0, right_squares, 0.0) + difference * difference * share * (
-                BLOCK // 2
-            )
-    else:
-        pixel = pixel_start + tl.arange(0, BLOCK)[None, :]
-        if INDEX_64:
-            pixel = pixel.to(tl.int64)
-        valid = channel_valid & (pixel < pixels)
-        address = pixel * channels + channel if LAST else channel * pixels + pixel
-        if pre_ptr is not None:
-            tl.store(pre_ptr + address, z.to(pre_ptr.dtype.element_ty), mask=valid)
-        z = z.to(tl.float32)
-        result = activate(z, ACTIVATION)
-        if output_ptr is not None:
-            tl.store(output_ptr + address, result.to(output_ptr.dtype.element_ty), mask=valid)
-        mean, squares = 0.0, 0.0
-        if STATISTICS:
-            count = tl.maximum(tl.minimum(pixels - pixel_start, BLOCK), 1)
-            mean = tl.sum(tl.where(valid, result, 0.0), axis=1, keep_dims=True) / count
-            deviation = tl.where(valid, result - mean, 0.0)
-            squares = tl.sum(deviation * deviation, axis=1, keep_dims=True)
+    mean, squares = 0.0, 0.0
+    halves = halves_of(z, PART)
+    for outer in tl.static_range(len(halves)):
+        quarters = halves_of(halves[outer], PART)
+        for inner in tl.static_range(len(quarters)):
+            part = quarters[inner]
+            before = (outer * len(quarters) + inner) * PART
+            pixel = pixel_start + before + tl.arange(0, part.shape[1])[None, :]
+            if INDEX_64:
+                pixel = pixel.to(tl.int64)
+            valid = channel_valid & (pixel < pixels)
+            address = pixel * channels + channel if LAST else channel * pixels + pixel
+            if pre_ptr is not None:
+                tl.store(pre_ptr + address, part.to(pre_ptr.dtype.element_ty), mask=valid)
+            result = activate(part.to(tl.float32), ACTIVATION)
+            if output_ptr is not None:
+                tl.store(output_ptr + address, result.to(output_ptr.dtype.element_ty), mask=valid)
+            if STATISTICS:  # Chan's formula; all parts before one with pixels are full
+                count = tl.maximum(tl.minimum(pixels - pixel_start - before, PART), 0)
+                own_mean = tl.sum(tl.where(valid, result, 0.0), axis=1, keep_dims=True) / tl.maximum(count, 1)
+                deviation = tl.where(valid, result - own_mean, 0.0)
+                share = count.to(tl.float32) / tl.maximum(before + count, 1)
+                difference = tl.where(count > 0, own_mean - mean, 0.0)
+                mean += difference * share
+                squares += tl.sum(deviation * deviation, axis=1, keep_dims=True)
+                squares += difference * difference * share * before
     return mean, squares
 
 

@@ -47,8 +47,11 @@ def sources() -> str:
 def triton_key() -> str:
     """A hash of everything that Triton's cache depends on beside the kernels."""
     from triton._C.libtriton import get_cache_invalidating_env_vars
-    from triton.runtime.cache import triton_key
 
+    try:
+        from triton.runtime.cache import triton_key
+    except ImportError:  # before Triton 3.6
+        from triton.compiler.compiler import triton_key
     known = f"{triton_key()} {sorted(get_cache_invalidating_env_vars().items())}"
     return hashlib.sha256(known.encode()).hexdigest()
 

@@ -179,7 +179,7 @@ class DeGMixHead(nn.Module):
             castable = autocast.enabled(weight.device) and feature.dtype != torch.float64
             if feature.dtype != weight.dtype and not castable:
                 raise TypeError(f"{name}: expected {weight.dtype}, got {feature.dtype}")
-        if len(size) != 2 or not all(isinstance(side, int | torch.SymInt) and side >= 1 for side in size):
+        if len(size) != 2 or not all(isinstance(side, (int, torch.SymInt)) and side >= 1 for side in size):
             raise ValueError(f"size: expected (height, width), integers of at least 1, got {tuple(size)}")
 
 

@@ -7,7 +7,7 @@ those of ``batch_norm``, which normalise act(z) as they load z. Arithmetic and s
 import triton
 import triton.language as tl
 
-from degmix_kernels.epilogue import activate, activate_with_slope, store_result
+from degmix_kernels.epilogue import activate, activate_with_slope, halves_of, store_result
 from degmix_kernels.map_kernels import address_of, in_elements, pixels_of_tile, scale_of, vector
 from degmix_kernels.product import product_tile, tile_of
 
@@ -106,29 +106,22 @@ def store_normalised(
     LAST: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Store (act(z) − mean) · scale + shift + residual, PART pixels at a time, as registers are few."""
-    BLOCK: tl.constexpr = z.shape[1]
-    if BLOCK > PART:
-        halves = tl.permute(tl.reshape(z, (z.shape[0], 2, BLOCK // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
-        store_normalised(
-            left, output_ptr, pre_ptr, residual_ptr, mean, scale, shift, channel, channel_valid, start,
-            pixel_start, channels, pixels, ACTIVATION, LAST, PART,
-        )  # fmt: skip
-        store_normalised(
-            right, output_ptr, pre_ptr, residual_ptr, mean, scale, shift, channel, channel_valid, start,
-            pixel_start + BLOCK // 2, channels, pixels, ACTIVATION, LAST, PART,
-        )  # fmt: skip
-    else:
-        pixel = pixel_start + tl.arange(0, BLOCK)[None, :]
-        valid = channel_valid & (pixel < pixels)
-        address = start + (pixel * channels + channel if LAST else channel * pixels + pixel)
-        if pre_ptr is not None:
-            tl.store(pre_ptr + address, z.to(pre_ptr.dtype.element_ty), mask=valid)
-        result = (activate(z, ACTIVATION) - mean) * scale + shift
-        if residual_ptr is not None:
-            result += tl.load(residual_ptr + address, mask=valid, other=0.0).to(tl.float32)
-        tl.store(output_ptr + address, result.to(output_ptr.dtype.element_ty), mask=valid)
+    """Store (act(z) − mean) · scale + shift + residual; in parts as ``store_result``."""
+    halves = halves_of(z, PART)
+    for outer in tl.static_range(len(halves)):
+        quarters = halves_of(halves[outer], PART)
+        for inner in tl.static_range(len(quarters)):
+            part = quarters[inner]
+            before = (outer * len(quarters) + inner) * PART
+            pixel = pixel_start + before + tl.arange(0, part.shape[1])[None, :]
+            valid = channel_valid & (pixel < pixels)
+            address = start + (pixel * channels + channel if LAST else channel * pixels + pixel)
+            if pre_ptr is not None:
+                tl.store(pre_ptr + address, part.to(pre_ptr.dtype.element_ty), mask=valid)
+            result = (activate(part, ACTIVATION) - mean) * scale + shift
+            if residual_ptr is not None:
+                result += tl.load(residual_ptr + address, mask=valid, other=0.0).to(tl.float32)
+            tl.store(output_ptr + address, result.to(output_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit

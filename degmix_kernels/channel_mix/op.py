@@ -121,7 +121,7 @@ def channel_mix(
         checks.expect(elements != 1, "x", "more than one element per channel for a batch statistic", x.shape)
     if op.runs_triton(call):
         if batch:
-            call = call._replace(running_mean=None, running_var=None)
+            call = Call(*tuple(call)[:6], None, None, *tuple(call)[8:])
         output, _, mean, variance, count = op(call)
         if training and running_mean is not None:
             count = elements if process_group is None else count
