@@ -332,8 +332,9 @@ def attend_pixels(
     Returns:
         (S·B, N, C).
     """
-    query_weight, query_bias, weight, bias = (each.to(queries.dtype) for each in folded[:4])
-    norm, channels = folded[4:], queries.shape[-1]
+    *matrices, norm_weight, norm_bias = folded
+    query_weight, query_bias, weight, bias = (each.to(queries.dtype) for each in matrices)
+    channels = queries.shape[-1]
 
     def attend(queries: Tensor, context: Tensor, residuals: Tensor | None) -> Tensor:
         own = queries.reshape(len(weight), -1, channels)
@@ -343,7 +344,7 @@ def attend_pixels(
         attended = task_attention(query, context.flatten(1, 2)[None], heads=heads, scale=scale)
         attended = attended.reshape(-1, queries.shape[2], heads * channels)
         residual = None if residuals is None else residuals.flatten(0, 1)
-        return linear_norm(attended, weight, bias, *norm, residual=residual)
+        return linear_norm(attended, weight, bias, norm_weight, norm_bias, residual=residual)
 
     # What lies between is five times the size of the result, and soon computed again.
     return checkpointed(attend, queries, context, residuals)

@@ -16,6 +16,9 @@ from bench.compiler.trace import launches_of
 from degmix_kernels.backend import KERNEL_DTYPES
 from degmix_kernels.registry import OPS
 
+pytestmark = pytest.mark.skipif(
+    triton.__version__.startswith(("3.4", "3.5")), reason="a visit is prepared with Triton 3.6 or later"
+)
 REPOSITORY = Path(__file__).parents[2]
 
 
