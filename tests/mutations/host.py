@@ -13,9 +13,9 @@ degmix_kernels/product.py
     ? test_contract: values_and_gradients and float32 and linear_norm
 
 degmix_kernels/epilogue.py
-  epilogue: halves of a tile count the same in a mean
-    - share = count.to(tl.float32) / (BLOCK // 2 + count)
-    + share = 0.5
+  epilogue: parts of a tile count the same in a mean
+    - share = count.to(tl.float32) / tl.maximum(before + count, 1)
+    + share = PART / (before + PART)
     ? kernels/test_deform_conv: test_statistics
   epilogue: the variance's gradient takes z for act(z)
     - mask=channel_valid, other=0.0) * value
@@ -49,10 +49,25 @@ degmix_kernels/launch.py
     + last = max(((size - 1) * step for size, step in zip(tensor.shape, strides)), default=0)
     ? kernels/test_batch_norm: plans_know
     ? kernels/test_task_attention: plans_know
+  launch: no grid ends
+    - if launch.programs > INT32_MAX:
+    + if launch.programs > 2 * INT32_MAX:
+    ? kernels/test_launch: grid
+  launch: kernels run on the current device
+    - if device.type == "cuda" and device.index != torch.cuda.current_device():
+    + if device.type == "nothing":
+    ? kernels/test_launch: device_of_its
   launch: registers are limited on AMD, too
     - return torch.version.hip is None and _capability(
     + return _capability(
     ? kernels/test_launch
+
+degmix_kernels/autocast.py
+  autocast: references compute under it
+    - if enabled(device):
+    + if device.type == "meta":
+    ? test_contract: test_autocast and linear_norm
+    ? test_contract: test_autocast and deform_mix
 
 degmix_kernels/backend.py
   backend: a forced backend that cannot run gives way

@@ -116,8 +116,8 @@ degmix_kernels/attention/kernels.py
     + maximum = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
     ? kernels/test_attention: minus_infinity
   gated_attention: one key too many
-    - scores = tl.where(token[None, :] < keys, scores, float("-inf"))
-    + scores = tl.where(token[None, :] <= keys, scores, float("-inf"))
+    - scores = tl.where(key_token[None, :] < keys, scores, float("-inf"))
+    + scores = tl.where(key_token[None, :] <= keys, scores, float("-inf"))
     ? kernels/test_attention: gated_kernels and float32
 
 degmix_kernels/attention/backward_kernels.py
@@ -128,8 +128,8 @@ degmix_kernels/attention/backward_kernels.py
 
 degmix_kernels/attention/plan.py
   gated_attention: keys are read at the distances of queries
-    - steps, unit = strides(query=query, key=key, value=value, output=output)
-    + steps, unit = strides(query=query, key=query, value=value, output=output)
+    - steps, unit = strides(**tensors)
+    + steps, unit = strides(**tensors | {"key": tensors["query"]})
     ? kernels/test_attention: views_that_share or registered
 
 degmix_kernels/attention/linear_plan.py
