@@ -102,13 +102,10 @@ def test_an_incomplete_file_says_so_and_a_complete_one_is_preferred(checkout, mo
     assert "batch_norm" not in text
 
 
-def test_ops_that_are_gone_are_not_shown(checkout):
-    assert "an op of before" not in reported(checkout, results(*ROWS, replace(ROWS[0], op="an op of before")))
-
-
 def test_the_newest_result_becomes_tables_and_pictures(checkout):
+    """Without ops that are gone."""
     put(checkout, results(ROWS[0]), "2029-12-31T00:00:00")
-    text = reported(checkout, MEASURED)
+    text = reported(checkout, results(*ROWS, replace(ROWS[0], op="an op of before")))
     assert text.startswith("above\n")
     assert text.endswith(f"\n{report.END}\nbelow\n")
     assert "on Made-up GPU, torch 2.11.0, Triton 3.6.0, CUDA 13.0, driver 1.2, commit 0123456789: " in text

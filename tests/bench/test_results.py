@@ -38,27 +38,24 @@ def test_round_trip(tmp_path: Path) -> None:
     assert read(write(whole, path)) == whole
 
 
-def test_a_line_is_a_measurement_with_all_that_is_known_of_it(tmp_path: Path) -> None:
-    """What pandas.read_json(path, lines=True) makes a row of."""
-    path = write(results(ROW, EAGER), tmp_path / "r.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(line["impl"], line["ms"], line["runs"]) for line in lines] == [
-        (OURS, 2.0, 10),
-        ("eager", 9.0, 10),
-    ]
-    for line in lines:
-        assert set(COLUMNS.split()) <= line.keys()
-        assert line["device"] == MACHINE.gpu
-
-
 @pytest.mark.parametrize(
-    ("interpreted", "labels"),
-    [(False, ["CPU (reference)", "CPU"]), (True, ["CPU (interpreter)", "CPU"])],
+    ("machine", "devices"),
+    [
+        ({}, [MACHINE.gpu, MACHINE.gpu]),
+        ({"gpu": None}, ["CPU (reference)", "CPU"]),
+        ({"gpu": None, "interpreted": True}, ["CPU (interpreter)", "CPU"]),
+    ],
 )
-def test_what_a_cpu_computed_says_so(tmp_path: Path, interpreted: bool, labels: list[str]) -> None:
-    cpu = replace(PART, machine=replace(MACHINE, gpu=None, interpreted=interpreted))
-    path = write(results(ROW, EAGER, part=cpu), tmp_path / "r.jsonl")
-    assert [json.loads(line)["device"] for line in path.read_text().splitlines()] == labels
+def test_a_line_is_a_measurement_with_all_that_is_known_of_it(
+    tmp_path: Path, machine: dict, devices: list[str]
+) -> None:
+    """What pandas.read_json(path, lines=True) makes a row of; what a CPU computed says so."""
+    part = replace(PART, machine=replace(MACHINE, **machine))
+    path = write(results(ROW, EAGER, part=part), tmp_path / "r.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["impl"], line["ms"], line["runs"]) for line in lines] == [(OURS, 2, 10), ("eager", 9, 10)]
+    assert all(set(COLUMNS.split()) <= line.keys() for line in lines)
+    assert [line["device"] for line in lines] == devices
 
 
 def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
