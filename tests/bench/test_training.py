@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -252,13 +253,9 @@ def test_an_interrupt_while_rendering_leaves_no_empty_folder(
     start: list[Start], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So the same command can be given again."""
-
-    def interrupted(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
     command = ["--out", str(tmp_path / "out"), "--steps", "2", *SMALL]
     with monkeypatch.context() as patch:
-        patch.setattr(training.synthetic, "write", interrupted)
+        patch.setattr(training.synthetic, "write", Mock(side_effect=KeyboardInterrupt))
         assert training.main(command) == 130
     start += [trains(2), trains(2)]
     assert training.main(command) == 0
