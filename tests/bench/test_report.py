@@ -78,19 +78,15 @@ def reported(
 
 
 def test_without_results_one_sentence_says_so(checkout, capsys):
+    """Times of a CPU are no result."""
     assert report.main(["--check"]) == 1
-    text = reported(checkout)
+    text = reported(checkout, results(*ROWS, part=replace(PART, machine=replace(MACHINE, gpu=None))))
     assert "no result file of a GPU under bench/results" in capsys.readouterr().out
     assert text == f"above\n{report.BEGIN}\n{report.NO_RESULT}\n{report.END}\nbelow\n"
     (page,) = report.PAGES
     assert "No GPU has timed these ops yet." in page.read_text("utf-8")
     assert report.main(["--check"]) == 0
     assert not (checkout / "docs").exists()
-
-
-def test_times_of_a_cpu_are_no_result(checkout):
-    cpu = replace(PART, machine=replace(MACHINE, gpu=None))
-    assert report.NO_RESULT in reported(checkout, results(*ROWS, part=cpu))
 
 
 def test_an_incomplete_file_says_so_and_a_complete_one_is_preferred(checkout, monkeypatch):
