@@ -42,7 +42,7 @@ def read(out: Path) -> dict:
 def test_both_runs_are_the_same_training(
     tmp_path: Path, torchvision: ModuleType, on_the_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They see the same pictures in the same order. Both begin with the same weights; rounding moves them."""
+    """They see the same pictures in the same order and begin with the same weights; rounding comes later."""
     pictures, formulas = [], []
     batches, formula = train._batches, training.formula
 
