@@ -45,37 +45,22 @@ class BatchNorm2d(nn.BatchNorm2d):
             expected = "Expected more than 1 value per channel when training"
             raise ValueError(f"{expected}, got input size {input.size()}")
         with autocast.disabled(input.device):
+            running = kept_statistics(self)
             if self.uses_batch_statistics and statistics is None:
-                return self._gather(input, residual)
-            given = statistics if self.uses_batch_statistics else (self.running_mean, self.running_var)
+                momentum = step_momentum(self)
+                output = gather_and_normalize(
+                    input, *running, self.weight, self.bias, self.training, momentum, self.eps
+                )
+                return (output if residual is None else output + residual).to(input.dtype)
+            given = statistics if self.uses_batch_statistics else running
             output = batch_norm(input, *given, self.weight, self.bias, residual, self.eps)
-            if self.uses_batch_statistics:  # now that they have been checked
-                self._update(*statistics, input.numel() // input.shape[1])
+            if self.training:  # now that the statistics have been checked
+                momentum = step_momentum(self)
+                if running[0] is not None:
+                    update_running(*running, *statistics, input.numel() // input.shape[1], momentum)
             return output
 
     @property
     def uses_batch_statistics(self) -> bool:
         """Whether the next call normalises with the batch's own statistics."""
         return self.training or self.running_mean is None
-
-    def _gather(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        """Normalise with statistics still to be gathered."""
-        output = gather_and_normalize(
-            input,
-            *kept_statistics(self),
-            self.weight,
-            self.bias,
-            self.training,
-            step_momentum(self),
-            self.eps,
-        )
-        if residual is not None:
-            output = output + residual
-        return output.to(input.dtype)
-
-    def _update(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Move running statistics toward a batch's, of ``count`` elements per channel."""
-        momentum = step_momentum(self)
-        running = kept_statistics(self)
-        if self.training and running[0] is not None:
-            update_running(*running, mean, variance, count, momentum)

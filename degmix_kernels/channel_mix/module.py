@@ -49,10 +49,7 @@ class ChannelMix(nn.Module):
         checks.expect_choice("activation", activation, tuple(ACTIVATIONS))
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_channels))
-        else:
-            self.register_parameter("bias", None)
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
         self.norm = BatchNorm2d(out_channels, eps=eps, momentum=momentum)
         self.reset_parameters()
 

@@ -13,15 +13,31 @@ from degmix_kernels.deform_conv.mix_op import deform_mix
 from degmix_kernels.deform_conv.op import checked_pair, deform_conv2d
 
 
-def _initialise(weight: Tensor, bias: Tensor | None) -> None:
-    """As ``nn.Conv2d`` and torchvision's ``DeformConv2d``: uniform within 1/√fan_in."""
-    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-    if bias is not None:
-        bound = 1 / math.sqrt(weight[0].numel())
-        nn.init.uniform_(bias, -bound, bound)
+class _Convolution(nn.Module):
+    """The weight and bias of a convolution, drawn as ``nn.Conv2d`` draws them: uniform within 1/√fan_in."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: tuple[int, int], groups: int, bias: bool
+    ) -> None:
+        super().__init__()
+        checks.expect_integer("groups", groups, 1)
+        for name, channels in {"in_channels": in_channels, "out_channels": out_channels}.items():
+            checks.expect_integer(name, channels, 1)
+            checks.expect(channels % groups == 0, name, f"a multiple of {groups=}", channels)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *kernel_size))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
 
 
-class DeformConv2d(nn.Module):
+class DeformConv2d(_Convolution):
     """Deformable convolution, a drop-in for ``torchvision.ops.DeformConv2d`` (arguments, state_dict, init).
 
     Args:
@@ -50,28 +66,14 @@ class DeformConv2d(nn.Module):
         groups: int = 1,
         bias: bool = True,
     ) -> None:
-        super().__init__()
-        checks.expect_integer("groups", groups, 1)
-        for name, channels in {"in_channels": in_channels, "out_channels": out_channels}.items():
-            checks.expect_integer(name, channels, 1)
-            checks.expect(channels % groups == 0, name, f"a multiple of {groups=}", channels)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = checked_pair("kernel_size", kernel_size, 1)
+        size = checked_pair("kernel_size", kernel_size, 1)
+        super().__init__(in_channels, out_channels, size, groups, bias)
+        self.kernel_size = size
         self.stride = checked_pair("stride", stride, 1)
         self.padding = checked_pair("padding", padding, 0)
         self.dilation = checked_pair("dilation", dilation, 1)
         self.groups = groups
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_channels))
-        else:
-            self.register_parameter("bias", None)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the parameters anew."""
-        _initialise(self.weight, self.bias)
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """Input, offset, mask and output shaped as in :func:`degmix_kernels.deform_conv2d`."""
@@ -81,21 +83,15 @@ class DeformConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         """Constructor arguments that differ from their defaults, torchvision's way."""
-        text = (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        )
-        if self.padding != (0, 0):
-            text += f", padding={self.padding}"
-        if self.dilation != (1, 1):
-            text += f", dilation={self.dilation}"
-        if self.groups != 1:
-            text += f", groups={self.groups}"
-        if self.bias is None:
-            text += ", bias=False"
-        return text
+        text = f"{self.in_channels}, {self.out_channels}"
+        text += f", kernel_size={self.kernel_size}, stride={self.stride}"
+        for name, default in {"padding": (0, 0), "dilation": (1, 1), "groups": 1}.items():
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return text if self.bias is not None else f"{text}, bias=False"
 
 
-class DeformMix(nn.Module):
+class DeformMix(_Convolution):
     """DeGMix's spatial-aware deformable operator: sample every channel on its own, mix channels, activate.
 
     Args:
@@ -112,23 +108,10 @@ class DeformMix(nn.Module):
     def __init__(
         self, in_channels: int, out_channels: int, activation: str = "gelu", bias: bool = True
     ) -> None:
-        super().__init__()
-        for name, channels in {"in_channels": in_channels, "out_channels": out_channels}.items():
-            checks.expect_integer(name, channels, 1)
         checks.expect_choice("activation", activation, tuple(ACTIVATIONS))
-        self.in_channels = in_channels
-        self.out_channels = out_channels
+        super().__init__(in_channels, out_channels, (1, 1), 1, bias)
         self.activation = activation
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_channels))
-        else:
-            self.register_parameter("bias", None)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the parameters anew."""
-        _initialise(self.weight, self.bias)
 
     def forward(
         self, x: Tensor, offset: Tensor, statistics: bool = False

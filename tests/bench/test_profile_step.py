@@ -75,12 +75,6 @@ def test_the_table_is_markdown() -> None:
     assert len(rows) == LARGEST + 1
 
 
-def test_it_profiles_the_head_at_the_data_sets_size() -> None:
-    case = step_case(SHAPE)
-    assert (case.op, case.images) == (HEAD, 8)
-    assert profile_step.DTYPE in case.dtypes
-
-
 @pytest.mark.parametrize("program", [profile_step, small_calls])
 def test_options_are_read_before_a_gpu_is_asked_for(
     program: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -93,44 +87,34 @@ def test_options_are_read_before_a_gpu_is_asked_for(
     assert "needs a GPU" in capsys.readouterr().err
 
 
-@pytest.fixture
-def profiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The implementations that were profiled, on a GPU that is made up."""
+def test_a_file_has_what_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU that is made up. The head is profiled at the data set's size; a failure leaves no file."""
     names: list[str] = []
+
+    def profile(case: Case, name: str, device: torch.device, dtype: str) -> tuple[float, list[Kernel]]:
+        assert (case.op, case.images) == (HEAD, 8)
+        assert dtype in case.dtypes
+        names.append(name)
+        if len(names) > 4:
+            raise RuntimeError("out of luck")
+        return 2.0, [Kernel("gemm", 1, 1.0)]
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(profile_step, "read_machine", lambda device: read_machine(CPU))
-
-    def profile(case: Case, name: str, device: torch.device, dtype: str) -> tuple[float, list[Kernel]]:
-        names.append(name)
-        return 2.0, [Kernel("gemm", 1, 1.0)]
-
     monkeypatch.setattr(profile_step, "profile_step", profile)
-    return names
-
-
-def test_a_file_has_what_is_printed(
-    profiled: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     assert profile_step.main([]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"{HEAD}, {SHAPE}, ")
     file = tmp_path / "gpu" / "profile.md"
     assert profile_step.main(["--out", str(file)]) == 0
-    assert profiled == 2 * [OURS, FORMULA]
+    assert names == 2 * [OURS, FORMULA]
     assert file.read_text().rstrip() == printed.rstrip()
     assert capsys.readouterr().out == ""
     assert profile_step.main(["--out", str(tmp_path)]) == 2
     assert "expected a file, got a folder" in capsys.readouterr().err
-
-
-def test_a_failure_leaves_no_file(
-    profiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def failing(*arguments: object) -> None:
-        raise RuntimeError("out of luck")
-
-    monkeypatch.setattr(profile_step, "profile_step", failing)
     with pytest.raises(RuntimeError, match="out of luck"):
-        profile_step.main(["--out", str(tmp_path / "profile.md")])
-    assert not list(tmp_path.iterdir())
+        profile_step.main(["--out", str(tmp_path / "failed.md")])
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu"]

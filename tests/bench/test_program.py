@@ -171,6 +171,7 @@ def git(folder: Path, *command: str) -> str:
 
 
 def commit_all(folder: Path) -> None:
+    git(folder, "init", "-q")  # which changes no repository that is there
     git(folder, "add", "-A")
     git(folder, "commit", "-q", "-m", "a commit")
 
@@ -182,7 +183,6 @@ def test_the_commit_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv(machine.COMMIT_VARIABLE, "c" * 40)
     assert read_machine(CPU).commit == "c" * 40
     (tmp_path / "code.py").write_text("")
-    git(tmp_path, "init", "-q")
     commit_all(tmp_path)
     # Of a copy whose .git is older than its files.
     assert (read_machine(CPU).commit, read_machine(CPU).dirty) == ("c" * 40, None)
@@ -208,7 +208,6 @@ def test_another_revision_is_measured_in_its_own_tree(
         "shutil.copy(pathlib.Path.cwd() / 'kept.jsonl', sys.argv[sys.argv.index('--json') + 1])\n"
     )
     write(results(ROW), tmp_path / "kept.jsonl")
-    git(tmp_path, "init", "-q")
     commit_all(tmp_path)
     monkeypatch.setattr(compare, "REPOSITORY", tmp_path)
     assert compare.earlier_results("HEAD", ["--quick"]) == results(ROW)

@@ -78,19 +78,15 @@ def reported(
 
 
 def test_without_results_one_sentence_says_so(checkout, capsys):
+    """Times of a CPU are no result."""
     assert report.main(["--check"]) == 1
-    text = reported(checkout)
+    text = reported(checkout, results(*ROWS, part=replace(PART, machine=replace(MACHINE, gpu=None))))
     assert "no result file of a GPU under bench/results" in capsys.readouterr().out
     assert text == f"above\n{report.BEGIN}\n{report.NO_RESULT}\n{report.END}\nbelow\n"
     (page,) = report.PAGES
     assert "No GPU has timed these ops yet." in page.read_text("utf-8")
     assert report.main(["--check"]) == 0
     assert not (checkout / "docs").exists()
-
-
-def test_times_of_a_cpu_are_no_result(checkout):
-    cpu = replace(PART, machine=replace(MACHINE, gpu=None))
-    assert report.NO_RESULT in reported(checkout, results(*ROWS, part=cpu))
 
 
 def test_an_incomplete_file_says_so_and_a_complete_one_is_preferred(checkout, monkeypatch):
@@ -102,13 +98,10 @@ def test_an_incomplete_file_says_so_and_a_complete_one_is_preferred(checkout, mo
     assert "batch_norm" not in text
 
 
-def test_ops_that_are_gone_are_not_shown(checkout):
-    assert "an op of before" not in reported(checkout, results(*ROWS, replace(ROWS[0], op="an op of before")))
-
-
 def test_the_newest_result_becomes_tables_and_pictures(checkout):
+    """Without ops that are gone."""
     put(checkout, results(ROWS[0]), "2029-12-31T00:00:00")
-    text = reported(checkout, MEASURED)
+    text = reported(checkout, results(*ROWS, replace(ROWS[0], op="an op of before")))
     assert text.startswith("above\n")
     assert text.endswith(f"\n{report.END}\nbelow\n")
     assert "on Made-up GPU, torch 2.11.0, Triton 3.6.0, CUDA 13.0, driver 1.2, commit 0123456789: " in text

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from bench.cases.sdpa import sdpa_baselines
 from bench.cases.shapes import QUICK
 from bench.harness import measure
 from bench.harness import run as loop
-from bench.harness.case import COMPILED, EAGER, Case, Problem, Run
+from bench.harness.case import COMPILED, EAGER, Case
 from bench.harness.results import OK, OURS, Ceilings, Row
 from bench.harness.run import DeviceLost, run
 from bench.harness.run import _forget as forget
@@ -127,12 +128,8 @@ def test_ours_is_checked_without_tf32_and_timed_with_it(monkeypatch: pytest.Monk
 
 
 def test_a_failing_baseline_stops_nothing() -> None:
-    def raising(**arguments: Tensor) -> Tensor:
-        raise RuntimeError("out of luck\nand a second line")
-
-    def missing(device: torch.device) -> Callable[..., Tensor]:
-        raise ImportError("no module of that name")
-
+    raising = Mock(side_effect=RuntimeError("out of luck\nand a second line"))
+    missing = Mock(side_effect=ImportError("no module of that name"))
     baselines = (
         Baseline("raises", lambda device: raising),
         Baseline("missing", missing),
@@ -146,28 +143,20 @@ def test_a_failing_baseline_stops_nothing() -> None:
 
 
 def test_a_case_that_cannot_be_prepared_is_a_row() -> None:
-    def prepare(device: torch.device, dtype: torch.dtype) -> Problem:
-        raise MemoryError("too large")
-
-    case = Case("test", "op", "huge", prepare, (OURS, EAGER))
+    case = Case("test", "op", "huge", Mock(side_effect=MemoryError("too large")), (OURS, EAGER))
     assert {row.status for row in measured(case)} == {"failed: MemoryError: too large"}
 
 
 def test_what_has_no_reference_is_not_timed() -> None:
     """The reference is tried once; of ours it is a failure, as nothing was checked."""
-    tried = []
-
-    def huge() -> Run:
-        tried.append("reference")
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
+    huge = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     whole = op_case(find("batch_norm"), "huge", sample)
     case = replace(whole, prepare=lambda *where: replace(whole.prepare(*where), exact=huge))
     rows = measured(replace(case, implementations=(OURS, EAGER)))
     assert [row.impl for row in rows] == [OURS, OURS, EAGER, EAGER]
     assert {row.status for row in rows} == {"not checked: the fp64 reference does not fit"}
     assert all(row.failed and row.ms is None for row in rows)
-    assert tried == ["reference"]
+    huge.assert_called_once()
 
 
 def test_every_op_of_the_registry_is_measured() -> None:
@@ -200,10 +189,8 @@ def test_what_is_drawn_for_a_record_is_what_its_samples_hold(monkeypatch: pytest
 
 
 def test_a_gpu_that_answers_no_more_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost() -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    lost = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(torch.cuda, "synchronize", Mock(side_effect=lost))
     with pytest.raises(DeviceLost, match="illegal memory access"):
         forget()
 
@@ -278,10 +265,6 @@ def test_a_backend_that_refuses_is_not_available() -> None:
     rows = [row for more in run(selection, CPU, Ceilings(None, {}), str) for row in more]
     (row,) = of(rows, "SDPA cudnn")
     assert row.status == "not available: this backend has no kernel for these shapes or this dtype"
-
-    def failing(**arguments: Tensor) -> Tensor:
-        raise RuntimeError("something else")
-
-    for baseline in sdpa_baselines(failing):
+    for baseline in sdpa_baselines(Mock(side_effect=RuntimeError("something else"))):
         with pytest.raises(RuntimeError, match="something else"):
             baseline.load(CPU)()

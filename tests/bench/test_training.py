@@ -8,10 +8,10 @@ import signal
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,26 +22,27 @@ from bench.harness.results import OK, OURS
 from bench.report.curves import JSON_NAME, PLOT_NAME, Curve, draw
 from bench.training import LATE, STOPPED
 from degmix import DeGMixHead, train
-from degmix_kernels import use_backend
 
 CPU = torch.device("cpu")
 SMALL = ("--size", "48", "64", "--rooms", "4", "--batch", "2", "--workers", "0")
-CURVE = Curve(OK, 4, 4, 12.0, 0.01, (4.0, 3.0, 2.0, 1.0))
 
 
-@dataclass(frozen=True)
-class Quick:
-    """A finished quick run: its folders, the pictures that each training saw, and calls of the formula."""
-
-    out: Path
-    work: Path
-    pictures: list[list[float]]
-    formulas: int
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "default_device", lambda: CPU)
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory, torchvision: ModuleType) -> Quick:
-    folder = tmp_path_factory.mktemp("training")
+def read(out: Path) -> dict:
+    """The runs that the two files of a training tell of."""
+    assert {path.name for path in out.iterdir()} == {JSON_NAME, PLOT_NAME}
+    assert (out / PLOT_NAME).read_bytes().startswith(b"\x89PNG")
+    return json.loads((out / JSON_NAME).read_text())["runs"]
+
+
+def test_both_runs_are_the_same_training(
+    tmp_path: Path, torchvision: ModuleType, on_the_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They see the same pictures in the same order and begin with the same weights; rounding comes later."""
     pictures, formulas = [], []
     batches, formula = train._batches, training.formula
 
@@ -55,55 +56,25 @@ def quick(tmp_path_factory: pytest.TempPathFactory, torchvision: ModuleType) -> 
         formulas.append(len(pictures))
         return formula(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch, use_backend("reference"):
-        patch.setattr(train, "default_device", lambda: CPU)
-        patch.setattr(train, "_batches", seen)
-        patch.setattr(training, "formula", counted)
-        out, work = folder / "out", folder / "work"
-        assert training.main(["--quick", "--out", str(out), "--work", str(work)]) == 0
-    assert set(formulas) == {2}, "the formula is what the second training computes, and only that"
-    return Quick(out, work, pictures, len(formulas))
-
-
-@pytest.fixture
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "default_device", lambda: CPU)
-
-
-def read(out: Path) -> dict:
-    assert {path.name for path in out.iterdir()} == {JSON_NAME, PLOT_NAME}
-    assert (out / PLOT_NAME).read_bytes().startswith(b"\x89PNG")
-    return json.loads((out / JSON_NAME).read_text())
-
-
-def legend(curves: dict[str, Curve]) -> list[str]:
-    (axes,) = draw(curves, "title").axes
-    return [text.get_text() for text in axes.get_legend().get_texts()]
-
-
-def test_two_files_say_what_both_runs_did(quick: Quick) -> None:
-    runs = read(quick.out)["runs"]
+    monkeypatch.setattr(train, "_batches", seen)
+    monkeypatch.setattr(training, "formula", counted)
+    out, work = tmp_path / "out", tmp_path / "work"
+    assert training.main(["--quick", "--out", str(out), "--work", str(work)]) == 0
+    assert {path.name for path in work.iterdir()} == {"rooms", "ours", "formula"}
+    assert pictures[0] == pictures[1]
+    assert len(set(pictures[0])) == 8
+    assert formulas == 8 * [2], "the formula is what the second training computes, and only that"
+    runs = read(out)
     assert list(runs) == [OURS, FORMULA]
     for run in runs.values():
         assert run["status"] == OK
         assert run["steps_done"] == run["steps_asked"] == len(run["losses"]) == 8
         assert run["images_per_second"] > 0
         assert 0 < run["waiting_for_data"] < 1
-
-
-def test_both_runs_see_the_same_pictures_in_the_same_order(quick: Quick) -> None:
-    ours, formula = quick.pictures
-    assert ours == formula
-    assert len(set(ours)) == 8
-
-
-def test_both_runs_are_the_same_training(quick: Quick) -> None:
-    """The same weights at first; later, what rounding makes of them."""
-    ours, formula = (run["losses"] for run in read(quick.out)["runs"].values())
-    assert ours[0] == pytest.approx(formula[0], rel=1e-5)
-    assert ours == pytest.approx(formula, rel=1e-3)
+    ours, other = (run["losses"] for run in runs.values())
+    assert ours[0] == pytest.approx(other[0], rel=1e-5)
+    assert ours == pytest.approx(other, rel=1e-3)
     assert ours[-1] < 0.9 * ours[0]
-    assert quick.formulas == 8
 
 
 def test_an_interrupt_leaves_what_was_reached(
@@ -119,13 +90,11 @@ def test_an_interrupt_leaves_what_was_reached(
 
     watcher = threading.Thread(target=interrupt)
     watcher.start()
-    code = training.main(
-        ["--out", str(out), "--work", str(tmp_path / "work"), "--steps", "1000", *SMALL],
-    )
+    code = training.main(["--out", str(out), "--work", str(tmp_path / "work"), "--steps", "1000", *SMALL])
     watcher.join()
     assert code == 130
     assert f"Interrupted; {out} has what was reached." in capsys.readouterr().out
-    runs = read(out)["runs"]
+    runs = read(out)
     assert list(runs) == [OURS]
     assert runs[OURS]["status"] == STOPPED
     assert runs[OURS]["steps_asked"] == 1000
@@ -136,7 +105,7 @@ def test_both_runs_get_their_part_of_the_time(
     tmp_path: Path, torchvision: ModuleType, on_the_cpu: None
 ) -> None:
     assert training.main(["--out", str(tmp_path / "out"), "--seconds", "2", "--steps", "1000", *SMALL]) == 0
-    for run in read(tmp_path / "out")["runs"].values():
+    for run in read(tmp_path / "out").values():
         assert run["status"] == LATE
         assert 1 <= run["steps_done"] < 1000
 
@@ -145,12 +114,28 @@ Start = Callable[..., None]
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch, torchvision: ModuleType, on_the_cpu: None) -> list[Start]:
-    """What happens at each call of ``train.start``, instead of training; nothing is rendered either."""
+def start(
+    monkeypatch: pytest.MonkeyPatch, torchvision: ModuleType, on_the_cpu: None
+) -> Iterator[list[Start]]:
+    """What each call of ``train.start`` does instead of training. Nothing is rendered; no folder stays."""
     calls: list[Start] = []
-    monkeypatch.setattr(train, "start", lambda *arguments: calls.pop(0)(*arguments))
+    folders: list[Path] = []
+
+    def call(config, folder: Path, *others) -> None:
+        folders.append(folder)
+        calls.pop(0)(config, folder, *others)
+
+    monkeypatch.setattr(train, "start", call)
     monkeypatch.setattr(training.synthetic, "write", lambda *arguments, **options: None)
-    return calls
+    yield calls
+    assert not any(folder.parent.exists() for folder in folders)
+
+
+def write_log(path: Path, *records: tuple[float, float, float]) -> None:
+    """A log of losses, images per second and the share of waiting, step by step."""
+    names = ("step", "loss", "images_per_second", "waiting_for_data")
+    lines = [dict(zip(names, (step, *record), strict=True)) for step, record in enumerate(records, start=1)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def trains(steps: int, then: BaseException | None = None) -> Start:
@@ -158,11 +143,7 @@ def trains(steps: int, then: BaseException | None = None) -> Start:
 
     def call(config, folder: Path, device, console, seconds) -> None:
         folder.mkdir(parents=True)
-        records = [
-            {"step": step, "loss": 10 - step, "images_per_second": 5.0, "waiting_for_data": 0.5}
-            for step in range(1, steps + 1)
-        ]
-        (folder / train.LOG_NAME).write_text("".join(json.dumps(record) + "\n" for record in records))
+        write_log(folder / train.LOG_NAME, *((9 - step, 5.0, 0.5) for step in range(steps)))
         if then is not None:
             raise then
 
@@ -174,7 +155,7 @@ def test_a_failed_run_leaves_its_curve_and_does_not_stop_the_other(
 ) -> None:
     start += [trains(3, RuntimeError("no\nmemory")), trains(4)]
     assert training.main(["--out", str(tmp_path / "out"), "--steps", "4", *SMALL]) == 1
-    runs = read(tmp_path / "out")["runs"]
+    runs = read(tmp_path / "out")
     assert runs[OURS]["status"] == "failed: RuntimeError: no memory"
     assert runs[OURS]["losses"] == [9, 8, 7]
     assert runs[FORMULA]["status"] == OK
@@ -190,53 +171,30 @@ def test_an_interrupt_of_the_second_run_keeps_the_first(
 ) -> None:
     start += [trains(4), trains(0, error)]
     assert training.main(["--out", str(tmp_path / "out"), "--steps", "4", *SMALL]) == 130
-    runs = read(tmp_path / "out")["runs"]
+    runs = read(tmp_path / "out")
     assert [run["status"] for run in runs.values()] == [OK, STOPPED]
     assert [run["steps_done"] for run in runs.values()] == [4, 0]
     assert runs[FORMULA]["images_per_second"] is None
-
-
-def test_rooms_and_run_folders_go(start: list[Start], tmp_path: Path) -> None:
-    folders = []
-    start += [
-        lambda config, folder, *rest: folders.append(folder) or trains(2)(config, folder, *rest)
-        for _ in range(2)
-    ]
-    assert training.main(["--out", str(tmp_path / "out"), "--steps", "2", *SMALL]) == 0
-    assert [folder.name for folder in folders] == ["ours", "formula"]
-    assert not any(folder.parent.exists() for folder in folders)
 
 
 def test_the_rate_is_that_of_the_second_half(tmp_path: Path) -> None:
     log, config = tmp_path / "log.jsonl", training.configuration(options(workers=0), tmp_path)
     # (seconds, of which waiting) since the start; batches of 2
     times = [(10, 1), (12, 2), (14, 3), (18, 6)]
-    records = [
-        {
-            "step": step,
-            "loss": 1.0,
-            "images_per_second": 2 * step / seconds,
-            "waiting_for_data": wait / seconds,
-        }
-        for step, (seconds, wait) in enumerate(times, start=1)
-    ]
-    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_log(log, *((1.0, 2 * n / seconds, wait / seconds) for n, (seconds, wait) in enumerate(times, 1)))
     curve = training.read_curve(log, OK, config)
     assert curve.images_per_second == pytest.approx(4 / 6)
     assert curve.waiting_for_data == pytest.approx(4 / 6)
 
 
 def test_the_plot_names_what_is_cut_and_what_waited() -> None:
-    assert legend({OURS: CURVE}) == ["ours: 12 images/s"]
-    curves = {
-        OURS: replace(CURVE, waiting_for_data=0.25),
-        FORMULA: Curve(LATE, 9, 2, 6.0, 0.0, (4.0, 3.0)),
-    }
-    assert legend(curves) == [
-        "ours: 12 images/s, 25% of the time waiting for data",
-        "eager formula: 6 images/s, 2 of 9 steps: out of time",
+    ours = Curve(OK, 4, 4, 12.0, 0.01, (4.0, 3.0, 2.0, 1.0))
+    late = Curve(LATE, 9, 2, 6.0, 0.25, (4.0, 3.0))
+    (axes,) = draw({OURS: ours, FORMULA: late}, "title").axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "ours: 12 images/s",
+        "eager formula: 6 images/s, 25% of the time waiting for data, 2 of 9 steps: out of time",
     ]
-    (axes,) = draw(curves, "title").axes
     assert [len(line.get_xdata()) for line in axes.lines] == [4, 2]
 
 
@@ -256,12 +214,12 @@ def options(workers: int) -> Namespace:
 
 @pytest.mark.parametrize(("batches", "workers"), [(2, 0), (3, 1), (20, 6), (10**6, 8)])
 def test_workers_have_room_for_their_batches(
-    quick: Quick, monkeypatch: pytest.MonkeyPatch, batches: int, workers: int
+    rooms: Path, monkeypatch: pytest.MonkeyPatch, batches: int, workers: int
 ) -> None:
-    monkeypatch.setattr(training, "SHARED_MEMORY", quick.work)  # a folder that is there on any system
+    monkeypatch.setattr(training, "SHARED_MEMORY", rooms)  # a folder that is there on any system
     batch = 2 * 48 * 64 * 56  # two pictures, 56 bytes a pixel
     monkeypatch.setattr(training.shutil, "disk_usage", lambda path: Namespace(free=batches * batch))
-    assert training.configuration(options(workers=8), quick.work / "rooms").data.workers == workers
+    assert training.configuration(options(workers=8), rooms).data.workers == workers
 
 
 @pytest.mark.parametrize(
@@ -295,13 +253,9 @@ def test_an_interrupt_while_rendering_leaves_no_empty_folder(
     start: list[Start], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So the same command can be given again."""
-
-    def interrupted(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
     command = ["--out", str(tmp_path / "out"), "--steps", "2", *SMALL]
     with monkeypatch.context() as patch:
-        patch.setattr(training.synthetic, "write", interrupted)
+        patch.setattr(training.synthetic, "write", Mock(side_effect=KeyboardInterrupt))
         assert training.main(command) == 130
     start += [trains(2), trains(2)]
     assert training.main(command) == 0

@@ -17,7 +17,7 @@ from made_up import ROW, results, write
 
 from bench import training
 from bench.gpu import prepared, rehearse, visit, visits
-from bench.harness.results import KILLED
+from bench.harness.results import KILLED, Row
 from bench.options import parser, select
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_check.sh"
@@ -31,6 +31,7 @@ echo "$*" >> "$CALLS"
 case "$*" in
     *get_device_name*) eval "$STUB_TORCH" ;;
     *torch.ones*) eval "$STUB_PROBE" ;;
+    *importlib.util*) eval "$STUB_FIND" ;;
     *-k=values_and_gradients) eval "$STUB_OPS" ;;
     *test_beyond_32_bits) eval "$STUB_HUGE" ;;
     "-m pytest"*) eval "$STUB_TESTS" ;;
@@ -90,6 +91,7 @@ class Check:
             "PYTHONPATH": str(SCRIPT.parents[1]),
             "OUT": str(self.folder),
             "CALLS": str(self.calls),
+            "STUB_FIND": f'exec {sys.executable} "$@"',
             "STUB_TORCH": f"echo '{json.dumps(known)}'",
             "STUB_BENCH": self.leaves_results,
         } | settings
@@ -127,14 +129,12 @@ def check(tmp_path: Path) -> Check:
     return Check(tmp_path)
 
 
-def only(*names: str, visit_name: str = "first", seconds: int = 0) -> list[str]:
-    """Options that leave every stage out but these."""
-    stages = visits.VISITS[visit_name].stages
-    every = {each.name for stage in stages for each in (stage, *stage.beside)}
+def only(*names: str, seconds: int = 0) -> list[str]:
+    """Options that leave every stage of the first visit out but these."""
     return [
         "--seconds",
         *(f"{name}={seconds}" for name in names if seconds),
-        *(f"{name}=0" for name in every.difference(names)),
+        *(f"{name}=0" for name in FIRST.difference(names)),
     ]
 
 
@@ -236,34 +236,30 @@ def test_where_most_ops_are_wrong_no_time_is_spent(check: Check) -> None:
     assert check.summary["bench"].startswith("ok")
 
 
-def test_one_of_our_ops_that_failed_is_a_failure(check: Check) -> None:
-    check.measured.unlink()
-    write(results(replace(ROW, ms=None, status="WRONG")), check.measured)
-    late = f"{check.leaves_results}; exec sleep 30"
-    check(*only("bench", seconds=1), STUB_BENCH=late, code=visit.FAILED)
-    assert "1 of ours failed" in check.summary["bench"]
-
-
 def test_a_stage_over_its_budget(check: Check) -> None:
-    late = "exec sleep 30"
-    check(
-        *only("tests", "bench", seconds=1),
-        STUB_TESTS=late,
-        STUB_BENCH=f"{check.leaves_results}; {late}",
-        code=visit.FAILED,
-    )
+    check(*only("tests", seconds=1), STUB_TESTS="exec sleep 30", code=visit.FAILED)
     assert check.summary["tests"] == "FAILED: not done within 1 s"
-    # The benchmark goes on in another call; that it was stopped is no failure.
-    assert check.summary["bench"].startswith("stopped when its 1 s were over; results.jsonl has 1 rows")
 
 
-def test_what_was_measured_when_the_benchmark_was_killed(check: Check) -> None:
-    write(results(replace(ROW, op="gating", status=KILLED)), check.measured)
-    check(*only("bench", seconds=1), STUB_BENCH=f"{check.leaves_results}; exec sleep 30")
-    assert check.summary["bench"].startswith(
-        "stopped when its 1 s were over; results.jsonl has 1 rows; 0 of ours"
-    )
-    assert check.summary["bench"].endswith("; killed while it measured gating, nyud, bf16, fwd, ours")
+KILLED_ROW = replace(ROW, op="gating", status=KILLED)
+
+
+@pytest.mark.parametrize(
+    ("rows", "begins", "ends"),
+    [
+        ([ROW], "stopped when its 1 s were over", ""),
+        ([ROW, KILLED_ROW], "stopped when", "; killed while it measured gating, nyud, bf16, fwd, ours"),
+        ([replace(ROW, ms=None, status="WRONG")], "FAILED: not done within 1 s", ""),
+    ],
+)
+def test_a_benchmark_over_its_budget(check: Check, rows: list[Row], begins: str, ends: str) -> None:
+    """It goes on in another call. That it was stopped is no failure; that one of our ops failed is one."""
+    check.measured.unlink()
+    write(results(*rows), check.measured)
+    failed = int(begins.startswith("FAILED"))
+    check(*only("bench", seconds=1), STUB_BENCH=f"{check.leaves_results}; exec sleep 30", code=failed)
+    assert check.summary["bench"].startswith(begins)
+    assert check.summary["bench"].endswith(f"; results.jsonl has 1 rows; {failed} of ours failed{ends}")
 
 
 def test_a_sanitizer_runs_without_the_tests_that_it_runs_beside(check: Check) -> None:
@@ -369,15 +365,6 @@ def folder_for(check: Check, **changes: object) -> None:
     (gpu / prepared.FACTS).write_text(json.dumps(known))
 
 
-def test_a_warm_cache_is_unpacked_and_used(check: Check) -> None:
-    folder_for(check)
-    done = check(*only("bench"), STUB_BENCH=f'echo "$TRITON_CACHE_DIR $BENCH_COMMIT"; {check.leaves_results}')
-    assert check.summary["cache"] == "warm: 1 kernels, 1 launchers", done.stdout + done.stderr
-    assert check.log("bench.log").split() == [str(check.root / "cache"), "1" * 40]
-    unpacked = {path.name for path in (check.root / "cache").rglob("*") if path.is_file()}
-    assert unpacked == {"__grp__forward.json", "forward.json", "forward.cubin", "launcher.so"}
-
-
 def test_what_is_broken_beside_the_stages_costs_itself_alone(check: Check) -> None:
     folder_for(check)
     archive = check.root / "gpu" / prepared.ARCHIVE
@@ -397,12 +384,7 @@ def test_what_is_broken_beside_the_stages_costs_itself_alone(check: Check) -> No
 
 
 def test_a_machine_without_plugins_of_pytest(check: Check) -> None:
-    find = "*importlib.util*) echo pytest_timeout xdist ;;"
-    python = check.tools / "python"
-    python.write_text(
-        python.read_text().replace("    *get_device_name*", f"    {find}\n    *get_device_name*")
-    )
-    check(*only("tests"))
+    check(*only("tests"), STUB_FIND="echo pytest_timeout xdist")
     (tests,) = check.called("-m pytest")
     assert "--timeout" not in tests
     assert "-n8" not in tests
@@ -410,25 +392,27 @@ def test_a_machine_without_plugins_of_pytest(check: Check) -> None:
 
 
 COLD = "cold, every kernel has to be compiled: "
+WARM = "warm: 1 kernels, 1 launchers"
+UNPACKED = {"__grp__forward.json", "forward.json", "forward.cubin", "launcher.so"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "used", "outcome"),
+    ("changes", "outcome"),
     [
-        ({"triton": "another key"}, False, f"{COLD}it is for another version of Triton"),
-        ({"python": "3.9"}, False, f"{COLD}its launchers are for Python 3.9"),
-        (
-            {"sources": "others"},
-            True,
-            "warm: 1 kernels, 1 launchers; of other sources: what has changed is compiled",
-        ),
+        ({}, WARM),
+        ({"triton": "another key"}, f"{COLD}it is for another version of Triton"),
+        ({"python": "3.9"}, f"{COLD}its launchers are for Python 3.9"),
+        ({"sources": "others"}, f"{WARM}; of other sources: what has changed is compiled"),
     ],
 )
-def test_a_cache_that_does_not_fit(check: Check, changes: dict, used: bool, outcome: str) -> None:
+def test_a_prepared_cache_is_used_where_it_fits(check: Check, changes: dict, outcome: str) -> None:
     folder_for(check, **changes)
-    check(*only("bench"), STUB_BENCH=f'echo "cache: $TRITON_CACHE_DIR"; {check.leaves_results}')
+    check(*only("bench"), STUB_BENCH=f'echo "$TRITON_CACHE_DIR,$BENCH_COMMIT"; {check.leaves_results}')
     assert check.summary["cache"] == outcome
-    assert check.log("bench.log") == f"cache: {check.root / 'cache' if used else ''}\n"
+    cache, used = check.root / "cache", outcome.startswith(WARM)
+    assert {path.name for path in cache.rglob("*") if path.is_file()} == (UNPACKED if used else set())
+    commit = "" if "sources" in changes else "1" * 40
+    assert check.log("bench.log") == f"{cache if used else ''},{commit}\n"
 
 
 @pytest.mark.parametrize(
