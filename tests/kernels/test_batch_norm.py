@@ -148,6 +148,7 @@ def test_without_running_statistics(device):
     expected = functional.batch_norm(x, None, None, training=True)
     torch.testing.assert_close(ours(x), expected)
     torch.testing.assert_close(ours(x, statistics_of(x), x), expected + x)
+    torch.testing.assert_close(ours(x, residual=x), expected + x)
 
 
 @pytest.mark.parametrize("given", [False, True])
