@@ -28,7 +28,12 @@ def test_compiles_without_spills(target: str, request: pytest.FixtureRequest) ->
     baseline knows all.
     """
     full = request.config.getoption("--full")
-    rows, keys = compile_for(target, representatives=not full)
+    try:
+        rows, keys = compile_for(target, representatives=not full)
+    except RuntimeError as error:
+        if "ROCm linker" not in str(error):
+            raise
+        pytest.skip("this Triton's package has no linker for AMD's GPUs, and ROCm's is not there")
     assert {dtype for _, _, dtype, *_ in keys} == {"fp32", "bf16", "fp16"}
     assert any("INDEX_64" in configuration for _, _, _, configuration, *_ in keys)
     assert not [(row.key, fault) for row in rows for fault in faults(row)]
