@@ -29,14 +29,16 @@ class Setting(Generic[Value]):
     def __init__(self, name: str, default: Value) -> None:
         self.name, self.default = name, default
         self._variable: ContextVar[Value | None] = ContextVar(name, default=None)
-        self._compiled = _Compiled(default)
+        self._thread = _Thread(default)
 
     def get(self) -> Value:
         """The value here and now."""
         if torch.compiler.is_compiling():
-            return self._compiled.value
+            return self._thread.value
         value = self._variable.get()
         if value is not None:
+            if self._thread.value != value:  # another task's block was entered or left since
+                self._publish(value)
             return value
         if torch._C._is_key_in_tls(self.name):
             thread, value = torch._C._get_obj_in_tls(self.name)
@@ -48,16 +50,27 @@ class Setting(Generic[Value]):
     @contextmanager
     def set(self, value: Value) -> Iterator[None]:
         """Choose a value for the block inside."""
-        stashed = torch._C._get_obj_in_tls(self.name) if torch._C._is_key_in_tls(self.name) else None
-        compiled, self._compiled.value = self._compiled.value, value
+        thread = self._thread
+        if thread.blocks == 0:
+            known = torch._C._is_key_in_tls(self.name)
+            thread.outside = torch._C._get_obj_in_tls(self.name) if known else None
+        thread.blocks += 1
         token = self._variable.set(value)
-        _stash(self.name, (threading.get_ident(), value))
+        self._publish(value)
         try:
             yield
         finally:
-            _stash(self.name, stashed or (threading.get_ident(), self.default))
             self._variable.reset(token)
-            self._compiled.value = compiled
+            thread.blocks -= 1
+            outer = self._variable.get()
+            self._publish(self.default if outer is None else outer)
+            if thread.blocks == 0 and thread.outside is not None:
+                _stash(self.name, thread.outside)
+
+    def _publish(self, value: Value) -> None:
+        """Say the value to compiled code and to the threads of backward passes."""
+        self._thread.value = value
+        _stash(self.name, (threading.get_ident(), value))
 
 
 def _stash(name: str, value: object) -> None:
@@ -68,8 +81,15 @@ def _stash(name: str, value: object) -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
-class _Compiled(threading.local):
-    """The same for compiled code: older compilers know no context variables, but guard an attribute."""
+class _Thread(threading.local):
+    """What a thread knows beside context variables, which older compilers cannot read: they guard attributes.
+
+    Attributes:
+        value: of the block that was entered, left or asked for last.
+        blocks: how many are open, of all tasks.
+        outside: what was stashed outside of all blocks.
+    """
 
     def __init__(self, value: object) -> None:
-        self.value = value
+        self.value, self.blocks = value, 0
+        self.outside: tuple[int, object] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import subprocess
 import sys
 import threading
@@ -381,6 +382,28 @@ def test_blocks_of_threads_and_tasks_overlap() -> None:
         assert tuple(pool.map(thread, names)) == names
     assert tuple(asyncio.run(tasks())) == names
     assert backend.chosen() == "auto"
+
+    async def ends_later(begun: asyncio.Event, ended: asyncio.Event) -> None:
+        with use_backend("reference"):
+            begun.set()
+            await ended.wait()
+            assert backend.chosen() == "reference"
+            assert told() == ("reference", "reference")
+
+    async def ends_first() -> None:
+        begun, ended = asyncio.Event(), asyncio.Event()
+        with use_backend("triton"):
+            other = contextvars.Context().run(asyncio.ensure_future, ends_later(begun, ended))
+            await begun.wait()
+        ended.set()
+        await other
+
+    def told() -> tuple[str, str]:
+        """What backward passes inherit, and what compiled code reads."""
+        return torch._C._get_obj_in_tls("degmix_backend")[1], backend._backend._thread.value
+
+    asyncio.run(ends_first())
+    assert told() == ("auto", "auto")
 
 
 def test_backward_threads_inherit_the_choice(device: torch.device) -> None:
