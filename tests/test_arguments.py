@@ -18,11 +18,9 @@ from degmix_kernels import use_backend
 from degmix_kernels.contract import Op
 from degmix_kernels.registry import find
 
-# Zero, or a negative number, that makes sense: scales, paddings, and an eps where variances are not zero.
-MAY_BE_ZERO = {"eps", "momentum", "padding", "scale"}
-MAY_BE_NEGATIVE = {"scale"}
+# What functions take that their ops' records do not have.
+MAY_BE_ZERO = {"momentum", "padding"}
 RELATIVE = ("another device", "another dimension", "no dimension", "a longer axis", "a longer last axis")
-MAY_BE_NONE = {"scale", "process_group"}
 
 
 class _Unhelpful:
@@ -64,7 +62,9 @@ def wrong_dtypes(op: Op, name: str, value: Tensor) -> Iterator[tuple[str, object
             yield "half precision", value.half()
 
 
-def wrong_scalars(name: str, value: Any) -> Iterator[tuple[str, object]]:
+def wrong_scalars(op: Op, name: str, value: Any) -> Iterator[tuple[str, object]]:
+    """Beside what is never right: what the annotation in the op's record excludes."""
+    allowed = {field.name: field.range for field in op.op.fields}
     yield from (("a tensor", torch.zeros(2, 2)), ("a list of strings", ["x"]), ("an object", _Unhelpful()))
     if isinstance(value, bool):
         yield from (("a number", 2), ("a string", "yes"))
@@ -78,11 +78,13 @@ def wrong_scalars(name: str, value: Any) -> Iterator[tuple[str, object]]:
             ("infinity", float("inf")),
             ("a truth", True),
         )
-        if name not in MAY_BE_ZERO:
-            yield "zero", 0
-        if name not in MAY_BE_NEGATIVE:
+        if name in allowed:
+            numbers = {"zero": 0, "a negative number": -1}
+            yield from (each for each in numbers.items() if each[1] not in (allowed[name] or (0, -1)))
+        else:
             yield "a negative number", -1
-    if name not in MAY_BE_NONE:
+            yield from [("zero", 0)] if name not in MAY_BE_ZERO else ()
+    if inspect.signature(op.function).parameters[name].default is not None:
         yield "nothing", None
 
 
@@ -103,7 +105,7 @@ def wrong(op: Op, arguments: dict[str, Any]) -> Iterator[tuple[str, str, object]
             if value is not None:
                 yield from ((name, what, each) for what, each in wrong_dtypes(op, name, value))
         else:
-            yield from ((name, what, each) for what, each in wrong_scalars(name, value))
+            yield from ((name, what, each) for what, each in wrong_scalars(op, name, value))
 
 
 @every_definition
