@@ -15,6 +15,7 @@ from launches import recorded_launches
 from torch import Tensor
 
 from degmix_kernels import use_backend
+from degmix_kernels.checks import Range
 from degmix_kernels.contract import Op
 from degmix_kernels.registry import find
 
@@ -130,6 +131,20 @@ def test_one_sentence_names_it(op: Op, backend: str, autocast: bool, device: tor
                 missed.append((name, what, "accepted"))
     assert not missed, "\n".join(map(str, missed))
     assert not launches
+
+
+@every_definition
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_the_least_that_is_allowed_is_taken(op: Op, backend: str, device: torch.device) -> None:
+    names = inspect.signature(op.function).parameters
+    least = {
+        field.name: field.type(field.range.minimum)
+        for field in op.op.fields
+        if field.name in names and isinstance(field.range, Range) and field.range.minimum >= 0
+    }
+    training = {"training": True} if "training" in names else {}
+    with use_backend(backend):
+        op.function(**fresh(op, first(op, device).arguments) | least | training)
 
 
 # Good calls, with shapes in place of tensors, and what is refused beyond a size that another tensor sets.

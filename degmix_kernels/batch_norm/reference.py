@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from degmix_kernels import autocast
 
@@ -62,7 +61,9 @@ def gather_and_normalize(
     # arrives has channels_last strides but for the batch's, which means nothing at size 1. With its pixels on
     # one axis a map has no channels_last to be mistaken about.
     flat = x.flatten(2) if x.dim() == 4 and x.is_contiguous() else x
-    output = functional.batch_norm(flat, *statistics, weight, bias, use_batch, momentum, eps).view_as(x)
+    # Not functional.batch_norm, which refuses an eps of 0 in training.
+    cudnn = torch.backends.cudnn.enabled
+    output = torch.batch_norm(flat, weight, bias, *statistics, use_batch, momentum, eps, cudnn).view_as(x)
     if training:
         for kept, updated in zip((running_mean, running_var), statistics, strict=True):
             if kept is not None and kept is not updated:

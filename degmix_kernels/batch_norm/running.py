@@ -65,13 +65,14 @@ def update_all_running(
     """
     if isinstance(count, int) and count == 0:
         return
-    if isinstance(count, int):
+    batched = torch._C._are_functorch_transforms_active()  # vmap has no rules for lists of tensors
+    if isinstance(count, int) and not batched:
         variances = torch._foreach_mul(variances, count / (count - 1))
     else:
         variances = [variance * (count / (count - 1)) for variance in variances]
     channels = len(running[0])
     batch = [each for every in (*means, *variances) for each in every.split(channels)]
-    if all(one.dtype == new.dtype for one, new in zip(running, batch, strict=True)):
+    if not batched and all(one.dtype == new.dtype for one, new in zip(running, batch, strict=True)):
         torch._foreach_lerp_(running, batch, momentum)
         return
     for one, new in zip(running, batch, strict=True):

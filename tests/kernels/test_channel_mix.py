@@ -108,6 +108,25 @@ def test_statistics_are_those_of_the_batch(device, backend, last):
         assert_close(one, other.double(), 24 * 5)
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_an_ensemble_trains_under_vmap(device, backend):
+    """Weights and running statistics of several layers, each moved as its own."""
+    x = draw(2, 3, 4, 5, dtype=torch.float32).to(device)
+    weight = draw(2, 6, 3, dtype=torch.float32).to(device)
+    running = torch.zeros(2, 6, device=device), torch.ones(2, 6, device=device)
+    expected = [each.clone() for each in running]
+
+    def layer(weight, mean, variance):
+        return channel_mix(x, weight, running_mean=mean, running_var=variance, training=True)
+
+    with use_backend(backend):
+        outputs = torch.vmap(layer)(weight, *running)
+    with use_backend("reference"):
+        each = torch.stack([layer(*one) for one in zip(weight, *expected, strict=True)])
+    torch.testing.assert_close(outputs, each)
+    torch.testing.assert_close(running, tuple(expected))
+
+
 @pytest.mark.parametrize("layer", [ChannelMix(4, 4), BatchNorm2d(4)], ids=["ChannelMix", "BatchNorm2d"])
 def test_one_element_has_no_batch_statistic(layer):
     with pytest.raises(ValueError, match=r"more than (one element|1 value)"):
