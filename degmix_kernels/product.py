@@ -207,7 +207,10 @@ def input_gradient(grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
 
 
 def weight_gradient(grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    """The gradient of the weight, likewise; each image's share is rounded to its dtype, the sum is fp32."""
+    """The gradient of the weight, of the same arguments.
+
+    Each image's share is rounded to its dtype, the sum is fp32.
+    """
     last, weights = Sizes.of(x).last, _grouped_weight(weight, x)
     grad, x = _grouped(grad, weights, last), _grouped(x, weights, last)
     if last:

@@ -74,7 +74,7 @@ def plan_combine(statistics: Statistics, pixels: int, mean: Tensor, variance: Te
         statistics: the parts of any number of images, filled.
         pixels: of one image.
         mean: to be filled, (channels,), fp32.
-        variance: to be filled with the biased variance, likewise.
+        variance: to be filled with the biased variance, (channels,), fp32.
     """
     parts, channels = statistics.means.shape
     block = min(16, power_of_two(channels))

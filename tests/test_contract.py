@@ -35,7 +35,6 @@ import degmix_kernels
 from degmix_kernels import use_backend
 from degmix_kernels.backend import can_run
 from degmix_kernels.contract import Op
-from degmix_kernels.registry import OPS
 from degmix_kernels.testing import assert_close, poisoned_empty
 
 
@@ -57,19 +56,6 @@ def test_values_and_gradients(op: Op, dtype: torch.dtype, device: torch.device) 
             output = op.function(**arguments)
             assert output.dtype == dtype
             check(op, sample, arguments, output, random_like(output), dtype)
-
-
-def test_an_unwritten_element_is_seen(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    op, original = OPS[0], OPS[0].op.forward
-
-    def forward(call: object, output: Tensor, *others: Tensor) -> None:
-        copy = output.clone()
-        original(call, copy, *others)
-        output[..., :-1] = copy[..., :-1]
-
-    monkeypatch.setattr(op.op, "forward", forward)
-    with pytest.raises(AssertionError, match="output: relative L2 error nan"):
-        test_values_and_gradients(op, torch.float32, device)
 
 
 @every_op

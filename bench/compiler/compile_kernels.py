@@ -127,7 +127,7 @@ def nvidia_widths(ptx: str) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def amd_widths(assembly: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Likewise, of AMD's assembly."""
+    """The same of AMD's assembly."""
     space = r"\b(?:global|buffer|flat)_"
     loads = Counter()
     for kind, count in re.findall(rf"{space}load_([us]byte|[us]?short|dword)(?:_d16\w*|x(\d))?\b", assembly):

@@ -1,8 +1,9 @@
 """Result files: what the benchmark measured, where, and how far from what the machine can do.
 
 A file has a line of JSON for each :class:`Row`, with all that :class:`Part` says of the call that measured
-it, and ``device``. Lines are added and never changed, so a run that was cut off goes on where it ended.
-Nothing in a report is typed by hand: whatever is printed, drawn or quoted is read back with :func:`read`.
+it, and ``device``. Lines of what was measured are added and never changed, so a run that was cut off goes on
+where it ended. Nothing in a report is typed by hand: whatever is printed, drawn or quoted is read
+back with :func:`read`.
 """
 
 from __future__ import annotations

@@ -63,14 +63,14 @@ def plan_backward(
     Args:
         grad: of the result.
         x: as in the forward pass.
-        mean: likewise.
-        variance: likewise.
-        weight: likewise.
+        mean: as in the forward pass.
+        variance: as in the forward pass.
+        weight: as in the forward pass.
         grad_x: filled, if given.
         sums: whether to sum g.
         products: whether to sum g·(x − mean) too.
         eps: as in the forward pass.
-        activation: likewise; without one ``grad_x`` is the gradient of x, else of its activation.
+        activation: as in the forward pass. ``grad_x`` is the gradient of its result.
 
     Returns:
         The launch and the sums in parts, (2, parts, channels), fp32, which it fills, or None.

@@ -59,9 +59,9 @@ def update_all_running(
     Args:
         running: (channels,) each: running means of all norms, then their running variances.
         means: the batch's, of one norm or of several in a row, in the order of ``running``.
-        variances: likewise.
-        count: as there.
-        momentum: as there.
+        variances: the batch's, in the same order.
+        count: elements per channel behind them.
+        momentum: weight of the batch.
     """
     if isinstance(count, int) and count == 0:
         return

@@ -132,7 +132,7 @@ def backward_activation(
     variance_ptr,
     norm_weight_ptr,  # or None
     grad_norm_weight_ptr,  # Σ g·x̂ of the whole batch, fp32; None if the statistics are constants
-    grad_norm_bias_ptr,  # Σ g, likewise
+    grad_norm_bias_ptr,  # Σ g of the whole batch, fp32; None with that
     grad_pre_ptr,  # dz, laid out as z
     sums_ptr,  # (parts, channels) fp32: Σ dz over a part, or None
     eps,

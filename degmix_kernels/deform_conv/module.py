@@ -45,8 +45,8 @@ class DeformConv2d(_Convolution):
         out_channels: channels of the output.
         kernel_size: one integer or (height, width).
         stride: as in :func:`degmix_kernels.deform_conv2d`.
-        padding: as there.
-        dilation: as there.
+        padding: as in :func:`degmix_kernels.deform_conv2d`.
+        dilation: as in :func:`degmix_kernels.deform_conv2d`.
         groups: blocks of channels convolved separately.
         bias: whether a bias is learned.
 

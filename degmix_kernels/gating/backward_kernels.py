@@ -237,7 +237,7 @@ def norm_backward(
 @triton.jit
 def token_weight(
     grad_ptr,  # of weight · normed + bias, (batch · tokens, columns), contiguous
-    normed_ptr,  # likewise
+    normed_ptr,  # (batch · tokens, columns), contiguous
     sums_ptr,  # (parts, tokens, tokens) fp32
     batch,
     tokens,

@@ -33,7 +33,7 @@ def plan_gate_backward(
     Args:
         normed: (B, N, C), contiguous like all but u and grad_u.
         weight: as in the forward pass.
-        bias: likewise.
+        bias: as in the forward pass.
         u: before its activation, made by ``as_rows``.
         mode: ``"channel"`` or ``"token"``.
         activation: of u.

@@ -66,7 +66,7 @@ class GatedMLP(nn.Module):
         dim: channels of the tokens.
         hidden: channels of u and of v; ``dim`` by default.
         mode: as in :class:`SpatialGatingUnit`.
-        tokens: as there.
+        tokens: as in :class:`SpatialGatingUnit`.
         recompute: keep only the input for the backward pass, as in :func:`degmix_kernels.gated_mlp`.
 
     Raises:

@@ -57,7 +57,7 @@ class Tiles:
 
     Attributes:
         rows: of a tile of the result.
-        columns: likewise.
+        columns: of a tile of the result.
         inner: of the step along the sum.
         warps: of a program.
         stages: of the software pipeline.

@@ -18,7 +18,7 @@ def forward(
     norm_weight_ptr,
     norm_bias_ptr,
     addend_ptr,  # laid out as the result, or None
-    residual_ptr,  # likewise
+    residual_ptr,  # laid out as the result, or None
     output_ptr,
     normed_ptr,  # x̂, laid out as the result, or None
     deviation_ptr,  # 1 / √(variance + eps) of every pixel, fp32, or None
@@ -96,7 +96,7 @@ def backward(
     pixel_blocks,
     tiles,  # of one block
     steps,
-    parts,  # likewise
+    parts,  # of one block
     BLOCKS: tl.constexpr,  # of parameters, one for each image, or 1 for all of them
     UNIT: tl.constexpr,
     LAST: tl.constexpr,

@@ -21,7 +21,8 @@ class TaskAttention(nn.Module):
     """Multi-head attention over tasks at each pixel, with the parameters of ``nn.MultiheadAttention``.
 
     ``in_proj_weight`` (3·dim, dim) and ``in_proj_bias`` (3·dim,) stack query, key and value; ``out_proj`` is
-    a Linear. Initialised as there: Xavier-uniform projections, zero biases, a default ``out_proj.weight``.
+    a Linear. The initialisation is that of ``nn.MultiheadAttention``: Xavier-uniform projections, zero
+    biases, a default ``out_proj.weight``.
 
     Args:
         dim: channels of the tokens.

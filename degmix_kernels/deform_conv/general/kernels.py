@@ -97,7 +97,7 @@ def weight_address(out, tap, channel, taps, group_channels):
 def forward(
     input_ptr,  # (N, H·W, C)
     offset_ptr,  # (N, 2·offset_groups·taps, out_pixels), or with its channels last if OFFSET_LAST
-    mask_ptr,  # (N, offset_groups·taps, out_pixels), or likewise if MASK_LAST; None
+    mask_ptr,  # (N, offset_groups·taps, out_pixels), or with its channels last if MASK_LAST; None
     weight_ptr,  # (Cout, taps, group_channels)
     bias_ptr,  # (Cout,) or None
     output_ptr,  # (N, Cout, out_pixels), or (N, out_pixels, Cout) if OUTPUT_LAST
