@@ -53,7 +53,7 @@ class Launch:
 def needs_64_bit(*tensors: Tensor | None) -> bool:
     """Whether an element of any tensor lies 2³¹ elements or more from its start."""
     for tensor in tensors:
-        if tensor is not None:
+        if tensor is not None and not (tensor.is_contiguous() and tensor.numel() <= INT32_MAX):
             strides = tensor.stride()  # never negative in PyTorch
             last = sum(map(mul, tensor.shape, strides)) - sum(strides)
             if last > INT32_MAX and tensor.numel() > 0:
