@@ -223,8 +223,10 @@ class define:
             return True
         if not torch.compiler.is_compiling() and _is_traced():  # nor what will be asked of a trace
             return True
-        every = range(self.count)
-        return any(self._computed[at] and values[at] is not None and values[at].requires_grad for at in every)
+        for index in range(self.count):
+            if self._computed[index] and values[index] is not None and values[index].requires_grad:
+                return True
+        return False
 
     def runs_triton(self, call: Any, missing: str = "") -> bool:
         """As :func:`degmix_kernels.backend.runs_triton`, of a checked call."""
@@ -275,7 +277,7 @@ class define:
         grads = grads[: self.results]
         wanted = [computed and need for computed, need in zip(self._computed, needed, strict=False)]
         gradients: list[Tensor | None] = [None] * self.count
-        if any(wanted) and any(grad is not None for grad in grads):
+        if any(wanted) and (grads[0] is not None or any(grad is not None for grad in grads)):
             if self._keep is not None and not ctx.settings[self._keep - self.count]:
                 raise RuntimeError(
                     f"{NAMESPACE}::{self.name}: nothing was kept for gradients: the call, or its trace, was "

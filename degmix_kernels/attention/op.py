@@ -164,7 +164,9 @@ def _laid_out_as(like: Tensor, tokens: Tensor | None) -> Tensor | None:
 
 def _as_gradient(tokens: Tensor, gradient: Tensor | None) -> Tensor | None:
     """The dense gradient laid out as ``empty_like(tokens)``: a copy only if it has another layout."""
-    if gradient is None or _heads_inside(gradient) == _heads_inside(tokens):
+    if gradient is None or gradient.stride() == tokens.stride():
+        return gradient
+    if _heads_inside(gradient) == _heads_inside(tokens):
         return gradient
     return empty_like(tokens).copy_(gradient)
 
