@@ -27,8 +27,8 @@ def expect(condition: bool, argument: str, expected: str, got: object) -> None:
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def expect_tensor(argument: str, value: object, dims: int | None = None) -> None:
-    """Raise unless the value is a dense tensor of one of ``FLOATS``, with ``dims`` dimensions if given."""
+def expect_tensor(argument: str, value: object) -> None:
+    """Raise unless the value is a dense tensor of one of ``FLOATS``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}")
     if value.layout is not torch.strided or value.is_nested:
@@ -37,8 +37,6 @@ def expect_tensor(argument: str, value: object, dims: int | None = None) -> None
     if value.dtype not in FLOATS:
         bits = "16, 32 or 64 bits per element" if value.is_floating_point() else "a floating-point tensor"
         raise TypeError(f"{argument}: expected {bits}, got {value.dtype}")
-    if dims is not None:
-        expect(value.dim() == dims, argument, f"{dims} dimensions", value.shape)
 
 
 def expect_dims(argument: str, value: Tensor | None, dims: int) -> None:
