@@ -28,9 +28,9 @@ class DeGMix(nn.Module):
         pretrained: whether a named backbone downloads timm's weights.
         weights: a file with weights for a named backbone, instead of a download.
         attention: as in :class:`DeGMixHead`.
-        depth: as there.
-        dim: as there.
-        heads: as there.
+        depth: as in :class:`DeGMixHead`.
+        dim: as in :class:`DeGMixHead`.
+        heads: as in :class:`DeGMixHead`.
 
     Raises:
         ValueError: for an unknown backbone or attention, or a number out of range.
