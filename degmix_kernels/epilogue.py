@@ -121,7 +121,7 @@ def store_result(
 ):
     """Store act(z), and z if wanted; return mean and sum of squared deviations of act(z) over valid pixels.
 
-    PART pixels, a quarter at least, are dealt with at a time.
+    PART pixels are dealt with at a time, or a quarter of the tile if that is more.
     """
     mean, squares = 0.0, 0.0
     halves = halves_of(z, PART)
@@ -129,7 +129,7 @@ def store_result(
         quarters = halves_of(halves[outer], PART)
         for inner in tl.static_range(len(quarters)):
             part = quarters[inner]
-            before = (outer * len(quarters) + inner) * PART
+            before = (outer * len(quarters) + inner) * part.shape[1]
             pixel = pixel_start + before + tl.arange(0, part.shape[1])[None, :]
             if INDEX_64:
                 pixel = pixel.to(tl.int64)
@@ -141,7 +141,7 @@ def store_result(
             if output_ptr is not None:
                 tl.store(output_ptr + address, result.to(output_ptr.dtype.element_ty), mask=valid)
             if STATISTICS:  # Chan's formula; all parts before one with pixels are full
-                count = tl.maximum(tl.minimum(pixels - pixel_start - before, PART), 0)
+                count = tl.maximum(tl.minimum(pixels - pixel_start - before, part.shape[1]), 0)
                 own_mean = tl.sum(tl.where(valid, result, 0.0), axis=1, keep_dims=True) / tl.maximum(count, 1)
                 deviation = tl.where(valid, result - own_mean, 0.0)
                 share = count.to(tl.float32) / tl.maximum(before + count, 1)

@@ -112,7 +112,7 @@ def store_normalised(
         quarters = halves_of(halves[outer], PART)
         for inner in tl.static_range(len(quarters)):
             part = quarters[inner]
-            before = (outer * len(quarters) + inner) * PART
+            before = (outer * len(quarters) + inner) * part.shape[1]
             pixel = pixel_start + before + tl.arange(0, part.shape[1])[None, :]
             valid = channel_valid & (pixel < pixels)
             address = start + (pixel * channels + channel if LAST else channel * pixels + pixel)

@@ -1,5 +1,6 @@
 """Channel mixing against its formula written out, and nn.BatchNorm2d's habits."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ from contract import compare, draw, saved_tensors
 from launches import recorded_launches
 from torch import nn
 
-from degmix_kernels import BatchNorm2d, ChannelMix, channel_mix, use_backend
+from degmix_kernels import BatchNorm2d, ChannelMix, channel_mix, launch, use_backend
 from degmix_kernels.backend import INTERPRETED
 from degmix_kernels.testing import assert_close, relative_l2
 
@@ -106,6 +107,25 @@ def test_statistics_are_those_of_the_batch(device, backend, last):
     gradients = (torch.autograd.grad(each, given, probe) for each in (output, plain))
     for one, other in zip(*gradients, strict=True):  # cuDNN may add up in another order each time
         assert_close(one, other.double(), 24 * 5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_tile_of_many_parts(device, monkeypatch, training):
+    """Parts are no smaller than a quarter of a tile, whatever the plan says."""
+    original = launch._launch
+
+    def in_small_parts(planned):
+        part = {"PART": 4} if "PART" in planned.constants else {}
+        original(replace(planned, constants={**planned.constants, **part}))
+
+    monkeypatch.setattr(launch, "_launch", in_small_parts)
+    x, weight = draw(2, 3, 7, 8, dtype=torch.float32).to(device), torch.eye(3, device=device)
+    running = {"running_mean": torch.zeros(3, device=device), "running_var": torch.ones(3, device=device)}
+    with use_backend("triton"):
+        output = channel_mix(x, weight, **running, training=training)
+    with use_backend("reference"):
+        expected = channel_mix(x.double(), weight.double(), **running, training=training)
+    assert_close(output, expected, 112)
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
