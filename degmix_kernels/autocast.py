@@ -10,7 +10,8 @@ from torch import Tensor
 
 def enabled(device: torch.device) -> bool:
     """Whether autocast is on for the device; never for meta tensors, of which PyTorch refuses to tell."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    kind = device.type  # PyTorch makes a new string each time
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def cast(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -56,9 +56,10 @@ def can_run(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
         return False, "the package triton is not installed"
     if dtype not in KERNEL_DTYPES:
         return False, f"Triton kernels take float32, bfloat16 and float16 tensors, got {dtype}"
-    if device.type == "cuda" or (device.type == "cpu" and INTERPRETED):
+    kind = device.type
+    if kind == "cuda" or (kind == "cpu" and INTERPRETED):
         return True, ""
-    if device.type == "cpu":
+    if kind == "cpu":
         return False, "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before the import"
     return False, f"Triton kernels take CUDA and ROCm tensors, got a tensor on {device}"
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import and_
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -241,16 +242,20 @@ class define:
             return self.registered(*call)
         if torch._C._are_functorch_transforms_active():
             return self._transform(*call)
-        if _is_watched(call):
+        tensors = call[: self.count]
+        if _is_watched(tensors):
             return self.registered(*call)
-        return self._eager.apply(call, *call[: self.count])
+        return self._eager.apply(call, *tensors)
 
-    def _run(self, call: Any) -> Any:
+    def _run(self, ctx: Any, call: Any, *_: Tensor | None) -> Any:
+        """Allocate the outputs and fill them, and save for a backward pass if there is a context."""
         made = self.outputs(call)
         if isinstance(made, Tensor):
             self.forward(call, made)
         else:
             self.forward(call, *made)
+        if ctx is not None:
+            self._setup_context(ctx, call, made)
         return made
 
     def _setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
@@ -275,7 +280,7 @@ class define:
     ) -> tuple[Tensor | None, ...]:
         """One gradient or None for every tensor."""
         grads = grads[: self.results]
-        wanted = [computed and need for computed, need in zip(self._computed, needed, strict=False)]
+        wanted = [*map(and_, self._computed, needed)]
         gradients: list[Tensor | None] = [None] * self.count
         if any(wanted) and (grads[0] is not None or any(grad is not None for grad in grads)):
             if self._keep is not None and not ctx.settings[self._keep - self.count]:
@@ -361,12 +366,6 @@ class define:
         def make(name: str, **functions: Callable[..., Any]) -> Any:
             return type(name, (Function,), {key: staticmethod(each) for key, each in functions.items()})
 
-        # Not split into forward and setup_context: then PyTorch would look up a signature in every call.
-        def eager_forward(ctx: Any, call: Any, *tensors: Tensor | None) -> Any:
-            output = self._run(call)
-            self._setup_context(ctx, call, output)
-            return output
-
         def eager_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             return None, *self._differentiate(ctx, ctx.needs_input_grad[1:], grads)
 
@@ -383,7 +382,8 @@ class define:
             return made if len(made) > 1 else made[0]
 
         refuse_forward_mode, refuse_second = self._refuse("forward-mode"), self._refuse("second")
-        self._eager = make(self.name, forward=eager_forward, backward=eager_backward, jvp=refuse_forward_mode)
+        # Not split into forward and setup_context: then PyTorch would look up a signature in every call.
+        self._eager = make(self.name, forward=self._run, backward=eager_backward, jvp=refuse_forward_mode)
         self._transformed = make(
             self.name, forward=enter, setup_context=self._setup_context, backward=backward,
             jvp=refuse_forward_mode, vmap=_over_slices(enter),
@@ -401,7 +401,7 @@ class define:
             self.name,
             arguments,
             self.results + self.beside,
-            lambda *values: self._run(self.call(*values)),
+            lambda *values: self._run(None, self.call(*values)),
             lambda *values: self.outputs(self.call(*values)),
             self._transform,
         )

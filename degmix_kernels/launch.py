@@ -8,10 +8,9 @@ specialisations the runtime uses.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from operator import mul
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +25,7 @@ if INTERPRETED:
 INT32_MAX = 2**31 - 1
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One planned kernel launch.
 
     Attributes:

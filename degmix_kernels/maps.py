@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,20 +91,14 @@ def largest_unit(size: int) -> int:
     return 16 if size % 16 == 0 else max(size & -size, 1)
 
 
-def is_last(x: Tensor) -> bool:
-    """Whether the kernels see a dense tensor as (pixels, channels): tokens, channels_last, 1×1 maps."""
-    return x.dim() == 2 or is_channels_last(x) or x.shape[2] * x.shape[3] == 1
-
-
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """A dense tensor as the kernels see it: images of (channels, pixels).
 
     Attributes:
         images: 1 where the pixels of all images are on one axis (``last``, but for three-dimensional tokens).
         channels: C.
         pixels: of an image; of all images, if ``last``.
-        last: whether channels, not pixels, are contiguous.
+        last: whether channels, not pixels, are contiguous: tokens, channels_last, 1×1 maps.
     """
 
     images: int
@@ -115,11 +109,13 @@ class Sizes:
     @classmethod
     def of(cls, x: Tensor) -> Sizes:
         """The sizes of a dense (N, C, H, W) or (tokens, C), or (images, tokens, C) with images kept apart."""
-        if x.dim() == 3:
-            return cls(x.shape[0], x.shape[2], x.shape[1], True)
-        images, channels = x.shape[:2]
-        pixels = x.shape[2] * x.shape[3] if x.dim() == 4 else 1
-        return cls(1, channels, images * pixels, True) if is_last(x) else cls(images, channels, pixels, False)
+        images, channels, *axes = x.shape
+        if len(axes) == 1:
+            return cls(images, *axes, channels, True)
+        pixels = math.prod(axes)
+        if pixels == 1 or is_channels_last(x):
+            return cls(1, channels, images * pixels, True)
+        return cls(images, channels, pixels, False)
 
     @property
     def unit(self) -> int:

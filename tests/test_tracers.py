@@ -315,10 +315,10 @@ def test_opcheck(op: Op, last: bool, device: torch.device) -> None:
         calls.append((*grads, *call, *kept, list(wanted)))
         return original(*values)
 
-    original, run = op.op._compute, op.op._run
+    original, fill = op.op._compute, op.op.forward
     with pytest.MonkeyPatch.context() as patch, use_backend("triton"):
         patch.setattr(op.op, "_compute", record)
-        patch.setattr(op.op, "_run", lambda call: calls.append(tuple(call)) or run(call))
+        patch.setattr(op.op, "forward", lambda call, *made: calls.append(tuple(call)) or fill(call, *made))
         output = op.function(**arguments)
         leaves = [arguments[name] for name in differentiated(op, arguments)]
         torch.autograd.grad(output, leaves, random_like(output))

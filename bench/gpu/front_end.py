@@ -32,7 +32,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import torch
@@ -126,7 +126,7 @@ def integers(specialised: Specialised) -> list[str]:
 def forced(candidate: Candidate, names: Sequence[str]) -> Candidate:
     """The same with these integer arguments equal to 1."""
     arguments = dict(candidate.launch.arguments) | dict.fromkeys(names, 1)
-    return Candidate(candidate.op, replace(candidate.launch, arguments=arguments), tuple(names))
+    return Candidate(candidate.op, candidate.launch._replace(arguments=arguments), tuple(names))
 
 
 def to_check(found: Sequence[Candidate], fuzz: bool, full: bool) -> list[Candidate]:

@@ -118,8 +118,12 @@ def _backward(
     if grad_key is not None or grad_value is not None:
         launch = plan.plan_backward_context(query, key, value, grad, log_sum, delta, grad_key, grad_value)
         run(launch, grad.device)
-    gradients = zip(GatedCall._fields, call, (grad_query, grad_key, grad_value, grad_gate), strict=False)
-    return {name: _as_gradient(of, gradient) for name, of, gradient in gradients}
+    return {
+        "query": _as_gradient(call.query, grad_query),
+        "key": grad_key,
+        "value": _as_gradient(call.value, grad_value),
+        "gate": _as_gradient(call.gate, grad_gate),
+    }
 
 
 def empty_like(tokens: Tensor) -> Tensor:

@@ -21,11 +21,9 @@ def strides(**tensors: Tensor) -> tuple[dict[str, int], int]:
     The largest power of two up to 16 that divides them all: multiplied by it again, the compiler knows how
     wide it may load.
     """
-    named = {
-        f"{name}_stride_{axis}": stride
-        for name, tensor in tensors.items()
-        for axis, stride in zip("bhn", tensor.stride(), strict=False)
-    }
+    named: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        named[f"{name}_stride_b"], named[f"{name}_stride_h"], named[f"{name}_stride_n"], _ = tensor.stride()
     unit = math.gcd(16, *named.values())
     return {name: stride // unit for name, stride in named.items()}, unit
 

@@ -54,12 +54,12 @@ def coordinate_bias(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """
     call = op.checked(x, rows, columns)
     x, rows, columns = call
-    checks.expect(x.dim() == 4, "x", "4 dimensions", x.shape)
-    checks.expect(rows.dim() == 4, "rows", "4 dimensions", rows.shape)
-    checks.expect(columns.dim() == 4, "columns", "4 dimensions", columns.shape)
-    batch, channels, height, width = x.shape
-    groups, of_rows, of_columns = rows.shape[0], rows.shape[1], columns.shape[1]
-    checks.expect(channels > 0 and height > 0 and width > 0, "x", "no empty dimension but the batch", x.shape)
+    checks.expect_dims("x", x, 4)
+    checks.expect_dims("rows", rows, 4)
+    checks.expect_dims("columns", columns, 4)
+    batch, channels, height, width = shape = x.shape
+    (groups, of_rows, *_), of_columns = rows.shape, columns.shape[1]
+    checks.expect(channels > 0 and height > 0 and width > 0, "x", "no empty dimension but the batch", shape)
     checks.expect_shape("rows", rows, (groups, of_rows, height, min(width, 3)))
     checks.expect_shape("columns", columns, (groups, of_columns, min(height, 3), width))
     checks.expect_shape("x", x, (batch, groups * (of_rows + of_columns), height, width))
@@ -73,17 +73,18 @@ def _outputs(call: Call) -> Tensor:
 
 
 def _forward(call: Call, output: Tensor) -> None:
-    x, rows, columns = call
-    x = x.contiguous(memory_format=maps.memory_format(x))
-    run(plan.plan_forward(x, rows.contiguous(), columns.contiguous(), output), x.device)
+    x = call.x.contiguous(memory_format=maps.memory_format(output))
+    run(plan.plan_forward(x, call.rows.contiguous(), call.columns.contiguous(), output), x.device)
 
 
 def _backward(
     call: Call, kept: Sequence[Tensor], grads: Sequence[Tensor], wanted: Call
 ) -> dict[str, Tensor | None]:
     rows, columns = call.rows, call.columns
-    grad = grads[0].unflatten(1, (rows.shape[0], -1))
-    of_rows, of_columns = grad.split([rows.shape[1], columns.shape[1]], dim=2)
+    sizes = rows.shape[1], columns.shape[1]
+    batch, _, height, width = grads[0].shape
+    grad = grads[0].view(batch, rows.shape[0], sum(sizes), height, width)
+    of_rows, of_columns = grad.split_with_sizes(sizes, 2)
     return {
         "rows": _sum_middle(of_rows, 4, rows) if wanted.rows else None,
         "columns": _sum_middle(of_columns, 3, columns) if wanted.columns else None,
@@ -96,7 +97,7 @@ def _sum_middle(grad: Tensor, axis: int, table: Tensor) -> Tensor:
     if size <= 3:
         total = grad.sum(0, dtype=torch.float32)
     else:
-        parts = grad.split([1, size - 2, 1], axis)
+        parts = grad.split_with_sizes([1, size - 2, 1], axis)
         total = torch.stack([part.sum((0, axis), dtype=torch.float32) for part in parts], axis - 1)
     return maps.laid_out(table, total)[0]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from unittest.mock import patch
 
 from torch import Tensor
@@ -29,7 +28,7 @@ def recorded_launches(execute: bool = True) -> Iterator[list[Launch]]:
             name: value.dtype if isinstance(value, Tensor) else value
             for name, value in plan.arguments.items()
         }
-        seen.append(replace(plan, arguments=arguments))
+        seen.append(plan._replace(arguments=arguments))
         if execute:
             original(plan)
 

@@ -1,6 +1,5 @@
 """Channel mixing against its formula written out, and nn.BatchNorm2d's habits."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -116,7 +115,7 @@ def test_a_tile_of_many_parts(device, monkeypatch, training):
 
     def in_small_parts(planned):
         part = {"PART": 4} if "PART" in planned.constants else {}
-        original(replace(planned, constants={**planned.constants, **part}))
+        original(planned._replace(constants={**planned.constants, **part}))
 
     monkeypatch.setattr(launch, "_launch", in_small_parts)
     x, weight = draw(2, 3, 7, 8, dtype=torch.float32).to(device), torch.eye(3, device=device)
