@@ -117,8 +117,8 @@ degmix_kernels/define.py
     +             return False
     ? kernels/test_deform_conv: only_a_gradient
   all gradients, whoever wants one
-    - wanted = [computed and need for computed, need in zip(self._computed, needed, strict=False)]
-    + wanted = [computed and any(needed) for computed, need in zip(self._computed, needed, strict=False)]
+    - wanted = [*map(and_, self._computed, needed)]
+    + wanted = [each and any(needed) for each in self._computed]
     ? kernels/test_task_attention: only_what_is_wanted
 
 degmix_kernels/deform_conv/mix_op.py
@@ -129,8 +129,8 @@ degmix_kernels/deform_conv/mix_op.py
 
 degmix_kernels/coordinate_bias/op.py
   coordinate_bias: columns' gradient along rows
-    - parts = grad.split([1, size - 2, 1], axis)
-    + parts = grad.split([1, size - 2, 1], axis)[:2] + grad.split([1, size - 2, 1], axis)[:1]
+    - [part.sum((0, axis), dtype=torch.float32) for part in parts]
+    + [part.sum((0, axis), dtype=torch.float32) for part in (*parts[:2], parts[0])]
     ? kernels/test_coordinate_bias: first_middle or non_contiguous
 
 degmix_kernels/deform_conv/op.py
