@@ -14,7 +14,6 @@ from degmix.tasks import TASKS, Labels
 
 BACKGROUND = (255, 255, 255)
 INK = (32, 32, 40)
-FAINT = (110, 110, 122)
 GAP = 12
 
 

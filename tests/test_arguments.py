@@ -12,13 +12,14 @@ import pytest
 import torch
 from contract import every_definition, first, fresh
 from launches import recorded_launches
-from torch import Tensor
+from torch import Tensor, nn
 
-from degmix_kernels import use_backend
+from degmix_kernels import BatchNorm2d, GatedAttention, SpatialGatingUnit, use_backend
 from degmix_kernels.checks import Range
 from degmix_kernels.contract import Op
 from degmix_kernels.registry import find
 
+MAP = torch.zeros(2, 3, 4, 5)
 # What functions take that their ops' records do not have.
 MAY_BE_ZERO = {"momentum", "padding"}
 RELATIVE = ("another device", "another dimension", "no dimension", "a longer axis", "a longer last axis")
@@ -189,3 +190,19 @@ def test_shapes_that_are_refused(name: str, change: dict[str, Any], message: str
     }
     with pytest.raises(ValueError, match=message):
         find(name).function(**given)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "error", "message"),
+    [
+        (BatchNorm2d(3), (MAP, None, 3.0), TypeError, "residual: expected a tensor, got float"),
+        (BatchNorm2d(3), (MAP, None, MAP[:1]), ValueError, "residual: expected shape"),
+        (GatedAttention(5, 1), (MAP[0], MAP[0], 3.0), TypeError, "gate: expected a tensor, got float"),
+        (SpatialGatingUnit(4), (3.0,), TypeError, "u_v: expected a tensor, got float"),
+    ],
+)
+def test_what_modules_take_themselves(
+    module: nn.Module, arguments: tuple, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        module(*arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from degmix_kernels import checks
 from degmix_kernels.attention.linear_op import linear_attention
 from degmix_kernels.attention.op import gated_attention
 from degmix_kernels.task_attention.module import TaskAttention, check_sizes
@@ -36,6 +37,8 @@ class GatedAttention(TaskAttention):
 
     def forward(self, query: Tensor, context: Tensor, gate: Tensor | None = None) -> Tensor:
         """(B, N, C) queries attend to all of (B, M, C) ``context``; ``gate`` and result are (B, N, C)."""
+        if gate is not None:
+            checks.expect_tensor("gate", gate)
         projections = self.project_query(query), *self.project_context(context)
         parts = [split_heads(each, self.heads) for each in projections]
         attended = gated_attention(*parts, None if gate is None else split_heads(gate, self.heads))

@@ -39,8 +39,15 @@ class BatchNorm2d(nn.BatchNorm2d):
                 :func:`degmix_kernels.deform_mix` gives them: spares a pass over ``input``. In evaluation
                 running statistics, if kept, are used instead.
             residual: shape and dtype of ``input``, added to the result.
+
+        Raises:
+            TypeError: for a residual that is no tensor.
+            ValueError: for a wrong shape, or statistics of a single value.
         """
         self._check_input_dim(input)
+        if residual is not None:
+            checks.expect_tensor("residual", residual)
+            checks.expect_shape("residual", residual, input.shape)
         if self.uses_batch_statistics and input.numel() == input.shape[1]:
             expected = "Expected more than 1 value per channel when training"
             raise ValueError(f"{expected}, got input size {input.size()}")
