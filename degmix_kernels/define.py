@@ -11,7 +11,7 @@ A call takes one of three entrances to the same functions:
 - A compiler, a tracer, a dispatch mode or a tensor subclass watches: the registered op, which they all know.
 - A transform of ``torch.func`` is active: an ``autograd.Function`` with ``setup_context`` and a vmap rule.
 
-:func:`transparent` leaves dispatch modes the first entrance, so that they see what happens inside an op.
+:func:`degmix_kernels.tracers.transparent` leaves dispatch modes the first entrance.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-from torch._guards import TracingContext
-from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from degmix_kernels import autocast, backend, checks, maps
-from degmix_kernels.setting import Setting
+from degmix_kernels.tracers import (
+    NAMESPACE,
+    TENSORS,
+    is_batched,
+    is_traced,
+    is_watched,
+    over_slices,
+    register,
+    transform,
+)
 
-NAMESPACE = "degmix"
 DEFINED: dict[str, define] = {}
-
-_transparent = Setting("degmix_transparent", False)
-transparent = _transparent.set
-"""``with transparent(True):`` ops run as if no dispatch mode watched: for modes that look inside ops."""
 
 
 # --- what the annotations of a Call can say ----------------------------------------------------------------
@@ -57,7 +57,6 @@ Positive = Annotated[int, checks.Range(minimum=1)]
 """An integer of at least 1."""
 
 _SCHEMA = {Tensor: "Tensor", str: "str", float: "float", int: "SymInt", bool: "bool"}
-_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 class Field(NamedTuple):
@@ -170,7 +169,7 @@ class define:
             ValueError: for a scalar out of its range.
         """
         first = values[0]
-        if type(first) not in _TENSORS or autocast.enabled(first.device):
+        if type(first) not in TENSORS or autocast.enabled(first.device):
             values = self._cast(values)
             first = values[0]
         device, dtype = first.device, first.dtype
@@ -179,7 +178,7 @@ class define:
         for index in range(self.count):
             value = values[index]
             # A shorter way for what is nearly always right: the host's time counts where maps are small.
-            if type(value) in _TENSORS and value.dtype == dtype and value.device == device:
+            if type(value) in TENSORS and value.dtype == dtype and value.device == device:
                 if value.layout is torch.strided and not value.is_nested:
                     continue
             elif value is None and self.fields[index].optional:
@@ -222,7 +221,7 @@ class define:
             return False
         if torch._C._are_functorch_transforms_active():  # a tensor does not tell of outer transforms
             return True
-        if not torch.compiler.is_compiling() and _is_traced():  # nor what will be asked of a trace
+        if not torch.compiler.is_compiling() and is_traced():  # nor what will be asked of a trace
             return True
         for index in range(self.count):
             if self._computed[index] and values[index] is not None and values[index].requires_grad:
@@ -243,7 +242,7 @@ class define:
         if torch._C._are_functorch_transforms_active():
             return self._transform(*call)
         tensors = call[: self.count]
-        if _is_watched(tensors):
+        if is_watched(tensors):
             return self.registered(*call)
         return self._eager.apply(call, *tensors)
 
@@ -290,7 +289,7 @@ class define:
                 )
             saved, count = ctx.saved_tensors, self.count
             call, kept = self.call(*saved[:count], *ctx.settings), saved[count:]
-            if torch.is_grad_enabled() or _is_watched((*grads, *call)) or _is_batched(grads):
+            if torch.is_grad_enabled() or is_watched((*grads, *call)) or is_batched(grads):
                 found = self._enter_backward(*grads, *call, *kept, wanted)
                 gradients = [each if want else None for each, want in zip(found, wanted, strict=True)]
             else:
@@ -307,7 +306,7 @@ class define:
         """
         if torch._C._are_functorch_transforms_active():
             return self._transform_backward(*values)
-        if _is_watched(values) or _is_batched(values[: self.results]):
+        if is_watched(values) or is_batched(values[: self.results]):
             found = self.registered_backward(*values)
             return (found,) if isinstance(found, Tensor) else found
         if torch.is_grad_enabled():  # somebody builds a graph of the backward pass
@@ -386,18 +385,18 @@ class define:
         self._eager = make(self.name, forward=self._run, backward=eager_backward, jvp=refuse_forward_mode)
         self._transformed = make(
             self.name, forward=enter, setup_context=self._setup_context, backward=backward,
-            jvp=refuse_forward_mode, vmap=_over_slices(enter),
+            jvp=refuse_forward_mode, vmap=over_slices(enter),
         )  # fmt: skip
         self._twice = make(
             f"{self.name}_backward", forward=enter_backward, setup_context=lambda ctx, inputs, output: None,
-            backward=refuse_second, jvp=refuse_forward_mode, vmap=_over_slices(enter_backward),
+            backward=refuse_second, jvp=refuse_forward_mode, vmap=over_slices(enter_backward),
         )  # fmt: skip
 
-        self._transform = _transform(self._transformed, enter)
-        self._transform_backward = _transform(self._twice, enter_backward)
+        self._transform = transform(self._transformed, enter)
+        self._transform_backward = transform(self._twice, enter_backward)
 
         arguments = ", ".join(field.schema for field in self.fields)
-        self.registered = _register(
+        self.registered = register(
             self.name,
             arguments,
             self.results + self.beside,
@@ -411,7 +410,7 @@ class define:
             f"Tensor? {field.name}" if field.type is Tensor else field.schema for field in self.fields
         )
         kept = "".join(f"Tensor kept_{index}, " for index in range(self.kept))
-        self.registered_backward = _register(
+        self.registered_backward = register(
             f"{self.name}_backward",
             f"{grads}{arguments}, {kept}bool[] wanted",
             self.count,
@@ -434,89 +433,8 @@ class define:
             return round(self.products(self._parted(values)[1]) * self.backward_products)
 
 
-_PLAIN = {*_TENSORS, type(None), int, float, bool, str, list}
-
-
-def _is_traced() -> bool:
-    """Whether a graph is being made by ``torch.jit.trace`` or ``make_fx``."""
-    proxies = torch._C._TorchDispatchModeKey.PROXY
-    return torch._C._get_tracing_state() is not None or torch._C._get_dispatch_mode(proxies) is not None
-
-
-def _is_watched(values: Sequence[Any]) -> bool:
-    """Whether someone would miss what does not go through the dispatcher."""
-    if torch._C._get_tracing_state() is not None:
-        return True
-    if torch._C._len_torch_dispatch_stack() == 0 and _PLAIN.issuperset(map(type, values)):
-        return False
-    # A compiler looks at tensors that have no values: it never sees inside.
-    return not _transparent.get() or TracingContext.try_get() is not None
-
-
-def _is_batched(grads: Sequence[Tensor | None]) -> bool:
-    """Whether a gradient is several, for ``torch.autograd.grad(…, is_grads_batched=True)``."""
-    return any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
-
-
 def _some(values: Sequence[Any]) -> Tensor:
     return next(each for each in values if isinstance(each, Tensor))
-
-
-_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-
-
-def _register(
-    name: str,
-    arguments: str,
-    results: int,
-    run: Callable[..., Any],
-    fake: Callable[..., Any],
-    transform: Callable[..., Any],
-) -> Any:
-    """A registered op that transforms of ``torch.func`` find, too, whoever calls it."""
-    returns = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
-    schema = f"({arguments}) -> {returns}"
-    op = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=(), schema=schema)
-    op.register_fake(fake)
-    # What torch.library registers for autograd refuses transforms, and compilers trace them through this op.
-    _LIBRARY.impl(name, transform, "FuncTorchDynamicLayerFrontMode")
-    return op
-
-
-def _transform(function: Any, below: Callable[..., Any]) -> Callable[..., Any]:
-    """The call under the innermost transform of ``torch.func``; ``below`` is the call without it."""
-
-    def transform(*values: Any) -> Any:
-        interpreter = retrieve_current_functorch_interpreter()
-        if interpreter.key() != TransformType.Functionalize:
-            return function.apply(*values)
-        functionalize = FunctorchFunctionalizeAPI(interpreter)
-        with functionalize.redispatch_to_next():
-            made = below(*functionalize.unwrap_tensors(values))
-        return functionalize.wrap_tensors(made)
-
-    return transform
-
-
-def _over_slices(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A vmap rule: one call per slice."""
-
-    def vmap(info: Any, in_dims: Sequence[Any], *values: Any) -> tuple[Any, Any]:
-        if info.batch_size == 0:
-            raise ValueError("vmap: expected at least one slice, got an axis of size 0")
-
-        def at(index: int) -> list[Any]:
-            return [
-                value if axis is None or not isinstance(value, Tensor) else value.select(axis, index)
-                for value, axis in zip(values, in_dims, strict=True)
-            ]
-
-        slices = [function(*at(index)) for index in range(info.batch_size)]
-        if isinstance(slices[0], Tensor):
-            return torch.stack(slices), 0
-        return tuple(torch.stack(each) for each in zip(*slices, strict=True)), (0,) * len(slices[0])
-
-    return vmap
 
 
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], float]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from degmix_kernels.define import transparent
+from degmix_kernels.tracers import transparent
 
 RSQRT = 2**-22.9  # PTX's bound of the relative error of rsqrt.approx.f32
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from degmix_kernels.define import transparent
+from degmix_kernels.tracers import transparent
 
 
 @dataclass(frozen=True, eq=False)

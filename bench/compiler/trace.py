@@ -25,8 +25,8 @@ from bench.harness.case import DTYPES
 from degmix_kernels import backend
 from degmix_kernels import launch as launching
 from degmix_kernels.contract import Op
-from degmix_kernels.define import transparent
 from degmix_kernels.launch import INT32_MAX, Launch
+from degmix_kernels.tracers import transparent
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "i64", torch.int32: "i32"}
 ALIGNED = 16  # an address, or an integer, that is a multiple of it has a specialisation of its own

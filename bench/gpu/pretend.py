@@ -241,7 +241,7 @@ def _pretend_tensors(torch: Any) -> tuple[Callable[[], AbstractContextManager], 
     from torch.overrides import TorchFunctionMode
     from triton.runtime.jit import JITFunction
 
-    from degmix_kernels.define import transparent
+    from degmix_kernels.tracers import transparent
 
     aten, gpu, cpu = torch.ops.aten, torch.device("cuda", 0), torch.device("cpu")
     inside = 0  # how deep in PyTorch, which knows that all of this is on the CPU

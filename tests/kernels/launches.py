@@ -9,8 +9,8 @@ from unittest.mock import patch
 from torch import Tensor
 
 from degmix_kernels import launch
-from degmix_kernels.define import transparent
 from degmix_kernels.launch import Launch
+from degmix_kernels.tracers import transparent
 
 
 @contextmanager

@@ -99,8 +99,8 @@ degmix_kernels/checks.py
 
 degmix_kernels/define.py
   second derivatives are not refused
-    - if torch.is_grad_enabled() or _is_watched((*grads, *call)) or _is_batched(grads):
-    + if _is_watched((*grads, *call)) or _is_batched(grads):
+    - if torch.is_grad_enabled() or is_watched((*grads, *call)) or is_batched(grads):
+    + if is_watched((*grads, *call)) or is_batched(grads):
     ? test_contract: second_derivative and batch_norm
   channel_mix: its statistics have gradients
     - ctx.mark_non_differentiable(*output[self.results :])
