@@ -354,10 +354,7 @@ def lay_out(options: argparse.Namespace, out: Path) -> None:
 
 
 def main(
-    arguments: Sequence[str] | None = None,
-    *,
-    python: str = sys.executable,
-    cache: Path = prepared.CACHE,
+    arguments: Sequence[str] | None = None, *, python: str = sys.executable, cache: Path = prepared.CACHE
 ) -> int:
     """The visit; the exit code as the help has it."""
     options = parse(arguments)

@@ -131,11 +131,7 @@ CASES = {
     "no list": (LIST, None, r"expected a list of names, got nothing there \(splits found: val\)"),
     "empty list": (LIST, b"\n \n", "expected at least one name, got an empty list"),
     "binary list": (LIST, b"\xff\xfe\x00", "expected a text file of names"),
-    "no image": (
-        IMAGE,
-        None,
-        r"expected a file, got nothing there \(1 of 6 files of the split are",
-    ),
+    "no image": (IMAGE, None, r"expected a file, got nothing there \(1 of 6 files of the split are"),
     "no label": (DEPTH, None, "expected a file, got nothing there"),
     "corrupt image": (IMAGE, b"no picture", CORRUPT_IMAGE),
     "empty image": (IMAGE, b"", CORRUPT_IMAGE),

@@ -13,10 +13,6 @@ degmix_kernels/product.py
     ? test_contract: values_and_gradients and float32 and linear_norm
 
 degmix_kernels/epilogue.py
-  epilogue: parts of a tile count the same in a mean
-    - share = count.to(tl.float32) / tl.maximum(before + count, 1)
-    + share = PART / (before + PART)
-    ? kernels/test_deform_conv: test_statistics
   epilogue: the variance's gradient takes z for act(z)
     - mask=channel_valid, other=0.0) * value
     + mask=channel_valid, other=0.0) * z
