@@ -47,15 +47,8 @@ def environment(work: Path, cache: Path) -> dict[str, str]:
     """
     work.mkdir(parents=True, exist_ok=True)
     library = work / "libcuda.so.1"
-    command = [
-        "cc",
-        "-shared",
-        "-fPIC",
-        "-Wl,-soname,libcuda.so.1",
-        "-o",
-        str(library),
-        str(HERE / "libcuda.c"),
-    ]
+    options = ("-shared", "-fPIC", "-Wl,-soname,libcuda.so.1")
+    command = ["cc", *options, "-o", str(library), str(HERE / "libcuda.c")]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except FileNotFoundError:
@@ -160,20 +153,10 @@ def pretend_cuda(torch: Any) -> None:
         "get_rng_state_all": [],
         "clock_rate": 1980,
     }
-    silent = (
-        "init",
-        "_lazy_init",
-        "synchronize",
-        "empty_cache",
-        "reset_peak_memory_stats",
-        "set_stream",
-        "set_device",
-        "manual_seed",
-        "manual_seed_all",
-        "_sleep",
-        "set_rng_state",
-        "set_rng_state_all",
-    )
+    silent = {
+        *("init", "_lazy_init", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_stream"),
+        *("set_device", "manual_seed", "manual_seed_all", "_sleep", "set_rng_state", "set_rng_state_all"),
+    }
     for name, answer in {**answers, **dict.fromkeys(silent)}.items():
         setattr(cuda, name, lambda *_, answer=answer, **__: answer)
     cuda.Event = cuda.Stream = cuda.CUDAGraph = Silent

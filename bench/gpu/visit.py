@@ -362,25 +362,21 @@ def main(
     lay_out(options, out)
     with tempfile.TemporaryDirectory(prefix="visit-", ignore_cleanup_errors=True) as work:
         deadline = options.deadline or visit.deadline
-        return _visit(options, Call(out, Path(work), deadline, python, options.prepared, cache))
-
-
-def _visit(options: argparse.Namespace, call: Call) -> int:
-    out = call.out
-    signal.signal(signal.SIGINT, call.interrupt)
-    signal.signal(signal.SIGTERM, call.interrupt)
-    try:
-        gpu = call.probe()
-    except RuntimeError as error:
-        call.fail("GPU", str(error))
-        print(f"gpu_check: {error}", file=sys.stderr)
-        return USER_ERROR
-    if gpu:
-        call.run([with_seconds(stage, options.seconds) for stage in VISITS[options.visit].stages])
-    else:
-        print("The benchmark runs at small sizes on the CPU; its times say nothing about the kernels.")
-        call.run([WITHOUT_GPU] if options.resume is None else [])
-    call.keep()
+        call = Call(out, Path(work), deadline, python, options.prepared, cache)
+        signal.signal(signal.SIGINT, call.interrupt)
+        signal.signal(signal.SIGTERM, call.interrupt)
+        try:
+            gpu = call.probe()
+        except RuntimeError as error:
+            call.fail("GPU", str(error))
+            print(f"gpu_check: {error}", file=sys.stderr)
+            return USER_ERROR
+        if gpu:
+            call.run([with_seconds(stage, options.seconds) for stage in visit.stages])
+        else:
+            print("The benchmark runs at small sizes on the CPU; its times say nothing about the kernels.")
+            call.run([WITHOUT_GPU] if options.resume is None else [])
+        call.keep()
     print(f"\n{(out / 'summary.txt').read_text()}Everything is in {out}")
     return NO_GPU if not gpu and not call.failed else FAILED if call.failed else OK
 

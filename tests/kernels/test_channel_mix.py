@@ -165,11 +165,11 @@ def test_modules_of_no_size_are_refused(module):
 # --- kernels ----------------------------------------------------------------------------------------------
 
 
-def mix_call(device, dtype=torch.float32) -> dict:
+def mix_call(device) -> dict:
     """A call in training, with gradients wanted for everything."""
     shapes = {"x": (3, 5, 4, 6), "weight": (7, 5), "bias": (7,), "residual": (3, 7, 4, 6)}
     shapes |= {"norm_weight": (7,), "norm_bias": (7,)}
-    call = {name: draw(*shape, seed=seed, dtype=dtype) for seed, (name, shape) in enumerate(shapes.items())}
+    call = {name: draw(*shape, seed=seed).float() for seed, (name, shape) in enumerate(shapes.items())}
     call["x"] *= 4
     return {name: value.to(device).requires_grad_() for name, value in call.items()} | {"training": True}
 
