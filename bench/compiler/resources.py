@@ -212,16 +212,13 @@ def show(rows: Sequence[Compiled], console: Console) -> None:
             peers = [other for other in listed if (other.op, other.kernel) == (row.op, row.kernel)]
             common = set.intersection(*(set(other.configuration.split()) for other in peers))
             common = common if len(peers) > 1 else set()
+            own = (word for word in row.configuration.split() if word not in common)
             filled = row.occupancy
             table.add_row(
                 row.op,
                 row.kernel,
                 row.dtype,
-                " ".join(
-                    word
-                    for word in row.configuration.split()
-                    if word not in common and "_stride_" not in word
-                ),
+                " ".join(word for word in own if "_stride_" not in word),
                 str(row.registers),
                 str(row.spilled),
                 str(row.shared),

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from malice import Malice
 from torch import nn
 
 from degmix import DeGMix
@@ -157,20 +158,10 @@ def test_weights_that_do_not_fit(tmp_path):
             create_backbone("tiny", weights=tmp_path / "weights.pt")
 
 
-class Malicious:
-    """Writes a file if it is ever unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 def test_weights_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"weights: expected a file, got .*absent\.pt"):
         create_backbone("tiny", weights=tmp_path / "absent.pt")
-    (tmp_path / "weights.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
+    (tmp_path / "weights.pt").write_bytes(pickle.dumps(Malice(tmp_path / "ran")))
     with pytest.raises(ValueError, match="weights: expected a checkpoint of tensors only"):
         create_backbone("tiny", weights=tmp_path / "weights.pt")
     assert not (tmp_path / "ran").exists()
