@@ -205,9 +205,8 @@ class Call:
             self.note(stage.name, f"left out; --seconds {stage.name}=60 gives it 60 s")
             return None
         if self.interrupted or seconds < min(stage.seconds, WORTHWHILE):
-            self.fail(
-                stage.name, f"left out, {'interrupted' if self.interrupted else 'no time is left for it'}"
-            )
+            why = "interrupted" if self.interrupted else "no time is left for it"
+            self.fail(stage.name, f"left out, {why}")
             return None
         command, why = self._command(stage, seconds)
         if why:
@@ -308,21 +307,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=f"visits:\n{epilog}\n\nExit code: 0 if nothing failed, 1 if something did, 3 without a GPU.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("visit", nargs="?", choices=VISITS, default="first", help="default: first")
+    add = parser.add_argument
+    add("visit", nargs="?", choices=VISITS, default="first", help="default: first")
     default = os.environ.get("OUT", "gpu_check")
-    parser.add_argument(
-        "--out", type=Path, default=Path(default), metavar="FOLDER", help=f"default: {default}"
-    )
-    parser.add_argument("--deadline", type=int, metavar="S", help="seconds for everything")
-    parser.add_argument(
-        "--seconds", nargs="+", default=[], metavar="STAGE=S", help="for a stage; 0 leaves the stage out"
-    )
-    parser.add_argument(
-        "--prepared", type=Path, default=prepared.FOLDER, metavar="FOLDER", help="of make gpu-ready"
-    )
-    parser.add_argument(
-        "--resume", type=Path, metavar="FILE", help="continue the benchmark of an earlier call"
-    )
+    add("--out", type=Path, default=Path(default), metavar="FOLDER", help=f"default: {default}")
+    add("--deadline", type=int, metavar="S", help="seconds for everything")
+    add("--seconds", nargs="+", default=[], metavar="STAGE=S", help="for a stage; 0 leaves the stage out")
+    add("--prepared", type=Path, default=prepared.FOLDER, metavar="FOLDER", help="of make gpu-ready")
+    add("--resume", type=Path, metavar="FILE", help="continue the benchmark of an earlier call")
     options = parser.parse_args(arguments)
     names = {each.name for stage in VISITS[options.visit].stages for each in (stage, *stage.beside)}
     budgets = {}

@@ -66,9 +66,8 @@ def test_many_parts_and_ragged_blocks(device):
             x = draw(*shape, dtype=torch.float32).to(device)
             vectors = [draw(shape[1], seed=seed).float().to(device) for seed in (1, 2, 3, 4)]
             vectors[1] = vectors[1].square().add(0.5)
-            compare(
-                batch_norm, batch_norm, dict(zip(NAMES, (x, *vectors), strict=False)), x.numel() // shape[1]
-            )
+            tensors = dict(zip(NAMES, (x, *vectors), strict=False))
+            compare(batch_norm, batch_norm, tensors, x.numel() // shape[1])
 
 
 def test_only_what_is_wanted_is_launched_and_read(device):

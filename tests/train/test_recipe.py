@@ -23,9 +23,8 @@ def gradients_of_first_step(config: Config, out: Path, monkeypatch: pytest.Monke
     original = torch.optim.SGD.step
 
     def step(self, *arguments):
-        seen.append(
-            [p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None]
-        )
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        seen.append([each.grad.clone() for each in parameters if each.grad is not None])
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
