@@ -81,12 +81,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="SHAPE",
         help="every shape whose name contains one of these (default: the real ones on a GPU)",
     )
-    add(
-        "--baseline",
-        nargs="+",
-        metavar="NAME",
-        help="only these, or none (default: all)",
-    )
+    add("--baseline", nargs="+", metavar="NAME", help="only these, or none (default: all)")
     add(
         "--json",
         type=Path,

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,12 @@ def profile_step(case: Case, name: str, device: torch.device, dtype: str) -> tup
 
 def kernels(averages: Iterable[Any], device: torch.device) -> list[Kernel]:
     """The kernels of :data:`STEPS` steps from the profiler's averages, the largest first."""
+    time_of = attrgetter("self_cpu_time_total")
     if device.type == "cuda":
         # The operations on the host are listed, too, with the time of the kernels that they launched.
-        found = [
-            Kernel(each.key, each.count / STEPS, each.self_device_time_total / 1e3 / STEPS)
-            for each in averages
-            if each.device_type == DeviceType.CUDA and not each.is_user_annotation
-        ]
-    else:
-        found = [
-            Kernel(each.key, each.count / STEPS, each.self_cpu_time_total / 1e3 / STEPS) for each in averages
-        ]
+        averages = [e for e in averages if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+        time_of = attrgetter("self_device_time_total")
+    found = [Kernel(each.key, each.count / STEPS, time_of(each) / 1e3 / STEPS) for each in averages]
     return sorted((kernel for kernel in found if kernel.ms), key=lambda kernel: -kernel.ms)
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -30,6 +29,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
+
+from bench.gpu.pretend import pretend_cuda
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 # Part of a test's id → why the fake cannot run it.
@@ -147,40 +148,9 @@ def on_cpu(value: Any) -> Any:
 
 def pretend() -> None:
     """Change what PyTorch and the ops say about GPUs, for the rest of the process."""
-    answers = {
-        "is_available": True,
-        "is_initialized": True,
-        "device_count": 1,
-        "current_device": 0,
-        "is_current_stream_capturing": False,
-        "get_device_name": "fake",
-        "get_device_capability": (9, 0),
-        "get_rng_state_all": [],
-        "memory_allocated": 0,
-        "max_memory_allocated": 0,
-    }
-    nothing = ("synchronize", "empty_cache", "reset_peak_memory_stats", "manual_seed_all", "manual_seed")
-    for name, answer in (answers | dict.fromkeys(nothing)).items():
-        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    for name in ("Stream", "Event", "stream", "device", "current_stream", "set_rng_state_all"):
-        setattr(torch.cuda, name, MagicMock())
-
+    pretend_cuda(torch)
     torch.accelerator.is_available = lambda: False  # optimizers would ask it for streams
-    generator = torch.Generator
-
-    class Generator(generator):
-        def __new__(cls, device: Any = CPU) -> Any:
-            return super().__new__(cls, CPU)
-
-    class Autocast(torch.autocast):
-        def __init__(self, device_type: str, *arguments, **options) -> None:
-            super().__init__(CPU.type if device_type == GPU.type else device_type, *arguments, **options)
-
-    is_enabled, dtype_of, start = torch.is_autocast_enabled, torch.get_autocast_dtype, DataLoader.__init__
-    torch.Generator = Generator
-    torch.autocast = torch.amp.autocast = Autocast
-    torch.is_autocast_enabled = lambda kind=GPU.type: is_enabled(CPU.type if kind == GPU.type else kind)
-    torch.get_autocast_dtype = lambda kind: dtype_of(CPU.type if kind == GPU.type else kind)
+    start = DataLoader.__init__
 
     def unpinned(self, *arguments, **options) -> None:
         start(self, *arguments, **options | {"pin_memory": False})

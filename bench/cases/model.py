@@ -165,10 +165,6 @@ def _prepare_head(
 # --- The whole model ---------------------------------------------------------------------------------------
 
 
-def _predict(model: DeGMix, picture: Tensor) -> Mapping[str, Tensor]:
-    return model(picture)
-
-
 def _predict_written_out(model: DeGMix, picture: Tensor) -> Mapping[str, Tensor]:
     return formula(model.head, model.backbone(picture), tuple(picture.shape[2:]))
 
@@ -188,7 +184,7 @@ def _prepare_whole(
     if training:
         channels = task_channels(shape.task_names, shape.classes)
         inputs += [_labels(draw, task, channels[task], shape) for task in shape.task_names]
-    return _problem(model, inputs, of(_predict), of(_predict_written_out), dtype, terms, updating)
+    return _problem(model, inputs, of(DeGMix.__call__), of(_predict_written_out), dtype, terms, updating)
 
 
 @cache

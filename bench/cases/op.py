@@ -172,17 +172,12 @@ def _baseline_run(op: Op, other: Baseline, device: torch.device, arguments: Mapp
     if plain is None:
         return run
     return replace(
-        run,
-        capturable=False,
-        without_graphs=cache(lambda: op_run(op, plain(device), arguments, other.dtype)),
+        run, capturable=False, without_graphs=cache(lambda: op_run(op, plain(device), arguments, other.dtype))
     )
 
 
 def op_run(
-    op: Op,
-    function: Callable[..., Tensor],
-    arguments: Mapping[str, Any],
-    dtype: torch.dtype | None = None,
+    op: Op, function: Callable[..., Tensor], arguments: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> Run:
     own, leaves = dict(arguments), {}
     for name, value in arguments.items():

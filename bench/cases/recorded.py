@@ -77,16 +77,13 @@ def _drawn(op: Op, shape: str, draw: Draw) -> Sample:
     samples, arguments = _samples(op, draw), dict(_calls(op, draw.dtype)[shape].arguments)
     for name, like in arguments.items():
         if isinstance(like, Tensor):
-            given = [each.arguments[name].flatten() for each in samples if _has(each, name)]
+            given = [each.arguments.get(name) for each in samples]
+            given = [each.flatten() for each in given if isinstance(each, Tensor)]
             values = _any_of(torch.cat(given), like.shape, draw) if given else draw(*like.shape)
             own = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=draw.device)
             arguments[name] = own.copy_(values)
     # No sum has more terms than the largest tensor has elements.
     return Sample(arguments, _elements(arguments))
-
-
-def _has(sample: Sample, name: str) -> bool:
-    return isinstance(sample.arguments.get(name), Tensor)
 
 
 def _any_of(values: Tensor, shape: Sequence[int], draw: Draw) -> Tensor:

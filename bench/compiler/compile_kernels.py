@@ -143,13 +143,12 @@ def _sorted(counts: Counter[int]) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("target", choices=TARGETS)
-    parser.add_argument("--op", default="", help="only ops whose label contains this")
-    parser.add_argument("--dtype", choices=DTYPES, help="only this one")
-    parser.add_argument("--benchmark", action="store_true", help="those of the benchmark's calls instead")
-    parser.add_argument(
-        "--representatives", action="store_true", help="one of each kernel, in the target's dtype"
-    )
+    add = parser.add_argument
+    add("target", choices=TARGETS)
+    add("--op", default="", help="only ops whose label contains this")
+    add("--dtype", choices=DTYPES, help="only this one")
+    add("--benchmark", action="store_true", help="those of the benchmark's calls instead")
+    add("--representatives", action="store_true", help="one of each kernel, in the target's dtype")
     arguments = parser.parse_args()
     target = TARGETS[arguments.target]
     gpu = GPUTarget(target.backend, target.arch, target.lanes)

@@ -212,16 +212,13 @@ def show(rows: Sequence[Compiled], console: Console) -> None:
             peers = [other for other in listed if (other.op, other.kernel) == (row.op, row.kernel)]
             common = set.intersection(*(set(other.configuration.split()) for other in peers))
             common = common if len(peers) > 1 else set()
+            own = (word for word in row.configuration.split() if word not in common)
             filled = row.occupancy
             table.add_row(
                 row.op,
                 row.kernel,
                 row.dtype,
-                " ".join(
-                    word
-                    for word in row.configuration.split()
-                    if word not in common and "_stride_" not in word
-                ),
+                " ".join(word for word in own if "_stride_" not in word),
                 str(row.registers),
                 str(row.spilled),
                 str(row.shared),
@@ -240,18 +237,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Compile every kernel for every supported GPU, without having one: registers, spills, "
         "shared memory, occupancy, matrix instructions, load widths.",
     )
-    parser.add_argument("--op", default="", help="only ops whose label contains this")
-    parser.add_argument("--target", choices=TARGETS, help="only this GPU")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="only this dtype of inputs")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--op", default="", help="only ops whose label contains this")
+    add("--target", choices=TARGETS, help="only this GPU")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help="only this dtype of inputs")
+    add(
         "--benchmark",
         action="store_true",
         help="the launches of all calls of ops that the benchmark measures on a GPU, beyond the baseline's",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to this file, too")
-    parser.add_argument(
-        "--update", action="store_true", help=f"compile everything and write bench/{BASELINE.name}"
-    )
+    add("--json", type=Path, metavar="FILE", help="write every number to this file, too")
+    add("--update", action="store_true", help=f"compile everything and write bench/{BASELINE.name}")
     chosen = parser.parse_args(arguments)
     partial = bool(chosen.op or chosen.target or chosen.dtype or chosen.benchmark)
     if not any(chosen.op in op.label for op in OPS):

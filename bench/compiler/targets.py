@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from degmix_kernels.maps import ceil_div
+
 KIB = 1024
 SCHEDULERS = 4  # of a multiprocessor
 REGISTERS = 512  # per lane of a scheduler
@@ -93,7 +95,7 @@ def occupancy(target: Target, warps: int, registers: int, shared: int, tensor_me
     """
     held = _round_up(max(registers, 1), REGISTER_GRANULE)
     # The hardware accepts a program as if its warps came in rounds of all schedulers.
-    fits = -(-warps // SCHEDULERS) * held <= REGISTERS and shared <= target.shared_of_program
+    fits = ceil_div(warps, SCHEDULERS) * held <= REGISTERS and shared <= target.shared_of_program
     taken = _round_up(shared + target.shared_reserved, target.shared_granule)
     programs = min(
         target.programs,
@@ -107,4 +109,4 @@ def occupancy(target: Target, warps: int, registers: int, shared: int, tensor_me
 
 
 def _round_up(value: int, granule: int) -> int:
-    return -(-value // granule) * granule
+    return ceil_div(value, granule) * granule

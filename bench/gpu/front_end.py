@@ -118,11 +118,6 @@ def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
     return list(found.values())
 
 
-def integers(specialised: Specialised) -> list[str]:
-    """Names of the integer arguments that are not 1."""
-    return [name for name, kind in specialised.signature.items() if kind in INTEGERS]
-
-
 def forced(candidate: Candidate, names: Sequence[str]) -> Candidate:
     """The same with these integer arguments equal to 1."""
     arguments = dict(candidate.launch.arguments) | dict.fromkeys(names, 1)
@@ -134,7 +129,8 @@ def to_check(found: Sequence[Candidate], fuzz: bool, full: bool) -> list[Candida
     chosen = list(found) if full else covering(found)
     fuzzed, done = [], set()
     for candidate in chosen if fuzz else ():
-        names, kernel = integers(candidate.specialised), name_of(candidate.specialised)
+        kernel, signature = name_of(candidate.specialised), candidate.specialised.signature
+        names = [name for name, kind in signature.items() if kind in INTEGERS]  # that are not 1
         pattern = kernel, switches(candidate.specialised)
         if full or pattern not in done:
             fuzzed.append(forced(candidate, names))

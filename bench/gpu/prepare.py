@@ -25,7 +25,7 @@ from rich.console import Console
 from bench.cases import model
 from bench.cases.registry import FAMILIES
 from bench.gpu import pretend
-from bench.gpu.prepared import CACHE, FOLDER, REPOSITORY, WHEELS, pack, sources
+from bench.gpu.prepared import CACHE, FOLDER, REPOSITORY, WHEELS, pack, python_version, sources
 from bench.gpu.visits import VISITS
 from bench.harness.command import FAILURE, USER_ERROR, console
 from bench.harness.selection import NONE
@@ -92,8 +92,11 @@ def carry(console: Console) -> None:
 def main() -> int:
     """Prepare the folder; 1 if a kernel was refused, 2 where it cannot be made."""
     shown = console()
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    here = {"Python": python, "torch": torch.__version__.partition("+")[0], "triton": triton.__version__}
+    here = {
+        "Python": python_version(),
+        "torch": torch.__version__.partition("+")[0],
+        "triton": triton.__version__,
+    }
     if here != STACK:
         wanted, found = (", ".join(f"{name} {each[name]}" for name in STACK) for each in (STACK, here))
         print(f"gpu-ready: the cache is of use to {wanted} only, here is {found}", file=sys.stderr)

@@ -90,7 +90,7 @@ def pack(cache: Path, entries: set[str], folder: Path, commit: str, made_of: str
     return facts
 
 
-def read_facts(folder: Path = FOLDER) -> Facts | None:
+def read_facts(folder: Path) -> Facts | None:
     """The facts, None where nothing was prepared."""
     path = folder / FACTS
     return Facts(**json.loads(path.read_text())) if path.exists() else None
@@ -112,7 +112,7 @@ def misfit(facts: Facts | None, capability: tuple[int, int] | None, triton: str)
     return ""
 
 
-def unpack(folder: Path = FOLDER, cache: Path = CACHE) -> None:
+def unpack(folder: Path, cache: Path) -> None:
     """Put the archive where it was made."""
     cache.mkdir(parents=True, exist_ok=True)
     with tarfile.open(folder / ARCHIVE) as tar:

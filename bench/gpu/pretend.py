@@ -47,15 +47,8 @@ def environment(work: Path, cache: Path) -> dict[str, str]:
     """
     work.mkdir(parents=True, exist_ok=True)
     library = work / "libcuda.so.1"
-    command = [
-        "cc",
-        "-shared",
-        "-fPIC",
-        "-Wl,-soname,libcuda.so.1",
-        "-o",
-        str(library),
-        str(HERE / "libcuda.c"),
-    ]
+    options = ("-shared", "-fPIC", "-Wl,-soname,libcuda.so.1")
+    command = ["cc", *options, "-o", str(library), str(HERE / "libcuda.c")]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except FileNotFoundError:
@@ -78,7 +71,7 @@ def begin() -> None:
     _inject_fault()
     import torch
 
-    _pretend_cuda(torch)
+    pretend_cuda(torch)
     _pretend_driver()
     _modes.extend(_pretend_tensors(torch))
     if not any(words in " ".join(sys.orig_argv) for words in ("-m pytest", "sys.stdin.readline")):
@@ -109,8 +102,8 @@ def _inject_fault() -> None:
             time.sleep(3600)
 
 
-def _pretend_cuda(torch: Any) -> None:
-    """What PyTorch says of the GPU."""
+def pretend_cuda(torch: Any) -> None:
+    """What PyTorch says of the GPU. Generators and autocast of the GPU are those of the CPU."""
 
     class Silent:
         """An event, a stream, a graph, a profiler or a context."""
@@ -146,6 +139,7 @@ def _pretend_cuda(torch: Any) -> None:
         "is_initialized": True,
         "device_count": 1,
         "current_device": 0,
+        "is_current_stream_capturing": False,
         "get_device_name": properties.name,
         "get_device_properties": properties,
         "get_device_capability": CAPABILITY,
@@ -159,20 +153,10 @@ def _pretend_cuda(torch: Any) -> None:
         "get_rng_state_all": [],
         "clock_rate": 1980,
     }
-    silent = (
-        "init",
-        "_lazy_init",
-        "synchronize",
-        "empty_cache",
-        "reset_peak_memory_stats",
-        "set_stream",
-        "set_device",
-        "manual_seed",
-        "manual_seed_all",
-        "_sleep",
-        "set_rng_state",
-        "set_rng_state_all",
-    )
+    silent = {
+        *("init", "_lazy_init", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_stream"),
+        *("set_device", "manual_seed", "manual_seed_all", "_sleep", "set_rng_state", "set_rng_state_all"),
+    }
     for name, answer in {**answers, **dict.fromkeys(silent)}.items():
         setattr(cuda, name, lambda *_, answer=answer, **__: answer)
     cuda.Event = cuda.Stream = cuda.CUDAGraph = Silent
@@ -184,6 +168,15 @@ def _pretend_cuda(torch: Any) -> None:
             return super().__new__(cls, "cpu")
 
     torch.Generator = Generator
+    autocast, enabled, dtype_of = torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype
+
+    class Autocast(autocast):
+        def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+            super().__init__("cpu", *args, **kwargs)
+
+    torch.autocast = torch.amp.autocast = Autocast
+    torch.is_autocast_enabled = lambda _="cuda": enabled("cpu")
+    torch.get_autocast_dtype = lambda _: dtype_of("cpu")
 
 
 def _pretend_driver() -> None:
@@ -301,16 +294,6 @@ def _pretend_tensors(torch: Any) -> tuple[Callable[[], AbstractContextManager], 
             name = f"{self.fn.__module__}.{self.fn.__name__}"
             _write(refused=f"{name}: {type(error).__name__}: {error}"[:2000])
             raise
-
-    autocast, enabled, dtype_of = torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype
-
-    class Autocast(autocast):
-        def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
-            super().__init__("cpu", *args, **kwargs)
-
-    torch.autocast = torch.amp.autocast = Autocast
-    torch.is_autocast_enabled = lambda _="cuda": enabled("cpu")
-    torch.get_autocast_dtype = lambda _: dtype_of("cpu")
 
     def copied(tensor: Any, memo: dict[int, Any]) -> Any:
         memo[id(tensor)] = copy = tensor.detach().clone().requires_grad_(tensor.requires_grad)

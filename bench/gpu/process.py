@@ -21,8 +21,8 @@ def limited(
     command: Sequence[str],
     seconds: float,
     log: IO[bytes],
-    environment: Mapping[str, str] | None = None,
-    stopped: Callable[[], bool] = lambda: False,
+    environment: Mapping[str, str],
+    stopped: Callable[[], bool],
 ) -> int:
     """Run a command; its exit code, 128 + n if signal n ended it.
 

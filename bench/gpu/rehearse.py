@@ -16,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from bench.gpu import prepared, pretend, visit
@@ -48,13 +49,18 @@ def main() -> int:
         return rehearse(Path(work))
 
 
+def install(tools: Mapping[str, str], folder: Path) -> Path:
+    """A new folder of programs, name → text."""
+    folder.mkdir()
+    for name, text in tools.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return folder
+
+
 def rehearse(work: Path) -> int:
     """Both commands in a folder of their own."""
-    tools = work / "tools"
-    tools.mkdir()
-    for name, text in TOOLS.items():
-        (tools / name).write_text(text)
-        (tools / name).chmod(0o755)
+    tools = install(TOOLS, work / "tools")
     shutil.rmtree(CACHE, ignore_errors=True)  # the visit unpacks it
     environment = os.environ | pretend.environment(work / "pretended", CACHE)
     environment |= {"PATH": f"{tools}{os.pathsep}{environment['PATH']}", "DEGMIX_FAULTS": json.dumps(FAULTS)}

@@ -205,9 +205,8 @@ class Call:
             self.note(stage.name, f"left out; --seconds {stage.name}=60 gives it 60 s")
             return None
         if self.interrupted or seconds < min(stage.seconds, WORTHWHILE):
-            self.fail(
-                stage.name, f"left out, {'interrupted' if self.interrupted else 'no time is left for it'}"
-            )
+            why = "interrupted" if self.interrupted else "no time is left for it"
+            self.fail(stage.name, f"left out, {why}")
             return None
         command, why = self._command(stage, seconds)
         if why:
@@ -308,21 +307,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=f"visits:\n{epilog}\n\nExit code: 0 if nothing failed, 1 if something did, 3 without a GPU.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("visit", nargs="?", choices=VISITS, default="first", help="default: first")
+    add = parser.add_argument
+    add("visit", nargs="?", choices=VISITS, default="first", help="default: first")
     default = os.environ.get("OUT", "gpu_check")
-    parser.add_argument(
-        "--out", type=Path, default=Path(default), metavar="FOLDER", help=f"default: {default}"
-    )
-    parser.add_argument("--deadline", type=int, metavar="S", help="seconds for everything")
-    parser.add_argument(
-        "--seconds", nargs="+", default=[], metavar="STAGE=S", help="for a stage; 0 leaves the stage out"
-    )
-    parser.add_argument(
-        "--prepared", type=Path, default=prepared.FOLDER, metavar="FOLDER", help="of make gpu-ready"
-    )
-    parser.add_argument(
-        "--resume", type=Path, metavar="FILE", help="continue the benchmark of an earlier call"
-    )
+    add("--out", type=Path, default=Path(default), metavar="FOLDER", help=f"default: {default}")
+    add("--deadline", type=int, metavar="S", help="seconds for everything")
+    add("--seconds", nargs="+", default=[], metavar="STAGE=S", help="for a stage; 0 leaves the stage out")
+    add("--prepared", type=Path, default=prepared.FOLDER, metavar="FOLDER", help="of make gpu-ready")
+    add("--resume", type=Path, metavar="FILE", help="continue the benchmark of an earlier call")
     options = parser.parse_args(arguments)
     names = {each.name for stage in VISITS[options.visit].stages for each in (stage, *stage.beside)}
     budgets = {}
@@ -354,10 +346,7 @@ def lay_out(options: argparse.Namespace, out: Path) -> None:
 
 
 def main(
-    arguments: Sequence[str] | None = None,
-    *,
-    python: str = sys.executable,
-    cache: Path = prepared.CACHE,
+    arguments: Sequence[str] | None = None, *, python: str = sys.executable, cache: Path = prepared.CACHE
 ) -> int:
     """The visit; the exit code as the help has it."""
     options = parse(arguments)
@@ -365,25 +354,21 @@ def main(
     lay_out(options, out)
     with tempfile.TemporaryDirectory(prefix="visit-", ignore_cleanup_errors=True) as work:
         deadline = options.deadline or visit.deadline
-        return _visit(options, Call(out, Path(work), deadline, python, options.prepared, cache))
-
-
-def _visit(options: argparse.Namespace, call: Call) -> int:
-    out = call.out
-    signal.signal(signal.SIGINT, call.interrupt)
-    signal.signal(signal.SIGTERM, call.interrupt)
-    try:
-        gpu = call.probe()
-    except RuntimeError as error:
-        call.fail("GPU", str(error))
-        print(f"gpu_check: {error}", file=sys.stderr)
-        return USER_ERROR
-    if gpu:
-        call.run([with_seconds(stage, options.seconds) for stage in VISITS[options.visit].stages])
-    else:
-        print("The benchmark runs at small sizes on the CPU; its times say nothing about the kernels.")
-        call.run([WITHOUT_GPU] if options.resume is None else [])
-    call.keep()
+        call = Call(out, Path(work), deadline, python, options.prepared, cache)
+        signal.signal(signal.SIGINT, call.interrupt)
+        signal.signal(signal.SIGTERM, call.interrupt)
+        try:
+            gpu = call.probe()
+        except RuntimeError as error:
+            call.fail("GPU", str(error))
+            print(f"gpu_check: {error}", file=sys.stderr)
+            return USER_ERROR
+        if gpu:
+            call.run([with_seconds(stage, options.seconds) for stage in visit.stages])
+        else:
+            print("The benchmark runs at small sizes on the CPU; its times say nothing about the kernels.")
+            call.run([WITHOUT_GPU] if options.resume is None else [])
+        call.keep()
     print(f"\n{(out / 'summary.txt').read_text()}Everything is in {out}")
     return NO_GPU if not gpu and not call.failed else FAILED if call.failed else OK
 

@@ -114,12 +114,7 @@ VISITS = {
         "within four minutes: tests of values and determinism, memcheck, the benchmark at small sizes",
         230,
         (
-            _tests(
-                75,
-                CONTRACT,
-                f"-k={VALUES} or deterministic",
-                beside=(_sanitized("memcheck", 75),),
-            ),
+            _tests(75, CONTRACT, f"-k={VALUES} or deterministic", beside=(_sanitized("memcheck", 75),)),
             Stage("bench", 110, ("-m", "bench", "--quick", "--json", "{out}/results.jsonl")),
         ),
     ),

@@ -30,7 +30,7 @@ def measure_ceilings(device: torch.device, dtypes: tuple[str, ...]) -> Ceilings:
     target = torch.empty_like(source)
     copying = measure(Call(lambda: None, lambda _: target.copy_(source)), _timer(device))
     matrix = {name: _product_rate(device, DTYPES[name], SECONDS) for name in dtypes}
-    return Ceilings(2 * source.nbytes / _seconds(copying.ms), matrix)
+    return Ceilings(2 * source.nbytes / (copying.ms / 1e3), matrix)
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def speed_of_light(work: Work, ms: float, ceilings: Ceilings, dtype: str) -> flo
     """Time that the work takes at the ceilings, over the measured time; None without ceilings."""
     if ceilings.copy is None or dtype not in ceilings.matrix:
         return None
-    return max(work.bytes / ceilings.copy, work.flops / ceilings.matrix[dtype]) / _seconds(ms)
+    return max(work.bytes / ceilings.copy, work.flops / ceilings.matrix[dtype]) / (ms / 1e3)
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
@@ -65,7 +65,7 @@ def _product_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> f
     left, right = torch.randn((2, size, size), generator=generator, device=device).to(dtype)
     product = torch.empty_like(left)
     call = Call(lambda: None, lambda _: torch.mm(left, right, out=product))
-    return _product_flops(size) / _seconds(measure(call, _timer(device), seconds).ms)
+    return _product_flops(size) / (measure(call, _timer(device), seconds).ms / 1e3)
 
 
 def _product_flops(size: int) -> int:
@@ -74,7 +74,3 @@ def _product_flops(size: int) -> int:
 
 def _timer(device: torch.device) -> str:
     return LOOP if device.type == "cuda" else CLOCK
-
-
-def _seconds(ms: float) -> float:
-    return ms / 1e3

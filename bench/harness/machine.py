@@ -37,10 +37,7 @@ def read_machine(device: torch.device) -> Machine:
         clocks=clocks,
         commit=commit,
         dirty=dirty,
-        tf32={
-            "matmul": torch.backends.cuda.matmul.allow_tf32,
-            "cudnn": torch.backends.cudnn.allow_tf32,
-        },
+        tf32={"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
         interpreted=INTERPRETED and chosen() != "reference",
     )
 

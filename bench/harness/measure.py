@@ -124,14 +124,8 @@ def _repetitions(seconds: float, one: float) -> int:
 
 
 def _clock_samples(call: Call, seconds: float) -> list[float]:
-    def sample() -> float:
-        prepared = call.prepare()
-        began = time.perf_counter()
-        call.step(prepared)
-        return time.perf_counter() - began
-
-    sample()
-    return [1e3 * sample() for _ in range(_repetitions(seconds, sample()))]
+    _host_seconds(call)
+    return [1e3 * _host_seconds(call) for _ in range(_repetitions(seconds, _host_seconds(call)))]
 
 
 def _event_samples(
@@ -149,7 +143,7 @@ def _event_samples(
     """
     for _ in range(WARM_UP):
         call.step(call.prepare())
-    hosts = [_host_seconds(call) for _ in range(WARM_UP)]
+    hosts = [_host_seconds(call, torch.cuda.synchronize) for _ in range(WARM_UP)]
     torch.cuda.synchronize()
     began = time.perf_counter()
     call.step(call.prepare())
@@ -177,10 +171,10 @@ def _event_samples(
     return [start.elapsed_time(end) / calls for start, end in pairs]
 
 
-def _host_seconds(call: Call) -> float:
-    """How long the host takes to launch a call on a device that has nothing else to do."""
+def _host_seconds(call: Call, wait: Callable[[], object] = lambda: None) -> float:
+    """How long the host takes for a call, on a GPU to launch it once ``wait`` has left nothing else to do."""
     prepared = call.prepare()
-    torch.cuda.synchronize()
+    wait()
     began = time.perf_counter()
     call.step(prepared)
     return time.perf_counter() - began

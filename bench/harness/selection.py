@@ -58,13 +58,8 @@ class Selection:
 
         def rank(each: tuple[list[str], str, Case, bool]) -> tuple[bool, ...]:
             modes, dtype, case, slow = each
-            return (
-                modes is alone,
-                slow,
-                slow and case.compiled_last,
-                dtype != FIRST_DTYPE,
-                case not in leading,
-            )
+            compiled_last, not_leading = slow and case.compiled_last, case not in leading
+            return modes is alone, slow, compiled_last, dtype != FIRST_DTYPE, not_leading
 
         for modes, dtype, case, slow in sorted(every, key=rank):
             names = [name for name in self._implementations_of(case) if (name in SLOW_TO_START) == slow]

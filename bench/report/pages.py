@@ -272,11 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Write the benchmark tables of all README.md, and draw the pictures, "
         "from the newest result file of a GPU under bench/results, a complete one if there is one.",
     )
-    parser.add_argument(
-        "file", nargs="?", type=Path, help="report this file instead, beside it; the pages stay as they are"
-    )
-    parser.add_argument("--check", action="store_true", help="only say whether they are up to date")
-    parser.add_argument(
+    add = parser.add_argument
+    add("file", nargs="?", type=Path, help="report this file instead, beside it; the pages stay as they are")
+    add("--check", action="store_true", help="only say whether they are up to date")
+    add(
         "--publish",
         type=Path,
         metavar="FILE",

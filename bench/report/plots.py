@@ -41,6 +41,10 @@ def draw(results: Results, folder: Path, prefix: str = "") -> list[Path]:
     return [folder / (prefix + name) for name in drawn]
 
 
+def _figure(label: str, width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained", label=label)
+
+
 def _title(figure: Figure, results: Results) -> str:
     machine = results.machine
     commit = machine.commit[:10] + (" with changes" if machine.dirty else "")
@@ -59,11 +63,8 @@ def _speed_up(results: Results) -> Figure:
     modes = [mode for mode in SHOWN_MODES if any(call.ours.mode == mode for call in calls)]
     baselines = list(dict.fromkeys(other.impl for call in calls for other in call.others))
     places, ticks = _places(calls)
-    figure = Figure(
-        figsize=(1.5 + 5.0 * len(modes), 1.6 + INCH_PER_BAR * (len(places) + len(ticks))),
-        layout="constrained",
-        label="Times as fast as each baseline",
-    )
+    height = 1.6 + INCH_PER_BAR * (len(places) + len(ticks))
+    figure = _figure("Times as fast as each baseline", 1.5 + 5.0 * len(modes), height)
     panels = figure.subplots(1, len(modes), sharex=True, sharey=True, squeeze=False)[0]
     for panel, mode in zip(panels, modes, strict=True):
         for call in (call for call in calls if call.ours.mode == mode):
@@ -121,11 +122,8 @@ def _roofline(results: Results) -> Figure:
     rows = _points(results)
     dtypes, ops = list(dict.fromkeys(row.dtype for row in rows)), list(dict.fromkeys(row.op for row in rows))
     parts = list(dict.fromkeys(row.part for row in rows))
-    figure = Figure(
-        figsize=(4.0 + 4.5 * len(dtypes), 4.5 * len(parts)),
-        layout="constrained",
-        label="Roofline: fewest bytes ÷ time, ours",
-    )
+    label = "Roofline: fewest bytes ÷ time, ours"
+    figure = _figure(label, 4.0 + 4.5 * len(dtypes), 4.5 * len(parts))
     panels = figure.subplots(len(parts), len(dtypes), sharey=True, squeeze=False)
     for panel, (part, dtype) in zip(panels.flat, itertools.product(parts, dtypes), strict=True):
         listed = [row for row in rows if (row.part, row.dtype) == (part, dtype)]
@@ -161,21 +159,16 @@ def _roofline(results: Results) -> Figure:
 
 
 def _model_rows(results: Results) -> list[Row]:
-    calls = [
-        call for call in model_calls(results) if call.ours.timer != LOOP
-    ]  # another time, the same memory
+    # A loop has another time and the same memory.
+    calls = [call for call in model_calls(results) if call.ours.timer != LOOP]
     return [row for call in calls for row in (call.ours, *call.others) if row.peak_bytes is not None]
 
 
 def _model_memory(results: Results) -> Figure:
     rows = _model_rows(results)
-    modes, impls = (
-        list(dict.fromkeys(row.mode for row in rows)),
-        list(dict.fromkeys(row.impl for row in rows)),
-    )
-    figure = Figure(
-        figsize=(1.5 + 5.0 * len(modes), 4.5), layout="constrained", label="Peak memory of the model"
-    )
+    modes = list(dict.fromkeys(row.mode for row in rows))
+    impls = list(dict.fromkeys(row.impl for row in rows))
+    figure = _figure("Peak memory of the model", 1.5 + 5.0 * len(modes), 4.5)
     for panel, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
         listed = [row for row in rows if row.mode == mode]
         calls = list(dict.fromkeys(_model_call(row) for row in listed))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -20,13 +22,10 @@ def test_bytes_are_read_and_written_and_products_are_two_operations(monkeypatch:
 
 def test_the_buffer_is_drawn_as_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's default would be eight times as large for a while."""
-    drawn = []
-    randint = torch.randint
-    monkeypatch.setattr(
-        torch, "randint", lambda *args, **options: drawn.append(randint(*args, **options)) or drawn[0]
-    )
+    drawing = Mock(side_effect=torch.randint)
+    monkeypatch.setattr(torch, "randint", drawing)
     ceilings.measure_ceilings(torch.device("cpu"), ())
-    assert [each.dtype for each in drawn] == [torch.uint8]
+    assert [call.kwargs["dtype"] for call in drawing.mock_calls] == [torch.uint8]
 
 
 @pytest.mark.parametrize(

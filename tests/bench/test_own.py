@@ -21,9 +21,8 @@ BEGINNING = "from bench.cases.own import Contender, Map\n"
 
 
 def test_the_example_of_the_readme(tmp_path: Path) -> None:
-    (example,) = re.findall(
-        r"test_own.py runs this file -->\n```python\n(.*?)```", README.read_text("utf-8"), re.S
-    )
+    marked = r"test_own.py runs this file -->\n```python\n(.*?)```"
+    (example,) = re.findall(marked, README.read_text("utf-8"), re.S)
     file, out = tmp_path / "mine.py", tmp_path / "results.jsonl"
     file.write_text(example)
     assert program.main(["--with", str(file), "--json", str(out), "--mode", "fwdbwd"]) == 0
@@ -31,12 +30,8 @@ def test_the_example_of_the_readme(tmp_path: Path) -> None:
     assert {"ours", "eager reference", "with rsqrt"} <= lines.keys()
     for name, device in (("ours", "CPU (reference)"), ("with rsqrt", "CPU")):
         line = lines[name]
-        assert (line["op"], line["shape"], line["status"], line["device"]) == (
-            "batch_norm",
-            "mine",
-            "ok",
-            device,
-        )
+        expected = {"op": "batch_norm", "shape": "mine", "status": "ok", "device": device}
+        assert line.items() >= expected.items()
         assert line["ms_p20"] <= line["ms"] <= line["ms_p80"]
         assert line["runs"] >= 10
 
@@ -52,10 +47,8 @@ def test_other_options_choose_among_more(tmp_path: Path) -> None:
     every = selected()
     assert {shape for _, shape in every} == {"mine"}
     assert {"deform_mix", "gated_mlp", "spatial_gating_unit"} <= {op for op, _ in every}
-    assert selected("--op", "deform_mix", "--shapes", "quick", "mine") == {
-        ("deform_mix", "quick"),
-        ("deform_mix", "mine"),
-    }
+    both = selected("--op", "deform_mix", "--shapes", "quick", "mine")
+    assert both == {("deform_mix", "quick"), ("deform_mix", "mine")}
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,7 @@ import pytest
 from made_up import MACHINE, PART, ROW, results, write
 from rich.table import Table
 
-from bench.harness.results import (
-    KILLED,
-    OURS,
-    UNKNOWN,
-    ResultFile,
-    Results,
-    Row,
-    continue_,
-    read,
-    unused,
-)
+from bench.harness.results import KILLED, OURS, UNKNOWN, ResultFile, Results, Row, continue_, read, unused
 from bench.report.speedups import comparisons
 from bench.report.tables import compared_with, comparison_table, failures, op_tables
 

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 SMALL = ("--size", "48", "64", "--rooms", "4", "--batch", "2", "--workers", "0")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "default_device", lambda: CPU)
 
@@ -40,7 +40,7 @@ def read(out: Path) -> dict:
 
 
 def test_both_runs_are_the_same_training(
-    tmp_path: Path, torchvision: ModuleType, on_the_cpu: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, torchvision: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They see the same pictures in the same order and begin with the same weights; rounding comes later."""
     pictures, formulas = [], []
@@ -78,7 +78,7 @@ def test_both_runs_are_the_same_training(
 
 
 def test_an_interrupt_leaves_what_was_reached(
-    tmp_path: Path, torchvision: ModuleType, on_the_cpu: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, torchvision: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, log = tmp_path / "out", tmp_path / "work" / "ours" / train.LOG_NAME
 
@@ -101,9 +101,7 @@ def test_an_interrupt_leaves_what_was_reached(
     assert 3 <= runs[OURS]["steps_done"] == len(runs[OURS]["losses"]) < 1000
 
 
-def test_both_runs_get_their_part_of_the_time(
-    tmp_path: Path, torchvision: ModuleType, on_the_cpu: None
-) -> None:
+def test_both_runs_get_their_part_of_the_time(tmp_path: Path, torchvision: ModuleType) -> None:
     assert training.main(["--out", str(tmp_path / "out"), "--seconds", "2", "--steps", "1000", *SMALL]) == 0
     for run in read(tmp_path / "out").values():
         assert run["status"] == LATE
@@ -114,9 +112,7 @@ Start = Callable[..., None]
 
 
 @pytest.fixture
-def start(
-    monkeypatch: pytest.MonkeyPatch, torchvision: ModuleType, on_the_cpu: None
-) -> Iterator[list[Start]]:
+def start(monkeypatch: pytest.MonkeyPatch, torchvision: ModuleType) -> Iterator[list[Start]]:
     """What each call of ``train.start`` does instead of training. Nothing is rendered; no folder stays."""
     calls: list[Start] = []
     folders: list[Path] = []
@@ -241,7 +237,7 @@ def test_mistakes_are_said(arguments: list[str], message: str, capsys: pytest.Ca
 
 
 def test_pictures_that_are_too_small_are_a_mistake(
-    tmp_path: Path, torchvision: ModuleType, on_the_cpu: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, torchvision: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     assert training.main(["--out", str(out), *SMALL, "--size", "8", "8"]) == 2

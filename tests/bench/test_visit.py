@@ -69,15 +69,8 @@ class Check:
 
     def __init__(self, folder: Path) -> None:
         self.root, self.folder = folder, folder / "out"
-        self.tools, self.calls = folder / "tools", folder / "calls"
-        self.tools.mkdir()
-        for name, text in {
-            "python": PYTHON,
-            "compute-sanitizer": rehearse.SANITIZER,
-            "nvidia-smi": "#!/bin/sh\necho a table\n",
-        }.items():
-            (self.tools / name).write_text(text)
-            (self.tools / name).chmod(0o755)
+        self.tools = rehearse.install(rehearse.TOOLS | {"python": PYTHON}, folder / "tools")
+        self.calls = folder / "calls"
         self.measured = write(results(ROW), folder / "measured.jsonl")
 
     def __call__(
@@ -146,13 +139,15 @@ def test_everything_runs_and_few_files_are_left(check: Check) -> None:
     files = {path.name for path in check.folder.iterdir()}
     assert files == {"results.jsonl", "profile.md", "summary.txt", "logs.tgz", "somebody's.txt"}
     assert check.log("plot.png")  # what is not needed at once
-    assert check.log("nvidia-smi.txt") == "a table\n"
+    assert check.log("nvidia-smi.txt") == "pretended\n"
     (tests,) = check.called(
         "-m pytest -q -p no:cacheprovider -p bench.gpu.synchronise -o addopts= --tb=short"
     )[:1]
     assert "-n8" in tests
-    sanitized = check.called("-m bench.gpu.small_calls")
-    assert sanitized == ["-m bench.gpu.small_calls", *2 * ["-m bench.gpu.small_calls --first"]]
+    assert check.called("-m bench.gpu.small_calls") == [
+        "-m bench.gpu.small_calls",
+        *2 * ["-m bench.gpu.small_calls --first"],
+    ]
 
 
 def test_what_is_left_out_exists() -> None:

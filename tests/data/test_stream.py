@@ -29,10 +29,8 @@ def test_resuming_gives_the_tail_of_the_full_run(length, seed, batch_size, steps
     start = data.draw(st.integers(0, steps))
     full = list(TrainingStream(range(length), drawn, seed, batch_size, 0, steps))
     assert len(full) == steps * batch_size
-    assert (
-        list(TrainingStream(range(length), drawn, seed, batch_size, start, steps))
-        == full[start * batch_size :]
-    )
+    tail = list(TrainingStream(range(length), drawn, seed, batch_size, start, steps))
+    assert tail == full[start * batch_size :]
 
 
 def test_every_epoch_visits_every_sample_once_in_its_own_order():

@@ -36,8 +36,9 @@ def dataset(rooms) -> NYUD:
     return NYUD(rooms, "train", TASKS, classes=13)
 
 
-def plane_sample(height: int = 48, width: int = 64) -> dict:
+def plane_sample() -> dict:
     """A tilted plane seen by a camera of known focal length; every label repeats one number per pixel."""
+    height, width = SIZE
     normal = torch.nn.functional.normalize(torch.tensor([0.3, 0.5, 0.9]), dim=0)
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     rays = torch.stack(

@@ -47,9 +47,7 @@ def test_files_do_not_depend_on_the_number_of_workers(rooms, tmp_path):
 
 def test_progress_counts_every_room(tmp_path):
     calls = []
-    write(
-        tmp_path / "rooms", 3, (16, 20), workers=1, progress=lambda done, count: calls.append((done, count))
-    )
+    write(tmp_path / "rooms", 3, (16, 20), workers=1, progress=lambda *counts: calls.append(counts))
     assert calls == [(1, 3), (2, 3), (3, 3)]
 
 

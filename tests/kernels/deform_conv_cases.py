@@ -97,16 +97,12 @@ class Call:
         return shapes
 
     def tensors(
-        self,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        seed: int = 0,
-        spread: float | None = None,
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
     ) -> dict[str, Tensor]:
         """Normally distributed arguments."""
         shapes = self.shapes()
         values = dict(zip(shapes, draw_all(seed, *shapes.values(), dtype=torch.float32), strict=True))
-        values["offset"] *= self.spread if spread is None else spread
+        values["offset"] *= self.spread
         return {name: value.to(dtype).to(device) for name, value in values.items()}
 
     def draw(self, device: torch.device) -> dict[str, Tensor | None]:
@@ -120,9 +116,9 @@ class Call:
         return {"mask": None, "bias": None} | values
 
 
-def per_channel_call(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def per_channel_call(device: torch.device) -> dict[str, Tensor]:
     """Arguments of a small per-channel call: 5×6 maps, 3 channels, 4 out channels."""
-    return Call(2, 3, 4, (5, 6), offset_groups=3).tensors(dtype, device, seed=3)
+    return Call(2, 3, 4, (5, 6), offset_groups=3).tensors(device=device, seed=3)
 
 
 # One small call for each path.

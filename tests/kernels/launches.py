@@ -13,6 +13,11 @@ from degmix_kernels.launch import Launch
 from degmix_kernels.tracers import transparent
 
 
+def kernel_names(launches: list[Launch]) -> list[str]:
+    """The kernels of launches, in order."""
+    return [launch.kernel.fn.__name__ for launch in launches]
+
+
 @contextmanager
 def recorded_launches(execute: bool = True) -> Iterator[list[Launch]]:
     """Collect every launch made inside, in order.

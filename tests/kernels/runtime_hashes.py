@@ -7,6 +7,7 @@ what would be compiled, and prevents it.
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -15,18 +16,11 @@ from triton.compiler import ASTSource
 from bench.gpu.front_end import Candidate, covering, distinct, launches
 from degmix_kernels.launch import Launch
 
-
-class Driver:
-    """What the runtime asks a driver for before it compiles."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+DRIVER = SimpleNamespace(  # what the runtime asks a driver for before it compiles
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device: 0,
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+)
 
 
 def of_runtime(launch: Launch) -> str:
@@ -52,7 +46,7 @@ def of_runtime(launch: Launch) -> str:
 
 
 if __name__ == "__main__":
-    triton.runtime.driver.set_active(Driver())
+    triton.runtime.driver.set_active(DRIVER)
     for candidate in covering(distinct(Candidate(op, launch) for op, launch in launches())):
         ours = candidate.specialised
         row = {"module": ours.module, "kernel": ours.kernel, "ours": ours.source.hash()}

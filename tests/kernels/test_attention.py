@@ -11,7 +11,7 @@ import pytest
 import torch
 from allocations import Allocations
 from contract import compare, draw, every_dtype, saved_tensors
-from launches import recorded_launches
+from launches import kernel_names, recorded_launches
 from torch import Tensor, nn
 
 from degmix_kernels import GatedAttention, LinearAttention, gated_attention, linear_attention, use_backend
@@ -127,8 +127,7 @@ def test_gated_kernels(device, dtype, queries, keys, head_dim, gate, residual, s
     ]
     with recorded_launches() as seen:
         compare_gated(inputs, max(queries, keys, head_dim))
-    kernels = [each.kernel.fn.__name__ for each in seen]
-    assert kernels == ["forward", "prepare", "backward_query", "backward_context"]
+    assert kernel_names(seen) == ["forward", "prepare", "backward_query", "backward_context"]
 
 
 @every_dtype
@@ -143,9 +142,8 @@ def test_linear_kernels(device, dtype, queries, keys, head_dim, strided):
 
     with recorded_launches() as seen:
         compare_linear(inputs, 0.3, max(queries, keys) * head_dim)
-    kernels = [each.kernel.fn.__name__ for each in seen]
     context, tokens_of = "multiply_tokens", "apply_matrix"
-    assert kernels == [context, tokens_of, tokens_of, context, tokens_of, tokens_of]
+    assert kernel_names(seen) == [context, tokens_of, tokens_of, context, tokens_of, tokens_of]
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["32 bits", "64 bits"])
@@ -273,7 +271,7 @@ def test_only_what_is_wanted_is_launched(device):
         output = gated_attention(**given)
         with recorded_launches() as seen:
             torch.autograd.grad(output, [given[name] for name in wanted], torch.ones_like(output))
-        return [each.kernel.fn.__name__ for each in seen]
+        return kernel_names(seen)
 
     assert launches("residual") == []
     assert launches("gate") == ["prepare"]
@@ -285,7 +283,7 @@ def test_only_what_is_wanted_is_launched(device):
     with recorded_launches() as seen:
         output = gated_attention(given["query"], given["key"], value)
         torch.autograd.grad(output, value, torch.ones_like(output))
-    assert [each.kernel.fn.__name__ for each in seen] == ["forward", "backward_context"]
+    assert kernel_names(seen) == ["forward", "backward_context"]
     with recorded_launches() as seen, torch.no_grad():
         gated_attention(**inputs)
     assert seen[0].arguments["attended_ptr"] is None

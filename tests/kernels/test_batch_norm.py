@@ -17,6 +17,8 @@ from degmix_kernels.batch_norm import plan
 from degmix_kernels.testing import assert_close
 
 NAMES = ("x", "mean", "variance", "weight", "bias")
+LAYOUTS = {"planar": torch.contiguous_format, "channels_last": torch.channels_last}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
 def statistics_of(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,12 +27,11 @@ def statistics_of(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (exact - mean[:, None, None]).square().mean((0, 2, 3))
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["planar", "channels_last"])
+@every_layout
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_is_torchs_batch_norm_when_the_statistics_are_of_x(device, dtype, last):
+def test_is_torchs_batch_norm_when_the_statistics_are_of_x(device, dtype, layout):
     x, residual = (draw(3, 6, 5, 4, seed=seed, dtype=dtype).to(device) for seed in (0, 1))
-    if last:
-        x = x.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=layout)
     vector_dtype = torch.promote_types(dtype, torch.float32)
     weight, bias = (draw(6, seed=seed, dtype=vector_dtype).to(device) for seed in (2, 3))
 
@@ -44,11 +45,9 @@ def test_is_torchs_batch_norm_when_the_statistics_are_of_x(device, dtype, last):
     compare(ours, torchs, named, 60)
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["planar", "channels_last"])
-def test_a_mean_of_a_thousand_deviations(device, last):
-    x = (draw(2, 4, 8, 16) + 1000).float().to(device)
-    if last:
-        x = x.contiguous(memory_format=torch.channels_last)
+@every_layout
+def test_a_mean_of_a_thousand_deviations(device, layout):
+    x = (draw(2, 4, 8, 16) + 1000).float().to(device).contiguous(memory_format=layout)
     mean, variance = statistics_of(x.double())
     # fp32 means, which the exact result must be given too: their rounding is the caller's.
     vectors = [mean.float(), variance.float(), draw(4, seed=1).float().to(device)]
@@ -67,9 +66,8 @@ def test_many_parts_and_ragged_blocks(device):
             x = draw(*shape, dtype=torch.float32).to(device)
             vectors = [draw(shape[1], seed=seed).float().to(device) for seed in (1, 2, 3, 4)]
             vectors[1] = vectors[1].square().add(0.5)
-            compare(
-                batch_norm, batch_norm, dict(zip(NAMES, (x, *vectors), strict=False)), x.numel() // shape[1]
-            )
+            tensors = dict(zip(NAMES, (x, *vectors), strict=False))
+            compare(batch_norm, batch_norm, tensors, x.numel() // shape[1])
 
 
 def test_only_what_is_wanted_is_launched_and_read(device):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from contract import compare, draw, saved_tensors
-from launches import recorded_launches
+from launches import kernel_names, recorded_launches
 from torch import nn
 
 from degmix_kernels import BatchNorm2d, ChannelMix, channel_mix, launch, use_backend
@@ -164,11 +164,11 @@ def test_modules_of_no_size_are_refused(module):
 # --- kernels ----------------------------------------------------------------------------------------------
 
 
-def mix_call(device, dtype=torch.float32) -> dict:
+def mix_call(device) -> dict:
     """A call in training, with gradients wanted for everything."""
     shapes = {"x": (3, 5, 4, 6), "weight": (7, 5), "bias": (7,), "residual": (3, 7, 4, 6)}
     shapes |= {"norm_weight": (7,), "norm_bias": (7,)}
-    call = {name: draw(*shape, seed=seed, dtype=dtype) for seed, (name, shape) in enumerate(shapes.items())}
+    call = {name: draw(*shape, seed=seed).float() for seed, (name, shape) in enumerate(shapes.items())}
     call["x"] *= 4
     return {name: value.to(device).requires_grad_() for name, value in call.items()} | {"training": True}
 
@@ -188,14 +188,11 @@ def test_launches(device):
         with recorded_launches() as frozen:
             output.sum().backward()
 
-    def names(launches):
-        return [each.kernel.__name__ for each in launches]
-
-    assert names(forward) == ["forward", "combine", "forward"]
+    assert kernel_names(forward) == ["forward", "combine", "forward"]
     assert forward[0].arguments["output_ptr"] is None  # z alone: its activation is computed where it is read
-    assert names(backward) == ["backward", "finish", "backward_activation"]
-    assert names(evaluation) == ["forward"]
-    assert names(frozen) == names(backward)
+    assert kernel_names(backward) == ["backward", "finish", "backward_activation"]
+    assert kernel_names(evaluation) == ["forward"]
+    assert kernel_names(frozen) == kernel_names(backward)
     assert frozen[2].arguments["sums_ptr"] is None
 
 

@@ -52,15 +52,7 @@ CASES = {
     "depthwise": case(20, 20, 4, groups=20, kernel=(1, 2), masked=True, size=(3, 3)),
     "depthwise, one offset group": case(19, 38, 1, groups=19, kernel=(2, 1), last="input weight"),
     "groups across offset groups": case(
-        6,
-        4,
-        3,
-        groups=2,
-        kernel=(3, 2),
-        stride=(2, 1),
-        padding=(1, 0),
-        dilation=(2, 1),
-        size=(6, 5),
+        6, 4, 3, groups=2, kernel=(3, 2), stride=(2, 1), padding=(1, 0), dilation=(2, 1), size=(6, 5),
         masked=True,
     ),
     "17 channels per offset group": case(

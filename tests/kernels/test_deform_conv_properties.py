@@ -95,6 +95,7 @@ def calls(draw: Callable, path: str) -> Call:
         offset_groups=offset_groups,
         masked=draw(st.booleans()),
         biased=draw(st.booleans()),
+        spread=3.0,
     )
     assume(call.path == path and tiles(call) <= 12)
     return replace(call, batch=min(batch, 12 // tiles(call)))
@@ -139,7 +140,7 @@ def base_coordinates(call: Call) -> tuple[Tensor, Tensor]:
 def tensors_of(example: Example) -> dict[str, Tensor]:
     """The call's arguments, and "grad", with offsets and layouts as the example wants them."""
     call, generator = example.call, torch.Generator().manual_seed(example.seed)
-    tensors = call.tensors(seed=example.seed, spread=3.0)
+    tensors = call.tensors(seed=example.seed)
     offset = tensors["offset"].round() if example.whole else tensors["offset"]
     base, extent = (each.expand(offset.shape) for each in base_coordinates(call))
     spots = torch.randperm(offset.numel(), generator=generator).tolist()

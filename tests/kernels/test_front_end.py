@@ -87,10 +87,6 @@ def test_front_end_refuses_what_a_gpu_would(tmp_path: Path) -> None:
     assert process.stdout.split() == ["False", "False", "False", "True"], process.stderr
 
 
-@pytest.mark.skipif(
-    triton.__version__.startswith(("3.4", "3.5")),
-    reason="before Triton 3.6 the hash knows more: no visit has it",
-)
 def test_specialisations_are_those_of_the_runtime(kernels: set[tuple[str, str]]) -> None:
     process = run_compiled(str(Path(__file__).with_name("runtime_hashes.py")))
     assert process.returncode == 0, process.stderr

@@ -4,7 +4,7 @@ import pytest
 import torch
 from allocations import Allocations
 from contract import compare, draw, saved_tensors
-from launches import recorded_launches
+from launches import kernel_names, recorded_launches
 
 from degmix_kernels import GatedMLP, SpatialGatingUnit, gated_mlp, spatial_gating_unit, use_backend
 from degmix_kernels.gating import backward_plan, plan
@@ -46,18 +46,15 @@ def numbered(tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 @both_modes
 def test_formulas_and_gradients(mode):
     size, hidden = (5, 6) if mode == "channel" else (7, 7)
-    shapes = ((2, 7, 5), (2, 7, 5), (5,), (5,), (size, size), (size,))
-    inputs = [draw(*shape, seed=seed) for seed, shape in enumerate(shapes)]
-    compare(
-        by_index(spatial_gating_unit, mode),
-        by_index(gate_formula, mode),
-        numbered(inputs),
-        7,
-        of_gradients=200,
-    )
-    shapes = ((2, 7, 5), (5,), (5,), (12, 5), (12,), (6,), (6,), (hidden, hidden), (hidden,), (5, 6), (5,))
-    inputs = [draw(*shape, seed=seed) for seed, shape in enumerate(shapes)]
-    compare(by_index(gated_mlp, mode), by_index(mlp_formula, mode), numbered(inputs), 12, of_gradients=200)
+    unit = ((2, 7, 5), (2, 7, 5), (5,), (5,), (size, size), (size,))
+    mlp = ((2, 7, 5), (5,), (5,), (12, 5), (12,), (6,), (6,), (hidden, hidden), (hidden,), (5, 6), (5,))
+    for function, formula, shapes, terms in (
+        (spatial_gating_unit, gate_formula, unit, 7),
+        (gated_mlp, mlp_formula, mlp, 12),
+    ):
+        inputs = numbered([draw(*shape, seed=seed) for seed, shape in enumerate(shapes)])
+        ours, plain = by_index(function, mode), by_index(formula, mode)
+        compare(ours, plain, inputs, terms, of_gradients=200)
 
 
 @both_modes
@@ -134,10 +131,6 @@ def assert_exact(function, arguments, mode, reduction, **flags):
     return gradients
 
 
-def names(seen) -> list[str]:
-    return [launch.kernel.fn.__name__ for launch in seen]
-
-
 single_and_half = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 """Half precision is in bf16: the samples of the contract have fp16, whose code is the same."""
 
@@ -164,7 +157,7 @@ def test_rows_wider_than_a_tile(device, monkeypatch):
     for mode in ("channel", "token"):
         with recorded_launches() as seen:
             assert_exact(gated_mlp, mlp_arguments(device, torch.float32, 2, 5, 35, 33, mode), mode, 99999)
-        assert names(seen).count("norm_sums") == 2
+        assert kernel_names(seen).count("norm_sums") == 2
 
 
 @both_modes
@@ -178,7 +171,7 @@ def test_where_nothing_is_kept(device, mode):
     assert_close(output, expected, 999)
     with recorded_launches(execute=False) as training:
         gated_mlp(*arguments, mode)
-    assert names(inference) == names(training)
+    assert kernel_names(inference) == kernel_names(training)
     recomputed = assert_exact(gated_mlp, arguments, mode, 99999, recompute=True)
     kept = assert_exact(gated_mlp, arguments, mode, 99999)
     for one, other in zip(recomputed, kept, strict=True):  # a GPU may contract the two to other FMAs
@@ -190,7 +183,7 @@ def test_many_programs_share_statistics(device):
     arguments = mlp_arguments(device, torch.bfloat16, 1, 3, 5, 257, "channel")
     with recorded_launches() as seen:
         assert_exact(gated_mlp, arguments, "channel", 99999)
-    assert names(seen)[:5] == ["normalise", "linear", "normalise", "linear", "linear"]
+    assert kernel_names(seen)[:5] == ["normalise", "linear", "normalise", "linear", "linear"]
 
 
 @both_modes
@@ -238,7 +231,7 @@ def test_launches(device):
         inputs = [tensor for tensor in arguments if tensor.requires_grad]
         with recorded_launches() as backward:
             torch.autograd.grad(output, inputs, torch.ones_like(output))
-        return names(forward), names(backward)
+        return kernel_names(forward), kernel_names(backward)
 
     channel = gate_arguments(device, torch.float32, 2, 5, 6, "channel")
     token = gate_arguments(device, torch.float32, 2, 5, 6, "token")

@@ -58,9 +58,8 @@ def test_exp_rounds_the_product_before_the_power():
     power = (x * np.float32(np.log2(np.e))).astype(np.float64)
     assert np.abs(gpu_arithmetic.exp(x) / np.exp2(power) - 1).max() <= 2**-22
     lost = np.abs(gpu_arithmetic.exp(x) / np.exp(x.astype(np.float64)) - 1).max()
-    assert (
-        2**-20 < lost < 80 * np.log2(np.e) * 2**-24 + 2**-22
-    )  # half an ulp of the product, times ln 2 · log2 e
+    # Half an ulp of the product, times ln 2 · log2 e.
+    assert 2**-20 < lost < 80 * np.log2(np.e) * 2**-24 + 2**-22
 
 
 def test_exact_results_stay_exact():

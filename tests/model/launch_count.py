@@ -41,15 +41,8 @@ SWIN_TINY = (96, 192, 384, 768)
 NYUD = {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}
 
 # Operators that compute nothing and are no views by their schema: allocations and what only names a tensor.
-FREE = (
-    "empty",
-    "new_empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty_strided",
-    "_unsafe_view",
-    "lift_fresh",
-)
+EMPTY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+FREE = (*EMPTY, "_unsafe_view", "lift_fresh")
 
 
 @dataclass(frozen=True)

@@ -176,13 +176,11 @@ def test_bad_features():
     good = [torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 2, 2)]
     with pytest.raises(ValueError, match="features: expected 2 maps, got 1"):
         head(good[:1], (8, 8))
-    with pytest.raises(
-        ValueError, match=r"features\[1\]: expected shape \(B, 4, H, W\) .*got \(1, 3, 4, 4\)"
-    ):
+    message = r"features\[1\]: expected shape \(B, 4, H, W\) .*got \(1, 3, 4, 4\)"
+    with pytest.raises(ValueError, match=message):
         head([good[0], good[0]], (8, 8))
-    with pytest.raises(
-        ValueError, match=r"size: expected \(height, width\), integers of at least 1, got \(8, 0\)"
-    ):
+    message = r"size: expected \(height, width\), integers of at least 1, got \(8, 0\)"
+    with pytest.raises(ValueError, match=message):
         head(good, (8, 0))
 
 

@@ -124,9 +124,8 @@ def test_no_parameter_changes_unnoticed(attention):
     assert refused > 10
 
 
-@pytest.mark.parametrize(
-    "attention", ["released", "pixel", "global"]
-)  # "linear" has few tokens, more matrices
+# "linear" has few tokens, more matrices.
+@pytest.mark.parametrize("attention", ["released", "pixel", "global"])
 def test_a_checkpoint_around_the_head_frees_most_of_what_it_keeps(attention):
     head, features = small_head(attention), [f.requires_grad_() for f in small_features(2, 16, 16)]
 

@@ -13,15 +13,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from tests.mutations.mutation import MUTATIONS, Mutation
 
@@ -98,23 +96,20 @@ def check_the_copy(copy: Path) -> None:
 
 
 def run_all(mutations: list[Mutation], progress: Progress) -> Iterator[tuple[Mutation | None, str, Outcome]]:
-    """Run every selection without a bug, then every bug's; yield the bug or None, the tests, the outcome."""
-    selections = list(dict.fromkeys(selection for mutation in mutations for selection in mutation.tests))
-    task = progress.add_task("", total=len(selections) + sum(len(each.tests) for each in mutations))
+    """Run every selection without a bug, then every bug's; yield the bug or None, a name, the outcome."""
+    runs = [(mutation, selection) for mutation in mutations for selection in mutation.tests]
+    runs = [*((None, selection) for selection in dict.fromkeys(each for _, each in runs)), *runs]
+    task = progress.add_task("", total=len(runs))
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         copy = Path(folder)
         copy_tracked(copy)
         check_the_copy(copy)
-        for selection in selections:
-            progress.update(task, description=f"without a bug: {' '.join(selection)}")
-            yield None, " ".join(selection), run_tests(selection, copy)
+        for mutation, selection in runs:
+            name = f"{mutation.name if mutation else 'without a bug'}: {' '.join(selection)}"
+            progress.update(task, description=name)
+            with planted(mutation, copy) if mutation else nullcontext():
+                yield mutation, name, run_tests(selection, copy)
             progress.advance(task)
-        for mutation in mutations:
-            with planted(mutation, copy):
-                for selection in mutation.tests:
-                    progress.update(task, description=f"{mutation.name}: {' '.join(selection)}")
-                    yield mutation, " ".join(selection), run_tests(selection, copy)
-                    progress.advance(task)
 
 
 def main() -> int:
@@ -133,16 +128,12 @@ def main() -> int:
         for each in chosen:
             say(each.name, each.file, *map(" ".join, each.tests), sep="\n    ")
         return 0
-    table = Table("bug", "file", "tests", "result", "seconds")
     columns = TextColumn("{task.description}", markup=False), MofNCompleteColumn(), TimeElapsedColumn()
     started, good = time.monotonic(), True
     with Progress(*columns, console=console) as progress:
-        for mutation, tests, outcome in run_all(chosen, progress):
+        for mutation, name, outcome in run_all(chosen, progress):
             good &= outcome.colour == (RED if mutation else GREEN)
-            name, file = (mutation.name, mutation.file) if mutation else ("no bug", "")
-            table.add_row(*map(escape, (name, file, tests, outcome.colour, f"{outcome.seconds:.0f}")))
             say(f"{outcome.colour}, {outcome.seconds:.0f} s: {name}\n    {outcome.message}", soft_wrap=True)
-    console.print(table)
     say(f"{'every' if good else 'NOT every'} bug is noticed; {time.monotonic() - started:.0f} s")
     return 0 if good else 1
 

@@ -128,10 +128,8 @@ def test_a_demo_that_cannot_run_leaves_the_earlier_one_alone(
     earlier = earlier_demo(tmp_path / "demo")
     code, _, errors = run_here(capsys, "demo", change, "--out", earlier, "--scenes", 8)
     assert_one_sentence(code, errors)
-    assert {path.name: path.read_text() for path in earlier.iterdir()} == {
-        "config.yaml": "old",
-        "metrics.json": "old",
-    }
+    left = {path.name: path.read_text() for path in earlier.iterdir()}
+    assert left == {"config.yaml": "old", "metrics.json": "old"}
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 

@@ -119,9 +119,8 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:
-    with pytest.raises(
-        ConfigError, match=r"demmo: no such configuration file or preset \(presets: demo, nyud_"
-    ):
+    message = r"demmo: no such configuration file or preset \(presets: demo, nyud_"
+    with pytest.raises(ConfigError, match=message):
         load_config("demmo")
 
 

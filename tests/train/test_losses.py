@@ -70,9 +70,8 @@ def expected_loss(task: str, logits: Tensor, target: Tensor) -> float:
 @pytest.mark.parametrize("task", TASKS)
 def test_loss_equals_its_formula(task: str) -> None:
     logits, target = make_batch(task)
-    assert TASKS[task].loss(logits, target).item() == pytest.approx(
-        expected_loss(task, logits, target), rel=1e-10
-    )
+    expected = pytest.approx(expected_loss(task, logits, target), rel=1e-10)
+    assert TASKS[task].loss(logits, target).item() == expected
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -114,10 +113,8 @@ def test_half_precision_logits_are_summed_in_float32(task: str) -> None:
     target = target.float() if target.is_floating_point() else target
     loss = TASKS[task].loss(half, target)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(
-        TASKS[task].loss(half.double(), target.double() if target.is_floating_point() else target).item(),
-        rel=1e-5,
-    )
+    target = target.double() if target.is_floating_point() else target
+    assert loss.item() == pytest.approx(TASKS[task].loss(half.double(), target).item(), rel=1e-5)
 
 
 def test_one_class_alone_weighs_nothing_in_the_balanced_loss() -> None:

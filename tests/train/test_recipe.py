@@ -23,9 +23,8 @@ def gradients_of_first_step(config: Config, out: Path, monkeypatch: pytest.Monke
     original = torch.optim.SGD.step
 
     def step(self, *arguments):
-        seen.append(
-            [p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None]
-        )
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        seen.append([each.grad.clone() for each in parameters if each.grad is not None])
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
@@ -69,6 +68,5 @@ def test_accumulated_gradients_are_the_mean_of_their_batches(
 def test_clipping_bounds_the_gradient(rooms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = quick_config(rooms, "train.steps=1", "train.clip=0.01")
     found = gradients_of_first_step(config, tmp_path / "run", monkeypatch)
-    assert torch.cat([gradient.flatten() for gradient in found]).norm().item() == pytest.approx(
-        0.01, rel=1e-3
-    )
+    norm = torch.cat([gradient.flatten() for gradient in found]).norm().item()
+    assert norm == pytest.approx(0.01, rel=1e-3)

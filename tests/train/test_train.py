@@ -53,12 +53,8 @@ def without_speed(lines: list[dict]) -> list[dict]:
 
 
 def test_a_run_leaves_its_files(run_folder: Path) -> None:
-    assert {path.name for path in run_folder.iterdir()} == {
-        "config.yaml",
-        "log.jsonl",
-        "checkpoint.pt",
-        "model.safetensors",
-    }
+    files = {"config.yaml", "log.jsonl", "checkpoint.pt", "model.safetensors"}
+    assert {path.name for path in run_folder.iterdir()} == files
     lines = log_lines(run_folder)
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert lines[0]["losses"].keys() == {"semseg", "human_parts", "sal", "depth", "normals", "edge"}
@@ -164,9 +160,8 @@ def test_a_nan_loss_stops_and_names_its_task(
     original = build.build_losses
     monkeypatch.setattr(build, "build_losses", build_losses)
     out = tmp_path / "run"
-    with pytest.raises(
-        train.TrainingError, match="the loss of depth is nan at step 4; the checkpoint before it"
-    ):
+    message = "the loss of depth is nan at step 4; the checkpoint before it"
+    with pytest.raises(train.TrainingError, match=message):
         train.start(config, out, CPU, QUIET)
     state, _ = checkpoint.read_state(out / checkpoint.CHECKPOINT_NAME)
     assert state["step"] == 2
@@ -179,9 +174,8 @@ def test_a_nan_loss_stops_and_names_its_task(
 
 def test_an_exploding_learning_rate_is_stopped(rooms: Path, tmp_path: Path) -> None:
     config = quick_config(rooms, "train.lr=1e30", "train.clip=null")
-    with pytest.raises(
-        train.TrainingError, match=r"(the loss of .* is|the norm of the gradient is) (nan|inf)"
-    ):
+    message = r"(the loss of .* is|the norm of the gradient is) (nan|inf)"
+    with pytest.raises(train.TrainingError, match=message):
         train.start(config, tmp_path / "run", CPU, QUIET)
 
 

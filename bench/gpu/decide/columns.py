@@ -149,22 +149,16 @@ def scatter_columns(
         on_00, on_01, on_10, on_11 = on_00 & outside, on_01 & outside, on_10 & outside, on_11 & outside
     scatter(grad_input_ptr, address, weight_00[:, None] * gradient, on_00[:, None], 1.0, False)
     scatter(grad_input_ptr, address + CHANNELS, weight_01[:, None] * gradient, on_01[:, None], 1.0, False)
-    scatter(grad_input_ptr, address + row, weight_10[:, None] * gradient, on_10[:, None], 1.0, False)
-    scatter(
-        grad_input_ptr, address + row + CHANNELS, weight_11[:, None] * gradient, on_11[:, None], 1.0, False
-    )
+    address += row
+    scatter(grad_input_ptr, address, weight_10[:, None] * gradient, on_10[:, None], 1.0, False)
+    scatter(grad_input_ptr, address + CHANNELS, weight_11[:, None] * gradient, on_11[:, None], 1.0, False)
     # As in general_backward_kernels: a sample is v00 + fy·dy + fx·dx + fy·fx·dyx, summed over channels.
     dy, dx = value_10 - value_00, value_01 - value_00
-    sum_value, sum_dy, sum_dx = (
-        tl.sum(gradient * value_00, 1),
-        tl.sum(gradient * dy, 1),
-        tl.sum(gradient * dx, 1),
-    )
+    sum_value, sum_dy = tl.sum(gradient * value_00, 1), tl.sum(gradient * dy, 1)
+    sum_dx = tl.sum(gradient * dx, 1)
     sum_dyx = tl.sum(gradient * (value_11 - value_01 - dy), 1)
-    grad_y, grad_x = (
-        modulation * (sum_dy + fraction_x * sum_dyx),
-        modulation * (sum_dx + fraction_y * sum_dyx),
-    )
+    grad_y = modulation * (sum_dy + fraction_x * sum_dyx)
+    grad_x = modulation * (sum_dx + fraction_y * sum_dyx)
     grad_y = tl.where((low_y < -1) & is_number(offset_y), 0.0, grad_y)
     grad_x = tl.where((low_x < -1) & is_number(offset_x), 0.0, grad_x)
     tl.store(grad_offset_ptr + address_y, grad_y, mask=valid)

@@ -44,7 +44,7 @@ def forward_groups(
     pixel_blocks = tl.cdiv(pixels, BLOCK_PIXELS)
     image = (program // pixel_blocks).to(tl.int64)
     pixel = program % pixel_blocks * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-    out = tl.arange(0, CHANNELS)
+    out, within = tl.arange(0, CHANNELS), tl.arange(0, WITHIN)[None, None, :]
     valid = pixel < pixels
     input_ptr += image * pixels * CHANNELS
     offset_ptr += image * 18 * offset_groups * pixels
@@ -64,25 +64,18 @@ def forward_groups(
         low_y, low_x, fraction_y, fraction_x = locate(offset_y, offset_x, base_y, base_x, height, width)
         weight_00, weight_01, weight_10, weight_11 = corner_weights(fraction_y, fraction_x, modulation)
         on_00, on_01, on_10, on_11 = corners_on_map(low_y, low_x, live, height, width)
-        channel = group * WITHIN
-        address = ((low_y * width + low_x) * CHANNELS + channel)[:, :, None] + tl.arange(0, WITHIN)[
-            None, None, :
-        ]
+        address = ((low_y * width + low_x) * CHANNELS + group * WITHIN)[:, :, None] + within
         value_00 = tl.load(input_ptr + address, mask=on_00[:, :, None], other=0.0).to(tl.float32)
         value_01 = tl.load(input_ptr + address + CHANNELS, mask=on_01[:, :, None], other=0.0).to(tl.float32)
-        value_10 = tl.load(input_ptr + address + row, mask=on_10[:, :, None], other=0.0).to(tl.float32)
-        value_11 = tl.load(input_ptr + address + row + CHANNELS, mask=on_11[:, :, None], other=0.0).to(
-            tl.float32
-        )
+        address += row
+        value_10 = tl.load(input_ptr + address, mask=on_10[:, :, None], other=0.0).to(tl.float32)
+        value_11 = tl.load(input_ptr + address + CHANNELS, mask=on_11[:, :, None], other=0.0).to(tl.float32)
         columns = weight_00[:, :, None] * value_00 + weight_01[:, :, None] * value_01
         columns += weight_10[:, :, None] * value_10 + weight_11[:, :, None] * value_11
         columns = tl.reshape(columns, (BLOCK_PIXELS, GROUPS * WITHIN))
         inner = first * WITHIN + tl.arange(0, GROUPS * WITHIN)
-        weight = tl.load(
-            weight_ptr + weight_address(out[None, :], tap, inner[:, None], 9, CHANNELS),
-            mask=(inner < CHANNELS)[:, None],
-            other=0.0,
-        )
+        weight_ptrs = weight_ptr + weight_address(out[None, :], tap, inner[:, None], 9, CHANNELS)
+        weight = tl.load(weight_ptrs, mask=(inner < CHANNELS)[:, None], other=0.0)
         product = multiply(columns.to(weight.dtype), weight, product, PRECISION)
     product += tl.load(bias_ptr + out).to(tl.float32)[None, :]
     address = tensor_address(image, out[None, :], pixel[:, None], CHANNELS, pixels, True)
