@@ -72,6 +72,12 @@ degmix_kernels/task_attention/kernels.py
     +                     grad_keys
     ? test_contract: values_and_gradients and float32 and task_attention
 
+degmix_kernels/task_attention/plan.py
+  task_attention: 32-bit addresses, always
+    - "INDEX_64": needs_64_bit(*others),
+    + "INDEX_64": False,
+    ? kernels/test_task_attention: plans_know
+
 degmix_kernels/gating/kernels.py
   gating: padding is part of the variance
     - centred = tl.where(valid, shifted - mean, 0.0)
@@ -137,6 +143,24 @@ degmix_kernels/deform_conv/sampling.py
     - gradient = (gradient * scale).to(tl.int64)
     + gradient = gradient.to(tl.int64) * scale.to(tl.int64)
     ? kernels/test_deform_conv: deterministic_input
+
+degmix_kernels/deform_conv/general/kernels.py
+  general: a second group samples at the first one's offsets
+    - offset_group = (group * group_channels + start) // offset_channels
+    + offset_group = start // offset_channels
+    ? kernels/test_deform_conv_paths: values_and_gradients and general
+
+degmix_kernels/deform_conv/general/backward_kernels.py
+  general: the gradient of a NaN offset is 0
+    - grad_y = tl.where((low_y < -1) & is_number(offset_y), 0.0, grad_y)
+    + grad_y = tl.where(low_y < -1, 0.0, grad_y)
+    ? kernels/test_deform_conv_paths: special_offsets
+
+degmix_kernels/deform_conv/problem.py
+  deform_conv: shares of the weight's gradient without pixels
+    - busy = min(ceil_div(WEIGHT_PROGRAMS, programs), ceil_div(self.batch * self.out_pixels, 32))
+    + busy = ceil_div(WEIGHT_PROGRAMS, programs)
+    ? kernels/test_deform_conv_memory: every_share
 
 degmix_kernels/deform_conv/general/plan.py
   general: a weight's gradient of the image before
