@@ -40,6 +40,7 @@ from degmix import DeGMix, DeGMixHead
 from degmix.losses import IGNORE
 from degmix.model.formula import formula
 from degmix.tasks import task_channels
+from degmix_kernels.maps import ceil_div
 from degmix_kernels.testing import tolerance
 
 FAMILY = "model"
@@ -147,7 +148,7 @@ def _prepare_head(
     features, (height, width) = [], (shape.height, shape.width)
     for channels in in_channels:
         features.append(draw(shape.batch, channels, height, width).requires_grad_())
-        height, width = -(-height // 2), -(-width // 2)
+        height, width = ceil_div(height, 2), ceil_div(width, 2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         head = DeGMixHead(in_channels, task_channels(shape.task_names, shape.classes), dim=shape.channels)
@@ -243,7 +244,7 @@ def _labels(draw: Draw, task: str, channels: int, shape: Map) -> Tensor:
     """Random labels as the task's loss takes them, the same in squares of pixels; a tenth have none."""
 
     def noise(channels: int) -> Tensor:
-        drawn = draw(shape.batch, channels, *(-(-side // SQUARE) for side in shape.picture))
+        drawn = draw(shape.batch, channels, *(ceil_div(side, SQUARE) for side in shape.picture))
         height, width = shape.picture
         return drawn.repeat_interleave(SQUARE, 2).repeat_interleave(SQUARE, 3)[:, :, :height, :width]
 
