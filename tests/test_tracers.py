@@ -318,7 +318,7 @@ def test_names_are_the_ops(op: Op, device: torch.device, monkeypatch: pytest.Mon
 @every_definition
 @pytest.mark.parametrize("last", [False, True], ids=["", "channels_last"])
 def test_opcheck(op: Op, last: bool, device: torch.device) -> None:
-    """PyTorch's own examination of a registered op, of both passes."""
+    """PyTorch's own examination of a registered op, of both passes; an op's variants are the same one."""
     if last and not op.keeps_layout_of:
         return
     arguments = fresh(op, first(op, device).arguments)
