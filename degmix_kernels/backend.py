@@ -50,13 +50,13 @@ def use_backend(name: Backend) -> Iterator[None]:
         yield
 
 
-def can_run(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+def can_run(device: torch.device | str, dtype: torch.dtype) -> tuple[bool, str]:
     """Whether Triton kernels can run on tensors of this device and dtype, and the reason if not."""
     if not HAS_TRITON:
         return False, "the package triton is not installed"
     if dtype not in KERNEL_DTYPES:
         return False, f"Triton kernels take float32, bfloat16 and float16 tensors, got {dtype}"
-    kind = device.type
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
     if kind == "cuda" or (kind == "cpu" and INTERPRETED):
         return True, ""
     if kind == "cpu":

@@ -130,10 +130,8 @@ def is_integer(value: object) -> bool:
 
 
 def expect_integer(argument: str, value: object, minimum: int) -> None:
-    """Raise unless the value is an integer and at least ``minimum``."""
-    if not is_integer(value):
-        raise TypeError(f"{argument}: expected an integer, got {shown(value)}")
-    expect(value >= minimum, argument, f"at least {minimum}", value)
+    """Raise unless the value is an integer, at least ``minimum``, and a size that a tensor can have."""
+    scalar(argument, value, int, allowed=Range(minimum, sys.maxsize))
 
 
 def expect_choice(argument: str, value: object, choices: tuple[object, ...]) -> None:

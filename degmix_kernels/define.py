@@ -108,6 +108,7 @@ class define:
             multiply-add. It reads no more than the shapes of tensors that are saved.
         backward_products: those of the backward pass over those of the forward pass: two for a product whose
             factors both have a gradient; five halves for attention, whose weights have to be computed again.
+            Counters of FLOPs add all of them, whichever gradients are wanted.
         results: number of outputs with gradients.
         beside: number of outputs without.
         keeps: ``keeps(call, outputs)`` are the outputs that the backward pass reads, always as many; by
@@ -217,11 +218,14 @@ class define:
 
     def _differentiates(self, values: Sequence[Any]) -> bool:
         """Whether there may be a backward pass that computes anything."""
+        compiles = torch.compiler.is_compiling()
+        if not compiles and torch._C._get_tracing_state() is not None:
+            return True  # torch.jit.trace checks its graph against another, which it makes without gradients
         if not torch.is_grad_enabled():
             return False
         if torch._C._are_functorch_transforms_active():  # a tensor does not tell of outer transforms
             return True
-        if not torch.compiler.is_compiling() and is_traced():  # nor what will be asked of a trace
+        if not compiles and is_traced():  # nor what will be asked of a trace
             return True
         for index in range(self.count):
             if self._computed[index] and values[index] is not None and values[index].requires_grad:

@@ -121,7 +121,7 @@ class Product:
 
     @property
     def out_channels(self) -> int:
-        """Of one group."""
+        """Output channels of one group."""
         return self.weight.shape[0] // self.groups
 
     @property

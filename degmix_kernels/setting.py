@@ -65,20 +65,21 @@ class Setting(Generic[Value]):
             outer = self._variable.get()
             self._publish(self.default if outer is None else outer)
             if thread.blocks == 0 and thread.outside is not None:
-                _stash(self.name, thread.outside)
+                _stash(self.name, *thread.outside)
 
     def _publish(self, value: Value) -> None:
         """Say the value to compiled code and to the threads of backward passes."""
         self._thread.value = value
-        _stash(self.name, (threading.get_ident(), value))
+        _stash(self.name, threading.get_ident(), value)
 
 
-def _stash(name: str, value: object) -> None:
-    """Have backward passes inherit an object, on which PyTorch then has a reference of its own."""
-    before = sys.getrefcount(value)
-    torch._C._stash_obj_in_tls(name, value)
-    if sys.getrefcount(value) == before:  # PyTorch 2.11 forgets to count it, and gives it back all the same
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+def _stash(name: str, thread: int, value: object) -> None:
+    """Have backward passes inherit who chose which value. PyTorch has a reference of its own on the pair."""
+    pair = (thread, value)  # a new one, which no other thread counts references of meanwhile
+    before = sys.getrefcount(pair)
+    torch._C._stash_obj_in_tls(name, pair)
+    if sys.getrefcount(pair) == before:  # PyTorch 2.11 forgets to count it, and gives it back all the same
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(pair))
 
 
 class _Thread(threading.local):

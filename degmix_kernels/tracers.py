@@ -16,6 +16,7 @@ from degmix_kernels.setting import Setting
 
 NAMESPACE = "degmix"
 TENSORS = (Tensor, torch.nn.Parameter)
+_BEFORE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _PLAIN = {*TENSORS, type(None), int, float, bool, str, list}
 
 _transparent = Setting("degmix_transparent", False)
@@ -25,18 +26,24 @@ transparent = _transparent.set
 
 def is_traced() -> bool:
     """Whether a graph is being made by ``torch.jit.trace`` or ``make_fx``."""
-    proxies = torch._C._TorchDispatchModeKey.PROXY
-    return torch._C._get_tracing_state() is not None or torch._C._get_dispatch_mode(proxies) is not None
+    if torch._C._get_tracing_state() is not None or _is_traced_before_dispatch():
+        return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def is_watched(values: Sequence[Any]) -> bool:
     """Whether someone would miss what does not go through the dispatcher."""
-    if torch._C._get_tracing_state() is not None:
+    if torch._C._get_tracing_state() is not None or _is_traced_before_dispatch():
         return True
     if torch._C._len_torch_dispatch_stack() == 0 and _PLAIN.issuperset(map(type, values)):
         return False
     # A compiler looks at tensors that have no values: it never sees inside.
     return not _transparent.get() or TracingContext.try_get() is not None
+
+
+def _is_traced_before_dispatch() -> bool:
+    """Whether ``make_fx(…, pre_dispatch=True)`` is making a graph. Its mode has a stack of its own."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(_BEFORE_DISPATCH)
 
 
 def is_batched(grads: Sequence[Tensor | None]) -> bool:

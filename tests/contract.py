@@ -30,7 +30,7 @@ _VARIANTS = sorted(OPS, key=lambda op: -op.forward_work(first(op, torch.device("
 every_definition = pytest.mark.parametrize(
     "op", {op.name: op for op in _VARIANTS}.values(), ids=lambda op: op.label
 )
-"""Of the variants of an op, which differ in their kernels, the cheapest."""
+"""The cheapest variant of each op; variants differ in their kernels."""
 every_dtype = pytest.mark.parametrize(
     "dtype", KERNEL_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
 )

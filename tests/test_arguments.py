@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,9 +12,18 @@ import pytest
 import torch
 from contract import every_definition, first, fresh
 from launches import recorded_launches
-from torch import Tensor, nn
+from torch import Tensor
 
-from degmix_kernels import BatchNorm2d, GatedAttention, SpatialGatingUnit, use_backend
+from degmix_kernels import (
+    BatchNorm2d,
+    ChannelMix,
+    GatedAttention,
+    LinearAttention,
+    LinearNorm,
+    SpatialGatingUnit,
+    TaskAttention,
+    use_backend,
+)
 from degmix_kernels.checks import Range
 from degmix_kernels.contract import Op
 from degmix_kernels.registry import find
@@ -56,7 +65,7 @@ def wrong_tensors(value: Tensor | None) -> Iterator[tuple[str, object]]:
 
 
 def wrong_dtypes(op: Op, name: str, value: Tensor) -> Iterator[tuple[str, object]]:
-    """Beside a first tensor in fp32; autocast takes the half for its own."""
+    """Dtypes that are wrong beside a first tensor in fp32; autocast takes the half for its own."""
     field = next(field for field in op.op.fields if field.name == name)
     if name != op.op.call._fields[0] and not field.own_dtype:
         yield "doubles", value.double()
@@ -65,7 +74,7 @@ def wrong_dtypes(op: Op, name: str, value: Tensor) -> Iterator[tuple[str, object
 
 
 def wrong_scalars(op: Op, name: str, value: Any) -> Iterator[tuple[str, object]]:
-    """Beside what is never right: what the annotation in the op's record excludes."""
+    """What is never right, and what the annotation in the op's record excludes."""
     allowed = {field.name: field.range for field in op.op.fields}
     yield from (("a tensor", torch.zeros(2, 2)), ("a list of strings", ["x"]), ("an object", _Unhelpful()))
     if isinstance(value, bool):
@@ -101,7 +110,9 @@ def wrong(op: Op, arguments: dict[str, Any]) -> Iterator[tuple[str, str, object]
             # A longer batch, or map, is right where no other tensor has that axis.
             alone = op.batched == (name,)
             right = {"a longer axis"} if alone else set()
-            if alone and not any(value.shape[-1] in other.shape for other in tensors if other is not value):
+            if len(tensors) == 1:
+                right = RELATIVE
+            elif alone and not any(value.shape[-1] in other.shape for other in tensors if other is not value):
                 right.add("a longer last axis")
             yield from ((name, what, each) for what, each in wrong_tensors(value) if what not in right)
             if value is not None:
@@ -199,10 +210,28 @@ def test_shapes_that_are_refused(name: str, change: dict[str, Any], message: str
         (BatchNorm2d(3), (MAP, None, MAP[:1]), ValueError, "residual: expected shape"),
         (GatedAttention(5, 1), (MAP[0], MAP[0], 3.0), TypeError, "gate: expected a tensor, got float"),
         (SpatialGatingUnit(4), (3.0,), TypeError, "u_v: expected a tensor, got float"),
+        (SpatialGatingUnit(4), (MAP,), ValueError, "u_v: expected 3 dimensions"),
+        (BatchNorm2d(3), (3.0,), TypeError, "input: expected a tensor, got float"),
+        (BatchNorm2d(3), (MAP, 3.0), TypeError, "statistics: expected a mean and a variance, got 3.0"),
+        (BatchNorm2d(3), (MAP, None, MAP.double()), TypeError, "residual: expected dtype torch.float32"),
+        (LinearAttention(5, 1), (MAP[0], MAP), ValueError, "context: expected 3 dimensions"),
+        (TaskAttention(5, 1), (MAP, MAP[0]), ValueError, "context: expected 4 dimensions"),
+        (BatchNorm2d, (3, -1.0), ValueError, "eps: expected at least 0.0, got -1.0"),
+        (BatchNorm2d, (3, 1e-5, 3.0), ValueError, "momentum: expected at most 1.0, got 3.0"),
+        (ChannelMix, (3, 3, "gelu", MAP), TypeError, "bias: expected True or False, got"),
+        (
+            ChannelMix,
+            (3, 3, "gelu", True, float("nan")),
+            ValueError,
+            "eps: expected a finite number, got nan",
+        ),
+        (LinearNorm, (3, 3, "x"), TypeError, "bias: expected True or False, got 'x'"),
+        (LinearNorm, (3, 3, True, None), TypeError, "eps: expected a number, got None"),
+        (LinearAttention, (10**400, 1), ValueError, "dim: expected at most"),
     ],
 )
 def test_what_modules_take_themselves(
-    module: nn.Module, arguments: tuple, error: type[Exception], message: str
+    module: Callable[..., object], arguments: tuple, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         module(*arguments)

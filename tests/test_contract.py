@@ -134,7 +134,7 @@ def test_saves_arguments_and_what_is_declared(op: Op, device: torch.device) -> N
     own = {value.untyped_storage().data_ptr(): name for name, value in tensors.items()}
     assert len(saved.keys() - own.keys()) <= op.op.kept
     assert not {own[each] for each in saved.keys() & own.keys()} & {*op.op.passed_on, *op.op.unsaved}
-    # Nor does anything hide from the hooks on the node of the graph.
+    # No tensor hides from the hooks on the node of the graph.
     assert not [name for name, value in vars(output.grad_fn).items() if isinstance(value, Tensor)]
 
 
@@ -256,7 +256,7 @@ def test_second_derivative_is_refused(op: Op, device: torch.device) -> None:
     arguments = fresh(op, first(op, device).arguments)
     leaves = [arguments[name] for name in differentiated(op, arguments)]
     output = op.function(**arguments)
-    # Of a linear op only the incoming gradient has a part in a derivative of the gradient.
+    # The gradient of a linear op depends on the incoming gradient alone.
     grad = random_like(output).requires_grad_()
     gradients = torch.autograd.grad(output, leaves, grad, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):

@@ -58,7 +58,7 @@ SQUARE = 16  # pixels of one label: by labels of single pixels, gradients cancel
 ONE_IN_TEN = 1.28  # of standard normal values are above it
 
 Function = Callable[..., tuple[Tensor, ...]]
-"""Of a module and its inputs."""
+"""Predictions of a module, from its inputs."""
 Predict = Callable[[DeGMix, Tensor], Mapping[str, Tensor]]
 Update = Callable[[Sequence[Tensor | None]], None]
 

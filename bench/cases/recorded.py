@@ -64,7 +64,7 @@ def _name(op: Op, shape: Shape) -> str:
 
 
 def _elements(arguments: Mapping[str, Any]) -> int:
-    """Of the largest tensor."""
+    """The number of elements of the largest tensor."""
     return max(value.numel() for value in arguments.values() if isinstance(value, Tensor))
 
 

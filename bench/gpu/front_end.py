@@ -111,7 +111,7 @@ def unaligned(tensor: Tensor) -> Tensor:
 
 
 def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Of those that are compiled to the same, the first."""
+    """The first of those that are compiled to the same."""
     found: dict[str, Candidate] = {}
     for candidate in candidates:
         found.setdefault(candidate.specialised.key, candidate)

@@ -99,7 +99,7 @@ def read_facts(folder: Path) -> Facts | None:
 def misfit(facts: Facts | None, capability: tuple[int, int] | None, triton: str) -> str:
     """Why the cache is of no use on a machine, in words; "" if it is. Only Nvidia's GPUs have a capability.
 
-    Of other sources it still has what has not changed: entries are named after what they were made of.
+    A cache of other sources still has what has not changed: entries are named after what they were made of.
     """
     if capability != CAPABILITY:
         return "one can be prepared for Nvidia's compute capability 9.0 only"

@@ -181,7 +181,7 @@ def _host_seconds(call: Call, wait: Callable[[], object] = lambda: None) -> floa
 
 
 def _cycles_per_second() -> float:
-    """Of the clock that ``torch.cuda._sleep`` counts."""
+    """Ticks per second of the clock that ``torch.cuda._sleep`` counts."""
     torch.cuda._sleep(CALIBRATION)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()

@@ -197,12 +197,12 @@ class Results:
 
     @property
     def keys(self) -> frozenset[Key]:
-        """Of the measurements that are in it, failed ones too."""
+        """The keys of all measurements in the file, failed ones too."""
         return frozenset(row.key for row in self.rows)
 
     @property
     def repeatable(self) -> frozenset[Key]:
-        """Of ours that had a time when last measured."""
+        """The keys of our rows that had a time when last measured."""
         last = {row.key: row for row in self.rows if row.impl == OURS}
         return frozenset(key for key, row in last.items() if row.ms is not None)
 

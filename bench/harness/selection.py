@@ -80,7 +80,7 @@ class Selection:
         return replace(self, cases=tuple(_leading(self.cases)), dtypes=(FIRST_DTYPE,), baselines=names)
 
     def keys(self) -> frozenset[Key]:
-        """Of the rows that are left to measure."""
+        """The keys of the rows that are left to measure."""
         return frozenset(
             key_of(case, dtype, mode, name)
             for case, dtype, wanted in self.rounds()
@@ -117,5 +117,5 @@ def _leading(cases: Sequence[Case]) -> list[Case]:
 
 
 def key_of(case: Case, dtype: str, mode: str, name: str) -> Key:
-    """Of the rows of an implementation of a case."""
+    """The key of a row: of an implementation of a case, in a dtype and mode."""
     return case.op, case.shape, dtype, case.modes[mode], name

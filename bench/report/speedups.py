@@ -40,7 +40,7 @@ class Comparison:
 
 
 def shown(results: Results) -> list[Comparison]:
-    """Of each op the calls at NYUD-v2's maps, or at its first shape; all others are in the file alone."""
+    """Each op's calls at NYUD-v2's maps, or at its first shape; all others are in the file alone."""
     calls = [
         call
         for call in comparisons(results.rows)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from degmix_kernels import checks
 from degmix_kernels.attention.linear_op import linear_attention
 from degmix_kernels.attention.op import gated_attention
-from degmix_kernels.task_attention.module import TaskAttention, check_sizes
+from degmix_kernels.task_attention.module import TaskAttention, check_sizes, check_tokens
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
@@ -37,8 +36,7 @@ class GatedAttention(TaskAttention):
 
     def forward(self, query: Tensor, context: Tensor, gate: Tensor | None = None) -> Tensor:
         """(B, N, C) queries attend to all of (B, M, C) ``context``; ``gate`` and result are (B, N, C)."""
-        if gate is not None:
-            checks.expect_tensor("gate", gate)
+        check_tokens(3, query=query, context=context, gate=query if gate is None else gate)
         projections = self.project_query(query), *self.project_context(context)
         parts = [split_heads(each, self.heads) for each in projections]
         attended = gated_attention(*parts, None if gate is None else split_heads(gate, self.heads))
@@ -70,6 +68,7 @@ class LinearAttention(nn.Module):
 
     def forward(self, query: Tensor, context: Tensor) -> Tensor:
         """(B, N, C) queries, (B, M, C) tokens of ``context`` → (B, N, C)."""
+        check_tokens(3, query=query, context=context)
         attended = linear_attention(
             split_heads(self.to_q(self.norm_q(query)), self.heads),
             split_heads(self.to_k(self.norm_k(context)), self.heads),

@@ -19,7 +19,7 @@ def gated_attention(
         output = functional.scaled_dot_product_attention(*tokens)
         # PyTorch's CPU kernel takes a NaN score for a masked one and returns a number (2.11 and 2.15).
         undefined = query.isnan().any(-1, keepdim=True) | key.isnan().flatten(2).any(-1)[..., None, None]
-        output = output + torch.zeros_like(undefined, dtype=compute).masked_fill(undefined, torch.nan)
+        output = output + 0 / (~undefined).to(compute)  # 0 or NaN: PyTorch 2.8 saves no program with a NaN
         if gate is not None:
             output = output * gate.to(compute)
         if residual is not None:

@@ -20,13 +20,15 @@ class BatchNorm2d(nn.BatchNorm2d):
     layout it arrives in, which PyTorch's own is not.
 
     Raises:
-        TypeError: for a number of channels that is no integer.
-        ValueError: for a number of channels below 1.
+        TypeError: for a number of channels that is no integer, or an eps or momentum that is no number.
+        ValueError: for a number of channels below 1, a negative eps, or a momentum outside of 0 to 1.
     """
 
     def __init__(self, num_features: int, *arguments: Any, **options: Any) -> None:
         checks.expect_integer("num_features", num_features, 1)
         super().__init__(num_features, *arguments, **options)
+        checks.scalar("eps", self.eps, float, allowed=checks.Range(minimum=0.0))
+        checks.scalar("momentum", self.momentum, float, optional=True, allowed=checks.Range(0.0, 1.0))
 
     def forward(
         self, input: Tensor, statistics: tuple[Tensor, Tensor] | None = None, residual: Tensor | None = None
@@ -41,12 +43,16 @@ class BatchNorm2d(nn.BatchNorm2d):
             residual: shape and dtype of ``input``, added to the result.
 
         Raises:
-            TypeError: for a residual that is no tensor.
+            TypeError: for a wrong type, dtype or device.
             ValueError: for a wrong shape, or statistics of a single value.
         """
+        checks.expect_tensor("input", input)
         self._check_input_dim(input)
+        if statistics is not None and not (isinstance(statistics, tuple) and len(statistics) == 2):
+            raise TypeError(f"statistics: expected a mean and a variance, got {checks.shown(statistics)}")
         if residual is not None:
             checks.expect_tensor("residual", residual)
+            checks.expect_like("residual", residual, "input", input)
             checks.expect_shape("residual", residual, input.shape)
         if self.uses_batch_statistics and input.numel() == input.shape[1]:
             expected = "Expected more than 1 value per channel when training"

@@ -26,6 +26,7 @@ _CALLS = (
     ((29, 11), 5, 1, "silu", True, True, True, True),
     ((1, 1, 1, 1), 1, 1, "identity", True, False, True, True),
     ((0, 4, 3, 5), 2, 1, "gelu", True, False, True, True),
+    ((2, 4, 0, 6), 6, 2, "relu", True, True, False, True),
 )
 
 

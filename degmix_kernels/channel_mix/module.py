@@ -30,8 +30,8 @@ class ChannelMix(nn.Module):
         momentum: of the BatchNorm.
 
     Raises:
-        TypeError: for a channel count that is no integer.
-        ValueError: for a channel count below 1 or an unknown activation.
+        TypeError: for a channel count that is no integer, or another argument of a wrong type.
+        ValueError: for a channel count below 1, an unknown activation, or what a BatchNorm2d refuses.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class ChannelMix(nn.Module):
         for name, channels in {"in_channels": in_channels, "out_channels": out_channels}.items():
             checks.expect_integer(name, channels, 1)
         checks.expect_choice("activation", activation, tuple(ACTIVATIONS))
+        checks.scalar("bias", bias, bool)
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)

@@ -64,15 +64,17 @@ def normalize(
 
 def mix_and_activate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """``activation(W x + b)`` at every pixel or token, in fp32 (fp64 for doubles)."""
+    if x.dim() == 2:
+        return mix_and_activate(x[:, :, None, None], weight, bias, activation)[..., 0, 0]
+    if x.shape[2] * x.shape[3] == 0:  # PyTorch's convolution takes no images, but not images without pixels
+        pixels = x.movedim(1, 3)
+        mixed = mix_and_activate(pixels.flatten(0, 2), weight, bias, activation)
+        return mixed.view(*pixels.shape[:3], mixed.shape[1]).movedim(3, 1)
     compute = torch.promote_types(x.dtype, torch.float32)
     x, weight = x.to(compute), weight.to(compute)
     bias = None if bias is None else bias.to(compute)
     groups = x.shape[1] // weight.shape[1]
     weight = weight.flatten(1)[:, :, None, None]
-    if x.dim() == 2:
-        return activate(functional.conv2d(x[:, :, None, None], weight, bias, groups=groups), activation)[
-            ..., 0, 0
-        ]
     return activate(functional.conv2d(x, weight, bias, groups=groups), activation)
 
 

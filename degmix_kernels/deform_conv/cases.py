@@ -142,7 +142,6 @@ class _Shape:
         return Shape(arguments, self.deterministic)
 
 
-_HALVES = (torch.bfloat16, torch.float16)
 _BF16 = (torch.bfloat16,)
 _NOT_BF16 = (torch.float32, torch.float16)
 _SHAPES = {

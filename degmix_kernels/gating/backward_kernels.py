@@ -45,7 +45,7 @@ def gate_backward(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """Of u ⊙ (weight · normed + bias): the value again, gradients of both factors, and their sums, a tile."""
+    """The value of u ⊙ (weight · normed + bias) again, gradients of both factors, and their sums: a tile."""
     program = tl.program_id(0)
     if INDEX_64:
         program = program.to(tl.int64)

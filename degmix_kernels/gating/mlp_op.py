@@ -55,7 +55,7 @@ class Call(NamedTuple):
 
     @property
     def norm(self) -> Norm:
-        """Of x."""
+        """Weight, bias and eps of x's LayerNorm."""
         return self.norm_weight, self.norm_bias, self.eps
 
     @property

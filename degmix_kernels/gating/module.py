@@ -48,6 +48,7 @@ class SpatialGatingUnit(nn.Module):
     def forward(self, u_v: Tensor) -> Tensor:
         """(B, N, 2·dim), u before v → (B, N, dim)."""
         checks.expect_tensor("u_v", u_v)
+        checks.expect_dims("u_v", u_v, 3)
         u, v = u_v.chunk(2, dim=-1)
         norm = self.norm
         return spatial_gating_unit(u, v, norm.weight, norm.bias, self.weight, self.bias, self.mode, norm.eps)

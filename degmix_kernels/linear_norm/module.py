@@ -18,14 +18,16 @@ class LinearNorm(nn.Module):
         eps: of the LayerNorm.
 
     Raises:
-        TypeError: for a channel count that is no integer.
-        ValueError: for a channel count below 1.
+        TypeError: for a channel count that is no integer, or another argument of a wrong type.
+        ValueError: for a channel count below 1, or a negative eps.
     """
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True, eps: float = 1e-5) -> None:
         super().__init__()
         checks.expect_integer("in_channels", in_channels, 1)
         checks.expect_integer("out_channels", out_channels, 1)
+        checks.scalar("bias", bias, bool)
+        checks.scalar("eps", eps, float, allowed=checks.Range(minimum=0.0))
         self.linear = nn.Linear(in_channels, out_channels, bias=bias)
         self.norm = nn.LayerNorm(out_channels, eps=eps)
 

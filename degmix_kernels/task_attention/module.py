@@ -17,6 +17,13 @@ def check_sizes(dim: int, heads: int) -> None:
     check_heads(heads, dim)
 
 
+def check_tokens(dims: int, **tensors: Tensor) -> None:
+    """Raise unless these are tensors of so many dimensions."""
+    for name, tokens in tensors.items():
+        checks.expect_tensor(name, tokens)
+        checks.expect_dims(name, tokens, dims)
+
+
 class TaskAttention(nn.Module):
     """Multi-head attention over tasks at each pixel, with the parameters of ``nn.MultiheadAttention``.
 
@@ -52,6 +59,7 @@ class TaskAttention(nn.Module):
 
     def forward(self, query: Tensor, context: Tensor) -> Tensor:
         """(B, S, N, C) queries attend to the (B, T, N, C) ``context`` at their pixel → (B, S, N, C)."""
+        check_tokens(4, query=query, context=context)
         projected = task_attention(self.project_query(query), *self.project_context(context), self.heads)
         return self.out_proj(projected)
 

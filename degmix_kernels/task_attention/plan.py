@@ -101,7 +101,7 @@ class Sizes:
 
 
 def _strides(tensor: Tensor) -> tuple[int, int, int]:
-    """Of the first three axes; 0 for those of size 1, whose stride means nothing."""
+    """Strides of the first three axes; 0 for those of size 1, whose stride means nothing."""
     return tuple(
         stride if size > 1 else 0 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
     )

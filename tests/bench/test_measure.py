@@ -112,7 +112,7 @@ def test_a_backward_pass_can_leave_what_was_saved() -> None:
 
 def test_times_are_those_of_one_call(told: list[str | int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Median and quantiles of what the events say, over the calls between them; warm-up comes first."""
-    # Of every ten repetitions one takes 20 calls · 1 ms, one 20 · 2 ms, and so on.
+    # One repetition in ten takes 20 calls · 1 ms, one 20 · 2 ms, and so on.
     times = iter(20.0 * (1 + index % 10) for index in range(10**6))
     monkeypatch.setattr(torch.cuda.Event, "elapsed_time", lambda start, end: next(times))
     seconds = measure.CALLS_IN_A_ROW * measure.FEWEST * 2 * HOST_SECONDS

@@ -17,7 +17,7 @@ FILES = sorted(predicted.FOLDER.glob("*.json"))
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_prediction_is_of_a_call_of_the_headline_and_each_of_ours_has_one(path):
-    """Of ops that are predicted at all: others were added since."""
+    """Rows of ops that are predicted at all: others were added since."""
     wanted = everything().headline().keys()
     found = predicted.predictions(path.stem)
     keys = [each.key for each in found]

@@ -182,7 +182,7 @@ def test_the_commit_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert read_machine(CPU).commit == "c" * 40
     (tmp_path / "code.py").write_text("")
     commit_all(tmp_path)
-    # Of a copy whose .git is older than its files.
+    # A copy whose .git is older than its files.
     assert (read_machine(CPU).commit, read_machine(CPU).dirty) == ("c" * 40, None)
     monkeypatch.setenv(machine.COMMIT_VARIABLE, "not a commit")
     assert read_machine(CPU).commit == "unknown"

@@ -216,7 +216,7 @@ def test_updating_takes_every_kernel(compiled):
 
 
 def test_the_benchmarks_launches_are_planned_without_memory():
-    """Of all shapes that a GPU measures, in inference and in training, and of their backward passes."""
+    """All shapes that a GPU measures, in inference and in training, and their backward passes."""
     launches = [launch for *_, launch in compile_kernels.benchmarked("batch_norm", ["bf16", "fp32"])]
     assert {"forward", "backward"} <= {launch.kernel.fn.__name__ for launch in launches}
     normalised = [launch.arguments["x_ptr"] for launch in launches if launch.kernel.fn.__name__ == "forward"]

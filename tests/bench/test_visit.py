@@ -226,7 +226,7 @@ def test_where_most_ops_are_wrong_no_time_is_spent(check: Check) -> None:
     assert {check.summary[name] for name in ("tests", "bench", "profile", "huge")} == {
         "FAILED: left out: most ops are wrong, which ops.log shows"
     }
-    # Of another stage the same code ends nothing.
+    # The same code of another stage ends nothing.
     check(STUB_OPS="exit 1", STUB_TESTS=f"exit {visits.MOST_ARE_WRONG}", code=visit.FAILED)
     assert check.summary["bench"].startswith("ok")
 

@@ -25,7 +25,7 @@ from degmix_kernels import deform_conv2d, maps
 from degmix_kernels.deform_conv import reference
 from degmix_kernels.testing import poisoned_empty, tolerance
 
-# Of each path: in the plain run, and with --full.
+# Examples of each path: in the plain run, and with --full.
 EXAMPLES = {"general": (6, 400), "per-channel": (8, 400), "between": (8, 400)}
 # A share of them each.
 DTYPES = {torch.float32: 1 / 2, torch.bfloat16: 1 / 4, torch.float16: 1 / 4}

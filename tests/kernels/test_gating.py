@@ -258,7 +258,7 @@ def test_halves_of_a_tensor_are_not_copied(device):
 
 @both_modes
 def test_means_of_a_thousand_deviations(device, mode):
-    """Of x, and of v. In fp32 the inputs' own rounding is 6e-5 deviations; nothing may be added to it."""
+    """Statistics of x and v. In fp32 the inputs' rounding is 6e-5 deviations; nothing may be added to it."""
     gate = gate_arguments(device, torch.float32, 2, 9, 40, mode)
     gate[1] = (gate[1].detach() + 1000).requires_grad_()
     assert_exact(spatial_gating_unit, gate, mode, 9999)

@@ -105,7 +105,7 @@ def count_head(
 
     Args:
         in_channels: as of :class:`degmix.DeGMixHead`.
-        tasks: as there.
+        tasks: as of :class:`degmix.DeGMixHead`.
         size: of the image; the maps are at 1/4, 1/8, … of it.
         batch: number of images.
         options: further arguments of :class:`degmix.DeGMixHead`.

@@ -249,7 +249,7 @@ class Shapes(TorchDispatchMode):
 
 @pytest.mark.parametrize("attention", ["released", "pixel", "global"])
 def test_the_concatenation_of_upsampled_maps_never_exists(attention):
-    """Nor anything else with all maps' channels, or one map's channels at more pixels than it has."""
+    """No tensor has all maps' channels, or one map's channels at more pixels than the map has."""
     head, features = small_head(attention, dim=12).train(), small_features(2, 7, 9)
     for feature in features:
         feature.requires_grad_()

@@ -41,7 +41,7 @@ BLOCK_CHANNELS = 128  # of a program with tents
 
 @triton.jit
 def load_offsets(offset_ptr, pixel, tap, valid, pixels):
-    """Of samples at a tap, (18, pixels): y and x."""
+    """Coordinates y and x of samples at a tap, (18, pixels)."""
     offset_ptr += 2 * tap * pixels + pixel
     return tl.load(offset_ptr, mask=valid, other=0.0), tl.load(offset_ptr + pixels, mask=valid, other=0.0)
 
@@ -71,7 +71,7 @@ def add_tents(
     TILE: tl.constexpr,
     PATCH: tl.constexpr,
 ):
-    """Of samples in the patch of their tile. One program: BLOCK_CHANNELS channels of a tile."""
+    """Columns of samples in the patch of their tile. One program: BLOCK_CHANNELS channels of a tile."""
     BLOCKS: tl.constexpr = CHANNELS // BLOCK_CHANNELS
     program, pixels = tl.program_id(0), height * width
     channel = program % BLOCKS * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]

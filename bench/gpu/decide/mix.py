@@ -105,7 +105,7 @@ def redesigned(pairs: bool) -> Callable[..., Tensor]:
         pixels, blocks = height * width, ceil_div(height * width, BLOCK)
         dz = torch.ops.aten.gelu_backward(grad, pre)
         dcol = weight[:, :, 0, 0].mT.expand(batch, -1, -1) @ dz.flatten(2)
-        # Of a copy: room for a pixel more at both ends, and a multiple of 16, which Triton knows is even.
+        # A copy has room for a pixel more at both ends, and a multiple of 16, which Triton knows is even.
         size = ceil_div(pixels + 2, 16) * 16
         sums = x.new_zeros(*((batch, channels, 2, size) if pairs else x.shape), dtype=FP32)
         grad_offset, col = torch.empty_like(offset), torch.empty_like(x)

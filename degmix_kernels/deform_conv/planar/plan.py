@@ -126,7 +126,7 @@ def plan_backward_samples(
     # programs of 8 warps share an SM (128 registers), with 8 samples one does (217), and 16 spill.
     wide = problem.input.dtype != torch.float32
     largest, channels = 64 if wide else 32, problem.group_channels
-    # Of several groups, a tile should hold only one: rows divide their channels, if 16 do.
+    # A tile should hold one group only: rows divide its channels, if 16 do.
     rows = block_of(channels if problem.groups == 1 else channels & -channels, largest)
     groups, within = tile(problem, rows)
     while rows > 16 and not fits(problem, _sample_rows(problem, groups, within)):
