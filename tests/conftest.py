@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -37,6 +38,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("full"):
                 item.add_marker(pytest.mark.skip(reason=f"takes many minutes: run it with {FULL}"))
+
+
+def _caller_with_room() -> Callable[..., object]:
+    """A function that calls another one, and has a frame of 160 kB.
+
+    CPython keeps frames in chunks of 16 kB. A loop whose calls cross the end of one makes and drops a chunk
+    each time; in the interpreter, whose calls are deep, that doubled the time of some tests. The chunk of
+    a frame this large has room for all calls inside.
+    """
+    names, space = " = ".join(f"name_{index}" for index in range(20_000)), {}
+    exec(f"def call(function, /, **arguments):\n    return function(**arguments)\n    {names} = None", space)
+    return space["call"]
+
+
+_call_with_room = _caller_with_room()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    pyfuncitem.obj = partial(_call_with_room, pyfuncitem.obj)
 
 
 @pytest.fixture
