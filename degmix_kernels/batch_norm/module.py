@@ -48,11 +48,12 @@ class BatchNorm2d(nn.BatchNorm2d):
         """
         checks.expect_tensor("input", input)
         self._check_input_dim(input)
-        if statistics is not None and not (isinstance(statistics, tuple) and len(statistics) == 2):
+        pair = isinstance(statistics, (tuple, list, Tensor)) and len(statistics) == 2
+        if statistics is not None and not pair:
             raise TypeError(f"statistics: expected a mean and a variance, got {checks.shown(statistics)}")
         if residual is not None:
             checks.expect_tensor("residual", residual)
-            checks.expect_like("residual", residual, "input", input)
+            checks.expect_device("residual", residual, "input", input)
             checks.expect_shape("residual", residual, input.shape)
         if self.uses_batch_statistics and input.numel() == input.shape[1]:
             expected = "Expected more than 1 value per channel when training"

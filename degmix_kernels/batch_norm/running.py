@@ -13,7 +13,9 @@ def step_momentum(norm: nn.modules.batchnorm._BatchNorm) -> float:
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:  # a cumulative average
-            return 1.0 / float(norm.num_batches_tracked)
+            count = norm.num_batches_tracked.item()
+            torch._check(count >= 1)  # compilers then know that the momentum is in its range
+            return 1.0 / count
     return 0.0 if norm.momentum is None else norm.momentum
 
 

@@ -24,6 +24,7 @@ class _Convolution(nn.Module):
         for name, channels in {"in_channels": in_channels, "out_channels": out_channels}.items():
             checks.expect_integer(name, channels, 1)
             checks.expect(channels % groups == 0, name, f"a multiple of {groups=}", channels)
+        checks.scalar("bias", bias, bool)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *kernel_size))

@@ -222,8 +222,11 @@ def test_mixer_layer_with_synchronised_norms_takes_their_own_way(device):
     torch.testing.assert_close(converted(x), layer(x))
 
 
-def test_mixer_layer_trains_compiled_whole(device):
+@pytest.mark.parametrize("momentum", [0.1, None])
+@torch._dynamo.config.patch(capture_scalar_outputs=True)  # the number of batches is one
+def test_mixer_layer_trains_compiled_whole(device, momentum):
     layer, x = layer_and_input(device)
+    layer.norm.momentum = layer.channel_mix.norm.momentum = momentum
     twin = copy.deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     outputs = [each(x) for each in (compiled, twin)]
