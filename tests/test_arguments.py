@@ -213,6 +213,7 @@ def test_shapes_that_are_refused(name: str, change: dict[str, Any], message: str
         (SpatialGatingUnit(4), (MAP,), ValueError, "u_v: expected 3 dimensions"),
         (BatchNorm2d(3), (3.0,), TypeError, "input: expected a tensor, got float"),
         (BatchNorm2d(3), (MAP, 3.0), TypeError, "statistics: expected a mean and a variance, got 3.0"),
+        (BatchNorm2d(3), (MAP, MAP.sum()), TypeError, "statistics: expected a mean and a variance"),
         (BatchNorm2d(3), (MAP, None, MAP.to("meta")), TypeError, "residual: expected device cpu"),
         (LinearAttention(5, 1), (MAP[0], MAP), ValueError, "context: expected 3 dimensions"),
         (TaskAttention(5, 1), (MAP, MAP[0]), ValueError, "context: expected 4 dimensions"),

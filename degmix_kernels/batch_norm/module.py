@@ -48,7 +48,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         """
         checks.expect_tensor("input", input)
         self._check_input_dim(input)
-        pair = isinstance(statistics, (tuple, list, Tensor)) and len(statistics) == 2
+        rows = statistics.shape[:1] if isinstance(statistics, Tensor) else ()
+        pair = rows == (2,) or (isinstance(statistics, (tuple, list)) and len(statistics) == 2)
         if statistics is not None and not pair:
             raise TypeError(f"statistics: expected a mean and a variance, got {checks.shown(statistics)}")
         if residual is not None:

@@ -186,7 +186,7 @@ def plan_norm_backward(
 def plan_token_weight(grad: Tensor, normed: Tensor) -> tuple[Launch, Tensor]:
     """The gradient of the token mode's weight, ``Σ grad · normedᵀ``, fp32, in parts along the first axis."""
     batch, tokens, columns = grad.shape
-    # The kernel reads no row that is as long as there are tokens.
+    # A power of two passes as aligned, which is right: the kernel reads no row of `tokens` elements.
     tiles = Tiles.of(tokens, power_of_two(tokens, 16), columns, grad.dtype, heavy=True, widest=64)
     row_blocks, column_blocks = ceil_div(tokens, tiles.rows), ceil_div(tokens, tiles.columns)
     parts = min(batch, ceil_div(_WEIGHT_PROGRAMS, max(row_blocks * column_blocks, 1)))
